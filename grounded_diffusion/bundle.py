@@ -1,0 +1,168 @@
+"""The bundle: a directory that holds one exported model, and the only thing export and engine share.
+
+`manifest.json` is written last, so a directory without it is not a bundle. Every file it lists is
+checked by SHA-256 when the bundle is opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from grounded_diffusion.errors import BundleError
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+
+TEXT_ENCODER = "text_encoder.onnx"
+UNET = "unet.onnx"
+UNET_GROUNDED = "unet_grounded.onnx"
+VAE_DECODER = "vae_decoder.onnx"
+TOKENIZER = "tokenizer.json"
+GRAPHS = (TEXT_ENCODER, UNET, UNET_GROUNDED, VAE_DECODER)
+
+# Names and shapes of every graph's inputs and outputs. B images, N = 2B guided rows
+# [unconditional x B; conditional x B], O objects, L tokens, D text width.
+GRAPH_IO: dict[str, tuple[dict[str, str], dict[str, str]]] = {
+    TEXT_ENCODER: ({"input_ids": "B,L"}, {"context": "B,L,D"}),
+    UNET: ({"latents": "N,4,h,w", "timestep": "N", "context": "N,L,D"}, {"model_output": "N,4,h,w"}),
+    UNET_GROUNDED: (
+        {
+            "latents": "N,4,h,w",
+            "timestep": "N",
+            "context": "N,L,D",
+            "queries": "B,O,D",
+            "query_valid": "B,O",
+        },
+        {"model_output": "N,4,h,w", "mask_logits": "B,O,h',w'"},
+    ),
+    VAE_DECODER: ({"latents": "B,4,h,w"}, {"image": "B,3,H,W"}),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What an exported model is. Everything the runtime needs to know besides the graphs.
+
+    Attributes:
+        family: architecture family, "stable-diffusion".
+        image_size: (H, W) the model was trained at, in pixels.
+        vae_scale_factor: pixels per latent cell.
+        latent_channels: channels of the latent, 4 for Stable Diffusion.
+        size_multiple: H and W must be multiples of this.
+        context_length: tokens per prompt (L), 77 for CLIP.
+        context_dim: width of the text embedding (D).
+        pad_token_id, bos_token_id, eos_token_id: the tokenizer's special ids.
+        scheduler: the diffusers `scheduler_config.json` of the checkpoint, as it stands.
+        guidance_layout: "uncond_first": row b is unconditional and row B+b conditional of image b.
+        capture_timestep: training timestep at which the grounding head reads features.
+        query_template: text whose sub-tokens at "{}" make an object's query.
+        head: variant ("released" or "paper"), statistics ("per_image" or "stored") and sizes.
+        precision: floating-point type of the graphs' weights, "fp32" or "fp16".
+        names: object names the model was trained to draw, and those its head was trained on.
+        files: SHA-256 of every other file of the bundle, by name.
+        versions: of everything that made the bundle.
+        schema: version of this format.
+    """
+
+    family: str
+    image_size: tuple[int, int]
+    vae_scale_factor: int
+    latent_channels: int
+    size_multiple: int
+    context_length: int
+    context_dim: int
+    pad_token_id: int
+    bos_token_id: int
+    eos_token_id: int
+    scheduler: dict[str, Any]
+    capture_timestep: int
+    query_template: str
+    head: dict[str, Any]
+    precision: str
+    guidance_layout: str = "uncond_first"
+    names: dict[str, list[str]] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    schema: int = SCHEMA
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """An opened bundle: its directory and its manifest."""
+
+    path: Path
+    manifest: Manifest
+
+    def file(self, name: str) -> Path:
+        """Path of one of the bundle's files."""
+        return self.path / name
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Write `manifest.json` atomically; the last step of making a bundle."""
+    temporary = path / (MANIFEST + ".tmp")
+    with temporary.open("w", encoding="utf-8") as stream:
+        json.dump(asdict(manifest), stream, indent=1, sort_keys=True)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path / MANIFEST)
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Parse a bundle's manifest. Raises BundleError when it is absent, damaged or of another schema."""
+    file = path / MANIFEST
+    if not path.is_dir():
+        raise BundleError(f"there is no bundle at {path}; make one with gd-export --ckpt CHECKPOINT --out {path}")
+    if not file.is_file():
+        raise BundleError(f"{path} has no {MANIFEST}, so its export did not finish; run gd-export again")
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        schema = raw["schema"]
+    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise BundleError(f"{file} is not a manifest ({error}); run gd-export again") from None
+    if schema != SCHEMA:
+        raise BundleError(
+            f"{file} has schema {schema}, this version reads schema {SCHEMA}; "
+            + ("upgrade grounded-diffusion" if isinstance(schema, int) and schema > SCHEMA else "run gd-export again")
+        )
+    known = {f.name for f in fields(Manifest)}
+    if unknown := sorted(raw.keys() - known):
+        raise BundleError(f"{file} has unknown fields {', '.join(unknown)}; run gd-export again")
+    try:
+        return Manifest(**{**raw, "image_size": tuple(raw["image_size"])})
+    except (TypeError, KeyError) as error:
+        raise BundleError(f"{file} lacks a field ({error}); run gd-export again") from None
+
+
+def open_bundle(path: str | Path, verify: bool = True) -> Bundle:
+    """Open a bundle and check every file it lists.
+
+    Args:
+        path: the bundle's directory.
+        verify: compare SHA-256 of every file; presence is always checked.
+
+    Raises:
+        BundleError: not a bundle, another schema, a missing or a changed file.
+    """
+    path = Path(path)
+    manifest = read_manifest(path)
+    for name in (*GRAPHS, TOKENIZER):
+        if name not in manifest.files:
+            raise BundleError(f"{path / MANIFEST} does not list {name}; run gd-export again")
+    for name, digest in manifest.files.items():
+        if not (path / name).is_file():
+            raise BundleError(f"{path / name} is missing; run gd-export again")
+        if verify and sha256(path / name) != digest:
+            raise BundleError(f"{path / name} has changed since export (SHA-256 differs); run gd-export again")
+    return Bundle(path, manifest)

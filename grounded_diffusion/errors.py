@@ -1,0 +1,33 @@
+"""The exceptions users meet. Each message says what is wrong, where, and how to repair it."""
+
+
+class GroundedDiffusionError(Exception):
+    """Base of every error this package raises on purpose; `exit_code` is what a command ends with."""
+
+    exit_code = 1
+
+
+class UsageError(GroundedDiffusionError):
+    """An option, prompt, file or directory named by the user cannot be used as given."""
+
+    exit_code = 2
+
+
+class BundleError(GroundedDiffusionError):
+    """A bundle is missing, damaged, incomplete or of a schema this version does not know."""
+
+
+class CheckpointError(GroundedDiffusionError):
+    """A checkpoint cannot be read, lacks keys, or does not fit the model it is paired with."""
+
+
+class ParityError(GroundedDiffusionError):
+    """An exported graph disagrees with the module it was made from by more than the tolerance."""
+
+
+class BackendError(GroundedDiffusionError):
+    """An inference backend is not installed, refuses a graph, or fails while running it."""
+
+
+class NumericsError(GroundedDiffusionError):
+    """A NaN or infinity appeared; the message names the stage, the step and the sample."""
