@@ -13,15 +13,20 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients, from the post
 
 
 def orthogonalise(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """Nearest semi-orthogonal matrix [R,C] of a matrix [R,C], to within the iteration's loose tolerance."""
+    """Nearest semi-orthogonal matrix [R,C] of a matrix [R,C], to within the iteration's loose tolerance.
+
+    Every iterate is a polynomial of the Gram matrix times the start, so the iteration runs on the small
+    Gram matrix alone and the long side is touched twice, not twice a step.
+    """
     a, b, c = NEWTON_SCHULZ
-    x = matrix.bfloat16() if matrix.is_cuda else matrix
-    x = x.mT if matrix.shape[0] > matrix.shape[1] else x
+    x = matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
     x = x / (x.norm() + 1e-7)
+    gram, total = x @ x.mT, torch.eye(len(x), device=x.device, dtype=x.dtype)
     for _ in range(steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.mT if matrix.shape[0] > matrix.shape[1] else x).to(matrix.dtype)
+        factor = a * torch.eye(len(x), device=x.device, dtype=x.dtype) + b * gram + c * gram @ gram
+        total, gram = factor @ total, factor @ gram @ factor
+    x = total @ x
+    return x.mT if matrix.shape[0] > matrix.shape[1] else x
 
 
 class Muon(torch.optim.Optimizer):

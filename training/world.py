@@ -161,12 +161,19 @@ class World:
         config: how the world is drawn.
         names: the vocabulary; defaults to all of NAMES.
         font: path of the emoji font; searched for in the usual places when omitted.
+        device: where scenes are drawn.
     """
 
-    def __init__(self, config: WorldConfig, names: list[str] | None = None, font: str | Path | None = None):
+    def __init__(
+        self,
+        config: WorldConfig,
+        names: list[str] | None = None,
+        font: str | Path | None = None,
+        device: str = "cpu",
+    ):
         self.config = config
         self.names = list(names or NAMES)
-        self.bank = glyph_bank(self.names, config.size, font)
+        self.bank = glyph_bank(self.names, config.size, font).to(device)
         self.colours = torch.tensor(list(COLOURS.values()))
 
     def render(self, batch: int, generator: torch.Generator, captions: bool = True) -> Scene:

@@ -1,0 +1,43 @@
+# Everything a newcomer or a CI machine runs. Each target makes and uses .venv by itself.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+SOURCES := $(shell git ls-files '*.py' '*.cpp' '*.h' '*.cuh' '*.cu' pyproject.toml CMakeLists.txt constraints.txt models 2>/dev/null)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint format gpu-test gpu-bench bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(READY): $(BIN)/python $(SOURCES)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt '.[dev]'
+	@touch $@
+
+demo: $(READY) ## export the shipped model and make pictures with masks in out/demo
+	$(BIN)/gd-infer --prompts examples/prompts.txt --out out/demo --overwrite
+	@echo "open out/demo/index.html"
+
+test: $(READY) ## run the tests against the installed package
+	$(BIN)/pytest -m 'not slow'
+
+test-slow: $(READY) ## run the long tests: minutes and gigabytes
+	$(BIN)/pytest -m slow
+
+lint: $(READY) ## check style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cuh' '*.cu')
+
+format: $(READY) ## repair style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cuh' '*.cu')
+
+clean: ## remove what the other targets made
+	rm -rf $(VENV) build out
