@@ -69,6 +69,8 @@ class TrainConfig:
         scheduler: keyword arguments of diffusers' DDIMScheduler.
         head: keyword arguments of HeadConfig.
         latents: images encoded once and drawn from while the UNet trains.
+        examples: generated images on which the head is trained.
+        rendered_share: share of the head's batches that are rendered scenes with exact masks.
         stages: pace of the stages "vae", "unet", "oracle", "labeller" and "head".
         font: path of the emoji font; searched for when empty.
     """
@@ -82,8 +84,16 @@ class TrainConfig:
     scheduler: dict[str, Any] = field(default_factory=dict)
     head: dict[str, Any] = field(default_factory=dict)
     latents: int = 100_000
+    examples: int = 4096
+    rendered_share: float = 0.5
     stages: dict[str, StageConfig] = field(default_factory=dict)
     font: str = ""
+
+    def __post_init__(self):
+        if missing := [name for name in (*self.names, *self.unseen) if name not in NAMES]:
+            raise UsageError(f"no glyph is known for {', '.join(missing)}; known names: {', '.join(NAMES)}")
+        if not 0 <= self.rendered_share <= 1:
+            raise UsageError(f"rendered_share is {self.rendered_share}; it must lie in [0, 1]")
 
     @property
     def seen(self) -> tuple[str, ...]:
