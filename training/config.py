@@ -75,7 +75,7 @@ class TrainConfig:
         font: path of the emoji font; searched for when empty.
     """
 
-    world: WorldConfig = WorldConfig()
+    world: WorldConfig = field(default_factory=WorldConfig)
     names: tuple[str, ...] = tuple(NAMES)
     unseen: tuple[str, ...] = UNSEEN
     vae: dict[str, Any] = field(default_factory=dict)

@@ -138,8 +138,8 @@ def pairs(evaluation: Evaluation) -> dict:
     result["swap_rate"] = (swapped > straight)[both].float().mean().item()
     for group, count in (("seen", 2), ("mixed", 1), ("unseen", 0)):
         rows = both & (seen[objects].sum(1) == count)
-        flat = lambda x: x[rows].flatten(0, 1)
-        per_class = pooled_iou(flat(masks[:, :2]), flat(truth), objects[rows].flatten(), len(names))
+        predicted, wanted = masks[rows, :2].flatten(0, 1), truth[rows].flatten(0, 1)
+        per_class = pooled_iou(predicted, wanted, objects[rows].flatten(), len(names))
         result[group] = {"images": int(rows.sum()), "miou": per_class.nanmean().item()}
     return result
 
@@ -165,7 +165,8 @@ def evaluate(config: TrainConfig, world: World, folder: Path) -> dict:
     print(f"oracle mIoU: {renders:.1f} on renders, {reconstructions:.1f} on reconstructions")
     print(f"prompted object found: {one['found']:.1%} of {one['images']} one-object images")
     print(f"head mIoU, one object: seen {one['miou_seen']:.1%}, unseen {one['miou_unseen']:.1%}")
-    print(f"ceiling of the latent grid: {one['latent_grid_ceiling'] or 0:.1%}; absent query {one['absent_query_area']:.1%}")
+    ceiling = one["latent_grid_ceiling"] or 0
+    print(f"ceiling of the latent grid: {ceiling:.1%}; area of an absent query's mask: {one['absent_query_area']:.1%}")
     groups = ", ".join(f"{g} {two[g]['miou']:.1%} ({two[g]['images']})" for g in ("seen", "mixed", "unseen"))
     print(f"head mIoU, two objects: {groups}; both found {two['both_found']:.1%}, swapped {two['swap_rate']:.1%}")
     return result

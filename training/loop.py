@@ -73,7 +73,9 @@ def train(
         if done % 50 == 0 or done == config.steps:
             pace = (done - start) / (time.monotonic() - began)
             eta = (config.steps - done) / pace / 60
-            line = f"{name} {done}/{config.steps} loss {running:.4f} {pace * config.batch:.1f} img/s, {eta:.1f} min left"
+            line = (
+                f"{name} {done}/{config.steps} loss {running:.4f} {pace * config.batch:.1f} img/s, {eta:.1f} min left"
+            )
             print(line, flush=True)
         if sample and (done % config.sample_every == 0 or done == config.steps):
             average.eval()

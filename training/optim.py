@@ -40,7 +40,7 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, module: torch.nn.Module, lr: float, muon_lr: float, weight_decay: float = 0.0):
-        is_matrix = lambda name, p: p.ndim >= 2 and min(p.shape[:2]) >= 16 and "embedding" not in name  # noqa: E731
+        is_matrix = lambda name, p: p.ndim >= 2 and min(p.shape[:2]) >= 16 and "embedding" not in name
         named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
         groups = [
             dict(params=[p for n, p in named if is_matrix(n, p)], muon=True, lr=muon_lr, peak=muon_lr),

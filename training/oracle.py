@@ -7,6 +7,7 @@ knows only the seen names and labels the images on which the grounding head is t
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -43,7 +44,7 @@ class Segmenter(nn.Module):
         super().__init__()
         self.names = list(names)
         self.stem = nn.Conv2d(3, widths[0], 3, padding=1)
-        pairs = list(zip(widths[:-1], widths[1:], strict=True))
+        pairs = list(pairwise(widths))
         self.down = nn.ModuleList(Block(a, b) for a, b in pairs)
         self.up = nn.ModuleList(Block(a + b, a) for a, b in reversed(pairs))
         self.out = nn.Conv2d(widths[0], 1 + len(self.names), 1)

@@ -179,10 +179,12 @@ class World:
     def render(self, batch: int, generator: torch.Generator, captions: bool = True) -> Scene:
         """A batch of scenes with one or two objects each."""
         cfg, device = self.config, self.bank.device
-        uniform = lambda *shape: torch.rand(*shape, generator=generator).to(device)  # noqa: E731
+        uniform = lambda *shape: torch.rand(*shape, generator=generator).to(device)
         paired = uniform(batch) < cfg.pair_share
         objects = (uniform(batch, 2) * len(self.names)).long()
-        objects[:, 1] = torch.where(objects[:, 1] == objects[:, 0], (objects[:, 1] + 1) % len(self.names), objects[:, 1])
+        objects[:, 1] = torch.where(
+            objects[:, 1] == objects[:, 0], (objects[:, 1] + 1) % len(self.names), objects[:, 1]
+        )
         colour = (uniform(batch) * len(COLOURS)).long()
 
         image = self._background(colour, uniform)
