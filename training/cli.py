@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
 
         pack(config, args.run, args.out)
         return
-    world = World(config.world, list(config.names), config.font or None, args.device)
+    world = World(config.world, list(config.names), args.device)
     if args.stage == "base":
         from grounded_diffusion.training.base import train_base
         from grounded_diffusion.training.vae import train_vae

@@ -72,7 +72,6 @@ class TrainConfig:
         examples: generated images on which the head is trained.
         rendered_share: share of the head's batches that are rendered scenes with exact masks.
         stages: pace of the stages "vae", "unet", "oracle", "labeller" and "head".
-        font: path of the emoji font; searched for when empty.
     """
 
     world: WorldConfig = field(default_factory=WorldConfig)
@@ -87,7 +86,6 @@ class TrainConfig:
     examples: int = 4096
     rendered_share: float = 0.5
     stages: dict[str, StageConfig] = field(default_factory=dict)
-    font: str = ""
 
     def __post_init__(self):
         if missing := [name for name in (*self.names, *self.unseen) if name not in NAMES]:

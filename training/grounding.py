@@ -130,7 +130,7 @@ def train_head(config: TrainConfig, world: World, folder: Path) -> GroundingHead
     head_config = HeadConfig.for_unet(base.unet.config, text_dim=base.empty.shape[-1], **config.head)
     head = GroundingHead(head_config).to(device)
     seen = list(config.seen)
-    seen_world = World(config.world, seen, config.font or None, device)
+    seen_world = World(config.world, seen, device)
     examples = generate_examples(base, config, folder, stage.seed + 1)
     queries = base.queries(seen)  # [names,D]
     rendered = round(stage.batch * config.rendered_share)

@@ -102,7 +102,7 @@ def train_oracle(name: str, config: TrainConfig, folder: Path, device: str = "cp
     """Train the stage `oracle` (all names) or `labeller` (seen names) and save `folder/<name>.pt`."""
     stage = config.stages[name]
     torch.manual_seed(stage.seed)
-    world = World(config.world, list(config.names if name == "oracle" else config.seen), config.font or None, device)
+    world = World(config.world, list(config.names if name == "oracle" else config.seen), device)
     vae = AutoencoderKL.from_pretrained(folder / "vae").to(device, memory_format=torch.channels_last).eval()
     segmenter = Segmenter(world.names).to(device, memory_format=torch.channels_last)
 

@@ -1,6 +1,6 @@
 """The emoji world: a batched renderer of captioned images with exact masks.
 
-Glyphs of the open font Noto Color Emoji (SIL OFL 1.1) are placed on smooth, lightly textured
+Glyphs of the open font Noto Color Emoji (SIL OFL 1.1; see glyphs.py) are placed on smooth, lightly textured
 backgrounds. Every mask is known exactly, and everything is drawn in torch, so that one CPU core
 keeps a small trainer fed and a GPU is never starved.
 """
@@ -8,13 +8,14 @@ keeps a small trainer fed and a GPU is never starved.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
 from grounded_diffusion.errors import UsageError
+from grounded_diffusion.training.glyphs import read_glyph
 
 # name -> (glyph, hypernym). The first twenty are the PASCAL VOC classes; "dining table" has no glyph,
 # so a laid place stands in for it. The last eight follow the paper's figures.
@@ -63,13 +64,6 @@ COLOURS: dict[str, tuple[float, float, float]] = {
     "grey": (0.58, 0.58, 0.58),
     "white": (0.93, 0.93, 0.93),
 }
-
-FONT_PATHS = (
-    "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf",
-    "/usr/share/fonts/noto/NotoColorEmoji.ttf",
-    "/usr/share/fonts/google-noto-color-emoji-fonts/NotoColorEmoji.ttf",
-)
-FONT_SIZE = 109  # the only strike in the font's bitmap table
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,29 +116,13 @@ class Scene:
     captions: list[str]
 
 
-def find_font(path: str | Path | None = None) -> Path:
-    """Path of NotoColorEmoji.ttf; raises UsageError with the way to get it where it is missing."""
-    for candidate in [path] if path else FONT_PATHS:
-        if Path(candidate).is_file():
-            return Path(candidate)
-    raise UsageError(
-        f"the font Noto Color Emoji is not at {path or ' or '.join(FONT_PATHS)}; "
-        "install it (Debian: apt-get install fonts-noto-color-emoji) or give its path as 'font'"
-    )
-
-
-def glyph_bank(names: list[str], size: int, font: str | Path | None = None) -> torch.Tensor:
+def glyph_bank(names: list[str], size: int) -> torch.Tensor:
     """Premultiplied RGBA glyphs [N,4,size,size] in [0, 1], each cropped and fitted to the square."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    face = ImageFont.truetype(str(find_font(font)), FONT_SIZE)
     bank = []
     for name in names:
         if name not in NAMES:
             raise UsageError(f"no glyph is known for {name!r}; known names: {', '.join(NAMES)}")
-        canvas = Image.new("RGBA", (160, 160), (0, 0, 0, 0))
-        ImageDraw.Draw(canvas).text((8, 8), NAMES[name][0], font=face, embedded_color=True)
-        glyph = canvas.crop(canvas.getbbox())
+        glyph = read_glyph(list(NAMES).index(name))
         side = max(glyph.size)
         square = Image.new("RGBA", (side, side), (0, 0, 0, 0))
         square.paste(glyph, ((side - glyph.width) // 2, (side - glyph.height) // 2))
@@ -160,7 +138,6 @@ class World:
     Args:
         config: how the world is drawn.
         names: the vocabulary; defaults to all of NAMES.
-        font: path of the emoji font; searched for in the usual places when omitted.
         device: where scenes are drawn.
     """
 
@@ -168,12 +145,11 @@ class World:
         self,
         config: WorldConfig,
         names: list[str] | None = None,
-        font: str | Path | None = None,
         device: str = "cpu",
     ):
         self.config = config
         self.names = list(names or NAMES)
-        self.bank = glyph_bank(self.names, config.size, font).to(device)
+        self.bank = glyph_bank(self.names, config.size).to(device)
         self.colours = torch.tensor(list(COLOURS.values()))
 
     def render(self, batch: int, generator: torch.Generator, captions: bool = True) -> Scene:
