@@ -1,0 +1,28 @@
+"""What the engine asks of an inference backend: run a graph of the bundle on NumPy arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+
+Arrays = dict[str, np.ndarray]
+
+
+class Backend(Protocol):
+    """Runs the graphs of one bundle.
+
+    Names and shapes of inputs and outputs are those of `bundle.GRAPH_IO`. Inputs are converted to the types the
+    graph wants; floating-point outputs come back as float32.
+    """
+
+    name: str
+
+    def run(self, graph: str, inputs: Mapping[str, np.ndarray]) -> Arrays:
+        """Outputs of a graph. They are the backend's own buffers, valid until the next run of the same graph.
+
+        Raises:
+            BackendError: the graph cannot be loaded, or fails on these inputs.
+        """
+        ...

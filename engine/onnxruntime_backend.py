@@ -1,0 +1,134 @@
+"""ONNX Runtime on the CPU: sessions opened at first use, inputs and outputs bound without copies."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from grounded_diffusion.bundle import GRAPH_IO, Bundle
+from grounded_diffusion.engine.backend import Arrays
+from grounded_diffusion.errors import BackendError
+
+DTYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(bool)": np.bool_,
+}
+REMEMBERED = 8  # sets of output buffers a graph keeps, one per input shape
+
+
+class Graph:
+    """One session, with output buffers reused as long as the input shapes stay the same."""
+
+    def __init__(self, name: str, session: Any):
+        self.name, self.session = name, session
+        self.inputs = {value.name: value for value in session.get_inputs()}
+        self.outputs = [value.name for value in session.get_outputs()]
+        names_in, names_out = GRAPH_IO[name]
+        if set(self.inputs) != set(names_in) or set(self.outputs) != set(names_out):
+            raise BackendError(
+                f"{name} has inputs {sorted(self.inputs)} and outputs {sorted(self.outputs)}, "
+                f"not those of the bundle format; run gd-export again"
+            )
+        self.binding = session.io_binding()
+        self._buffers: dict[tuple, Arrays] = {}
+
+    def _convert(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
+        """Inputs in the types the graph wants, contiguous. Raises BackendError for names and shapes that do not fit."""
+        if set(inputs) != set(self.inputs):
+            raise BackendError(f"{self.name} takes {sorted(self.inputs)}, not {sorted(inputs)}")
+        arrays = {}
+        for name, value in inputs.items():
+            wanted = self.inputs[name]
+            fixed = [size if isinstance(size, int) else None for size in wanted.shape]
+            if len(fixed) != value.ndim or any(f not in (None, n) for f, n in zip(fixed, value.shape, strict=True)):
+                raise BackendError(
+                    f"{self.name} was exported for {name} of shape {wanted.shape}, not {list(value.shape)}; "
+                    "use the bundle's own size, or export it for this one"
+                )
+            arrays[name] = np.ascontiguousarray(value, DTYPES[wanted.type])
+        return arrays
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
+        arrays = self._convert(inputs)
+        key = tuple(array.shape for array in arrays.values())
+        buffers = self._buffers.get(key)
+        if buffers is None:  # the first run of a shape tells the shapes of the outputs
+            buffers = dict(zip(self.outputs, self.session.run(self.outputs, arrays), strict=True))
+            if len(self._buffers) == REMEMBERED:
+                self._buffers.pop(next(iter(self._buffers)))
+            self._buffers[key] = {name: np.ascontiguousarray(value) for name, value in buffers.items()}
+        else:
+            for name, array in arrays.items():
+                self.binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+            for name, array in buffers.items():
+                self.binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+            self.session.run_with_iobinding(self.binding)
+        return {name: array.astype(np.float32, copy=False) for name, array in self._buffers[key].items()}
+
+
+class OnnxRuntimeBackend:
+    """The `onnxruntime` package with its CPU provider.
+
+    Args:
+        bundle: the opened bundle.
+        threads: threads of one operation; None takes all cores this process may use.
+
+    Raises:
+        BackendError: onnxruntime is not installed.
+    """
+
+    name = "onnxruntime-cpu"
+
+    def __init__(self, bundle: Bundle, threads: int | None = None):
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise BackendError(f"onnxruntime cannot be imported ({error}); pip install onnxruntime") from None
+        self.bundle, self._ort = bundle, onnxruntime
+        self._graphs: dict[str, Graph] = {}
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or usable_cores()
+        options.inter_op_num_threads = 1  # the graphs are chains; one operation at a time has all threads
+        options.enable_cpu_mem_arena = True
+        options.enable_mem_pattern = True
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+        options.log_severity_level = 3  # errors; warnings there are about the library's own decisions
+        self._options = options
+
+    def graph(self, name: str) -> Graph:
+        """A graph's session, opened now if it was not. Raises BackendError."""
+        if name not in self._graphs:
+            path = self.bundle.file(name)
+            try:
+                session = self._ort.InferenceSession(str(path), self._options, providers=["CPUExecutionProvider"])
+            except Exception as error:  # onnxruntime's exceptions share no base class
+                raise BackendError(f"onnxruntime cannot load {path}: {first_line(error)}") from None
+            self._graphs[name] = Graph(name, session)
+        return self._graphs[name]
+
+    def run(self, graph: str, inputs: Mapping[str, np.ndarray]) -> Arrays:
+        """See `Backend.run`."""
+        loaded = self.graph(graph)
+        try:
+            return loaded.run(inputs)
+        except BackendError:
+            raise
+        except Exception as error:
+            shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
+            raise BackendError(f"onnxruntime failed in {graph} on {shapes}: {first_line(error)}") from None
+
+
+def usable_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a message, for errors of one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
