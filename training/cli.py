@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
     if args.stage == "pack":
         from grounded_diffusion.training.pack import pack
 
-        pack(config, args.run, args.out)
+        pack(config, args.config, args.run, args.out)
         return
     world = World(config.world, list(config.names), args.device)
     if args.stage == "base":

@@ -17,8 +17,9 @@ from grounded_diffusion.training.grounding import BaseModel, object_masks
 from grounded_diffusion.training.head import GroundingHead, HeadConfig, upsample_logits
 from grounded_diffusion.training.images import save_grid
 from grounded_diffusion.training.loop import step_generator
-from grounded_diffusion.training.oracle import load_oracle, measure
+from grounded_diffusion.training.oracle import load_oracle, measure, reconstruct
 from grounded_diffusion.training.taps import Taps
+from grounded_diffusion.training.vae import psnr
 from grounded_diffusion.training.world import World
 
 IMAGES_PER_NAME = 12
@@ -54,6 +55,8 @@ def pooled_iou(predicted: torch.Tensor, truth: torch.Tensor, index: torch.Tensor
 
 def grid_ceiling(masks: torch.Tensor, cells: int, steps: int = 60) -> float:
     """Best mean IoU that bilinear logits on a grid of `cells` a side can reach on masks [M,H,W], by fitting them."""
+    if not len(masks):
+        return float("nan")
     truth = masks.float()[:, None]
     logits = (F.interpolate(truth, (cells, cells), mode="area") * 8 - 4).requires_grad_()
     optimizer = torch.optim.Adam([logits], lr=0.3)
@@ -120,7 +123,7 @@ def singles(evaluation: Evaluation, folder: Path) -> dict:
         "iou_per_image_unseen": per_image[~seen[index]].mean().item(),
         "iou_per_name": {n: per_class[i].item() for i, n in enumerate(names) if per_class[i] >= 0},
         "absent_query_area": absent.float().mean().item(),
-        "latent_grid_ceiling": grid_ceiling(truth, cells) if len(truth) else None,
+        "latent_grid_ceiling": grid_ceiling(truth, cells),
     }
 
 
@@ -147,15 +150,18 @@ def pairs(evaluation: Evaluation) -> dict:
 def overlay(images: torch.Tensor, masks: torch.Tensor, file: Path) -> None:
     """A sheet of images above the same images with everything outside the mask dimmed."""
     dimmed = torch.where(masks[:, None], images, images * 0.25 - 0.6)
-    rows = torch.stack([images, dimmed], 1).view(-1, 7, 2, *images.shape[1:])  # [R,7,2,3,H,W]
-    save_grid(rows.transpose(1, 2).flatten(0, 2), file, columns=7)
+    columns = next(n for n in (7, 6, 5, 4, 1) if len(images) % n == 0)
+    rows = [row for pair in zip(images.split(columns), dimmed.split(columns), strict=True) for row in pair]
+    save_grid(torch.cat(rows), file, columns)
 
 
 def evaluate(config: TrainConfig, world: World, folder: Path) -> dict:
     """Measure everything, write `evaluation.json` and `evaluation.png`, and print the table."""
     evaluation = Evaluation(config, world, folder)
     renders, reconstructions = measure(evaluation.oracle, evaluation.base.vae, world)
+    scene = world.render(64, step_generator(SEED, 0), captions=False).images
     result = {
+        "vae_psnr": psnr(reconstruct(evaluation.base.vae, scene), scene),
         "oracle": {"miou_renders": renders / 100, "miou_reconstructions": reconstructions / 100},
         "one": singles(evaluation, folder),
         "two": pairs(evaluation),
@@ -165,8 +171,8 @@ def evaluate(config: TrainConfig, world: World, folder: Path) -> dict:
     print(f"oracle mIoU: {renders:.1f} on renders, {reconstructions:.1f} on reconstructions")
     print(f"prompted object found: {one['found']:.1%} of {one['images']} one-object images")
     print(f"head mIoU, one object: seen {one['miou_seen']:.1%}, unseen {one['miou_unseen']:.1%}")
-    ceiling = one["latent_grid_ceiling"] or 0
-    print(f"ceiling of the latent grid: {ceiling:.1%}; area of an absent query's mask: {one['absent_query_area']:.1%}")
+    print(f"ceiling of the latent grid: {one['latent_grid_ceiling']:.1%}")
+    print(f"area of an absent query's mask: {one['absent_query_area']:.1%} of the image")
     groups = ", ".join(f"{g} {two[g]['miou']:.1%} ({two[g]['images']})" for g in ("seen", "mixed", "unseen"))
     print(f"head mIoU, two objects: {groups}; both found {two['both_found']:.1%}, swapped {two['swap_rate']:.1%}")
     return result
