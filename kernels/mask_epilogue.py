@@ -14,6 +14,7 @@ from grounded_diffusion import _kernels
 from grounded_diffusion.kernels.checks import check_array
 
 MAX_OBJECTS = 255  # labels are bytes, and 0 is the background
+MAX_SIDE = 1 << 14  # the taps are exact in 32-bit integers up to here
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +75,8 @@ def mask_epilogue(logits: np.ndarray, valid: np.ndarray, size: tuple[int, int], 
     if objects > MAX_OBJECTS:
         raise ValueError(f"logits must have at most {MAX_OBJECTS} objects, not {objects}")
     height, width = size
-    if height < 1 or width < 1:
-        raise ValueError(f"size must be at least (1, 1), not {size}")
+    if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
+        raise ValueError(f"size must lie between 1 and {MAX_SIDE} pixels a side, not {size}")
     result = MaskResult.empty(batch, objects, (height, width))
     _kernels.mask_epilogue(
         logits, valid, logit(threshold), result.labels, result.masks, result.area, result.box, result.score
