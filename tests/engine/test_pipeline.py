@@ -76,6 +76,40 @@ def test_every_sampler_runs_and_batches_alike(pipe, sampler):
     assert relative(single[0].latents, single[1].latents) > 0.1
 
 
+CLASSES = {
+    "ddim": "DDIMScheduler",
+    "pndm": "PNDMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "dpmpp-2m": "DPMSolverMultistepScheduler",
+    "lcm": "LCMScheduler",
+}
+
+
+@pytest.mark.parametrize("guidance_scale", [4.0, 1.0])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_loop_equals_one_around_the_diffusers_scheduler(pipe, monkeypatch, sampler, guidance_scale):
+    import diffusers
+    import torch
+
+    steps = 7
+    config = dict(pipe.bundle.manifest.scheduler) | {"skip_prk_steps": True}
+    scheduler = getattr(diffusers, CLASSES[sampler]).from_config(config)
+    scheduler.set_timesteps(steps)
+    keys = [(7, 0), (7, 1)]
+    latents = torch.from_numpy(batch_normal(keys, (4, 16, 16))) * scheduler.init_noise_sigma
+    context = pipe.condition([Prompt("a dog", ("dog",)), Prompt("a cat", ("cat",))]).context
+    for i, t in enumerate(scheduler.timesteps):
+        both = scheduler.scale_model_input(latents, t).repeat(2, 1, 1, 1).numpy()
+        inputs = {"latents": both, "timestep": np.full(4, t, np.float32), "context": context}
+        u, c = torch.from_numpy(pipe.backend.run("unet.onnx", inputs)["model_output"].copy()).chunk(2)
+        noise = torch.from_numpy(batch_normal(keys, (4, 16, 16), i + 1))
+        monkeypatch.setattr("diffusers.schedulers.scheduling_lcm.randn_tensor", lambda *_, n=noise, **__: n)
+        latents = scheduler.step(u + guidance_scale * (c - u), t, latents, return_dict=False)[0]
+    options = Options(steps=steps, sampler=sampler, guidance_scale=guidance_scale, seed=7)
+    got = np.stack([sample.latents for sample in pipe.generate(["a [dog]", "a [cat]"], options)])
+    assert relative(got, latents.numpy()) < 1e-4
+
+
 def test_the_captured_step_does_not_disturb_the_image(pipe):
     """Captured early or late, with the head's graph or the plain one, the latents come out the same."""
     schedule = pipe.schedule(Options(steps=4))
