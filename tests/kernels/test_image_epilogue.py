@@ -32,7 +32,10 @@ def test_equals_diffusers():
 def test_halves_round_to_even_and_every_byte_is_reached():
     """The floats next to and at every rounding boundary, where another rounding rule would show."""
     boundary = np.float32((np.arange(256) + 0.5) / 255 * 2 - 1)
-    near = np.concatenate([boundary, np.nextafter(boundary, np.float32(-2)), np.nextafter(boundary, np.float32(2))])
+    level = np.float32(np.arange(256) / 255 * 2 - 1)
+    near = np.concatenate(
+        [level, boundary, np.nextafter(boundary, np.float32(-2)), np.nextafter(boundary, np.float32(2))]
+    )
     image = np.broadcast_to(near, (1, 3, 1, near.size)).copy()
     out = image_epilogue(image)
     np.testing.assert_array_equal(out, reference.image_epilogue(image))
