@@ -32,7 +32,8 @@ class FoldedReduce(nn.Module):
         self.weights = nn.ParameterList(nn.Parameter(part.clone(), requires_grad=False) for part in columns)
 
     def forward(self, taps: Sequence[torch.Tensor]) -> torch.Tensor:
-        halves = [half for tap in taps for half in tap.chunk(2)]  # [B,C,h,w] each
+        batch = taps[0].shape[0] // 2
+        halves = [half for tap in taps for half in (tap[:batch], tap[batch:])]  # [B,C,h,w] each
         terms = [F.conv2d(half, weight) for half, weight in zip(halves, self.weights, strict=True)]
         total = terms[0]
         for term in terms[1:]:
