@@ -12,10 +12,11 @@ struct StepCoefficients {
     float guidance, cx, co, a, b0, n, next_scale;
     int head;             // slot of the history that receives m, or -1
     int terms;            // past values in use
-    int unused;           // keeps the arrays at 8 bytes
+    int unused;
     float weight[kMaxTerms];
     int slot[kMaxTerms];
 };
+static_assert(sizeof(StepCoefficients) == 104, "cuda.py mirrors this layout");
 
 // o = u + g (c - u), Ho & Salimans 2022, Eq. 6
 GD_INLINE float guided(float uncond, float cond, float scale) { return uncond + scale * (cond - uncond); }

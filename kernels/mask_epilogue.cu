@@ -15,6 +15,7 @@ struct Stats {
     int left, top, right, bottom;
     int unused;
 };
+static_assert(sizeof(Stats) == 32, "cuda.py allocates this much per object");
 
 __device__ __forceinline__ unsigned long long to_fixed(float probability) {
     return static_cast<unsigned long long>(probability * 4294967296.0f);

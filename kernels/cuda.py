@@ -1,0 +1,174 @@
+"""Launchers of the CUDA kernels on device pointers: no copies, no allocation, no synchronisation.
+
+A pointer is an integer device address; its array is C-contiguous with the shape of the host wrapper's argument.
+Every launch goes to the caller's stream and may be captured into a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from grounded_diffusion.errors import BackendError
+from grounded_diffusion.kernels.cfg_step import history_terms
+from grounded_diffusion.kernels.mask_epilogue import MAX_OBJECTS, MAX_SIDE, logit
+from grounded_diffusion.kernels.nvrtc import DEFAULT_CACHE, STEMS, cubin
+
+MAX_TERMS = 8  # kMaxTerms of cfg_step.cuh
+# struct StepCoefficients of cfg_step.cuh
+COEFFICIENTS = np.dtype(
+    [(name, np.float32) for name in ("guidance", "cx", "co", "a", "b0", "n", "next_scale")]
+    + [(name, np.int32) for name in ("head", "terms", "unused")]
+    + [("weight", np.float32, MAX_TERMS), ("slot", np.int32, MAX_TERMS)]
+)
+STATS_BYTES = 32  # struct Stats of mask_epilogue.cu, one per object
+_THREADS = 256
+_MAX_BLOCKS = 1 << 16  # the grid-stride loops take what is left
+_SCAN_ROWS = 8  # kRows of mask_epilogue.cu
+
+
+def pack_step(
+    *,
+    guidance_scale: float | None,
+    cx: float,
+    co: float,
+    a: float,
+    b: Sequence[float],
+    head: int = 0,
+    slots: int = 0,
+    n: float = 0.0,
+    next_scale: float = 1.0,
+) -> np.ndarray:
+    """One row of a schedule as the kernel reads it, [1] of COEFFICIENTS: concatenate the rows and upload them once.
+
+    Arguments are those of `kernels.cfg_step`; `slots` is the length of the history (0: none).
+    """
+    weights, past = history_terms(b, head, slots)
+    if len(weights) > MAX_TERMS:
+        raise ValueError(f"b reaches too many steps back; at most {MAX_TERMS} past terms are supported")
+    row = np.zeros(1, COEFFICIENTS)
+    values = (1.0 if guidance_scale is None else guidance_scale, cx, co, a, b[0], n, next_scale)
+    for name, value in zip(COEFFICIENTS.names, values, strict=False):
+        row[name] = value
+    row["head"] = head if slots else -1
+    row["terms"] = len(weights)
+    row["weight"][0, : len(weights)] = weights
+    row["slot"][0, : len(past)] = past
+    return row
+
+
+class CudaKernels:
+    """The kernels, loaded for one device."""
+
+    def __init__(self, device_id: int = 0, cache: Path = DEFAULT_CACHE) -> None:
+        """Load (compiling at first use) for the device's architecture and make the device current.
+
+        Raises:
+            BackendError: no CUDA device, or the kernels cannot be compiled for it.
+        """
+        try:
+            from cuda.core import Device, ObjectCode
+
+            self.device = Device(device_id)
+            self.device.set_current()
+        except Exception as error:  # ImportError, or cuda-core's own class for a missing driver or device
+            raise BackendError(
+                f"no CUDA device {device_id} ({error}); check nvidia-smi, pip install 'grounded-diffusion[cuda]'"
+            ) from error
+        arch = f"sm_{self.device.arch}"
+        code = {stem: ObjectCode.from_cubin(cubin(stem, arch, cache), name=stem) for stem in STEMS}
+        names = {
+            "cfg_step": ("cfg_step_f32", "cfg_step_f16"),
+            "image_epilogue": ("image_epilogue_f32", "image_epilogue_f16"),
+            "mask_epilogue": ("mask_begin", "mask_scan_f32", "mask_scan_f16", "mask_finish"),
+        }
+        self._kernels = {name: code[stem].get_kernel(name) for stem, all_ in names.items() for name in all_}
+
+    def _launch(self, stream: Any, name: str, grid: int | tuple[int, ...], block: int | tuple[int, ...], *args: Any):
+        from cuda.core import LaunchConfig, launch
+
+        launch(stream, LaunchConfig(grid=grid, block=block), self._kernels[name], *args)
+
+    def cfg_step(
+        self,
+        stream: Any,
+        coefficients: int,
+        model_output: int,
+        latents: int,
+        history: int,
+        noise: int,
+        out_latents: int,
+        out_input: int,
+        *,
+        count: int,
+        guided: bool,
+        doubled: bool,
+        half: bool,
+    ) -> None:
+        """One sampler step. Pointers as in `kernels.cfg_step`; `history` and `noise` may be 0 where the row has none.
+
+        Args:
+            stream: cuda.core.Stream.
+            coefficients: device address of one row made by `pack_step`.
+            count: elements of the latents, B * 4 * h * w.
+            guided: model_output holds 2B rows; `doubled`: out_input receives 2B rows.
+            half: model_output and out_input are float16. Latents, history and noise are always float32.
+        """
+        blocks = min(-(-count // (4 * _THREADS)), _MAX_BLOCKS)
+        pointers = (coefficients, model_output, latents, history, noise, out_latents, out_input)
+        flags = (np.int64(count), np.int32(guided), np.int32(doubled))
+        self._launch(stream, "cfg_step_f16" if half else "cfg_step_f32", blocks, _THREADS, *pointers, *flags)
+
+    def image_epilogue(
+        self, stream: Any, image: int, out: int, *, batch: int, size: tuple[int, int], half: bool
+    ) -> None:
+        """float32 or float16 [B, 3, H, W] in [-1, 1] to uint8 [B, H, W, 3]."""
+        pixels = size[0] * size[1]
+        blocks = min(-(-batch * pixels // _THREADS), _MAX_BLOCKS)
+        name = "image_epilogue_f16" if half else "image_epilogue_f32"
+        self._launch(stream, name, blocks, _THREADS, image, out, np.int32(batch), np.int64(pixels))
+
+    def mask_epilogue(
+        self,
+        stream: Any,
+        logits: int,
+        valid: int,
+        labels: int,
+        area: int,
+        box: int,
+        score: int,
+        stats: int,
+        *,
+        masks: int = 0,
+        bits: int = 0,
+        shape: tuple[int, int, int, int],
+        size: tuple[int, int],
+        threshold: float = 0.5,
+        half: bool,
+    ) -> None:
+        """Masks of a batch; outputs have the shapes and types of MaskResult.
+
+        Args:
+            masks: bool [B, O, H, W], or 0 to leave it out.
+            bits: uint32 [B, O, H, ceil(W / 32)] as `reference.pack_bits`, an eighth of the bytes, or 0 to leave it out.
+            stats: scratch of B * O * STATS_BYTES bytes.
+            shape: (B, O, h, w) of the logits; at most 255 objects.
+            size: (H, W); at most 16384 a side.
+            half: the logits are float16.
+        """
+        batch, objects, low_h, low_w = shape
+        height, width = size
+        if objects > MAX_OBJECTS or max(size) > MAX_SIDE:
+            raise ValueError(f"at most {MAX_OBJECTS} objects and {MAX_SIDE} pixels a side, not {objects} and {size}")
+        count = np.int32(batch * objects)
+        few = max(1, -(-batch * objects // _THREADS))
+        self._launch(stream, "mask_begin", few, _THREADS, stats, count)
+        grid = (-(-width // 32), -(-height // _SCAN_ROWS), batch)
+        sizes = [np.int32(v) for v in (objects, low_h, low_w, height, width)]
+        name = "mask_scan_f16" if half else "mask_scan_f32"
+        pointers = (logits, valid, labels, masks, bits, stats)
+        self._launch(stream, name, grid, (32, _SCAN_ROWS), *pointers, *sizes, np.float32(logit(threshold)))
+        self._launch(stream, "mask_finish", few, _THREADS, stats, area, box, score, count)
