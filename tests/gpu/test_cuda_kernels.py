@@ -1,0 +1,107 @@
+"""CUDA kernels equal the host kernels and the float64 reference. Needs an NVIDIA GPU; tests/gpu/run.py checks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from cuda.core import Device
+
+from grounded_diffusion.kernels import cfg_step, image_epilogue, mask_epilogue, reference
+from grounded_diffusion.kernels.cuda import STATS_BYTES, CudaKernels, pack_step
+from grounded_diffusion.kernels.device import DeviceArray
+from grounded_diffusion.kernels.mask_epilogue import logit
+
+FP32, FP16 = 1e-6, 2e-3
+SIZES = [(1, 1), (7, 13), (64, 64), (33, 65)]
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    device = Device(0)
+    device.set_current()
+    stream = device.create_stream()
+    return CudaKernels(), stream, lambda array: DeviceArray(array, device, stream)
+
+
+def relative(value: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(np.float64(value) - expected) / np.linalg.norm(expected))
+
+
+def random(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("guidance", [None, 7.5])
+@pytest.mark.parametrize("half", [False, True])
+def test_cfg_step(gpu, size, guidance, half):
+    kernels, stream, put = gpu
+    kind, tolerance = (np.float16, FP16) if half else (np.float32, FP32)
+    shape = (3, 4, *size)
+    output = random(1, 3 if guidance is None else 6, *shape[1:]).astype(kind)
+    latents, history, noise = random(2, *shape), random(3, 3, *shape), random(4, *shape)
+    step = dict(
+        guidance_scale=guidance, cx=0.4, co=0.9, a=1.013, b=[0.9, -0.3, 0.2, 0.1], head=1, n=0.3, next_scale=0.7
+    )
+    expected = reference.cfg_step(output, latents, history, **step, noise=noise)
+    row = put(pack_step(**step, slots=3).view(np.uint8))
+    given = [put(v) for v in (output, latents, history, noise)]
+    outputs = [put(np.full(shape, np.nan, np.float32)), put(np.full(output.shape, np.nan, kind))]
+    kernels.cfg_step(
+        stream, row.pointer, *(v.pointer for v in given + outputs), count=latents.size, guided=guidance is not None,
+        doubled=guidance is not None, half=half,
+    )  # fmt: skip
+    for value, wanted in zip((*outputs, given[2]), expected, strict=True):
+        assert relative(value.numpy(), wanted) <= tolerance
+    if not half:
+        host = cfg_step(output, latents, history, **step, noise=noise)
+        for value, wanted in zip(outputs, host, strict=True):
+            assert relative(value.numpy(), wanted) <= tolerance
+
+
+@pytest.mark.parametrize("size", [*SIZES, (512, 512)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_image_epilogue(gpu, size, dtype):
+    kernels, stream, put = gpu
+    image = (0.8 * random(0, 2, 3, *size)).astype(dtype)
+    image[0, 0, 0, 0] = np.nan
+    source, out = put(image), put(np.full((2, *size, 3), 77, np.uint8))
+    kernels.image_epilogue(stream, source.pointer, out.pointer, batch=2, size=size, half=dtype == np.float16)
+    # Fused multiply-add may move a value across a half: one level, rarely.
+    difference = np.abs(out.numpy().astype(np.int16) - image_epilogue(image))
+    assert difference.max() <= 1 and (difference > 0).mean() < 1e-3
+    np.testing.assert_array_equal(image_epilogue(image), reference.image_epilogue(image))
+
+
+@pytest.mark.parametrize(
+    ("low", "size"), [((1, 1), (1, 1)), ((5, 3), (7, 13)), ((8, 9), (67, 129)), ((64, 64), (512, 512))]
+)
+@pytest.mark.parametrize("threshold", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("half", [False, True])
+def test_mask_epilogue(gpu, low, size, threshold, half):
+    kernels, stream, put = gpu
+    logits = (4.0 * random(0, 2, 5, *low)).astype(np.float16 if half else np.float32)
+    exact = logits.astype(np.float32)
+    valid = np.ones((2, 5), np.bool_)
+    valid[1, 2] = False
+    host = mask_epilogue(exact, valid, size, threshold)
+    full = reference.upsample(exact, size)
+    words = -(-size[1] // 32)
+    poison = [np.full_like(getattr(host, f).view(np.uint8), 0x5A) for f in ("labels", "masks", "area", "box", "score")]
+    labels, masks, area, box, score = (put(p) for p in poison)
+    bits = put(np.full((2, 5, size[0], words), 0xA5A5A5A5, np.uint32))
+    stats = put(np.full(10 * STATS_BYTES, 0xFF, np.uint8))
+    source, flags = put(logits), put(valid)
+    pointers = (v.pointer for v in (source, flags, labels, area, box, score, stats))
+    kernels.mask_epilogue(stream, *pointers, masks=masks.pointer, bits=bits.pointer, shape=logits.shape, size=size,
+                          threshold=threshold, half=half)  # fmt: skip
+    got = masks.numpy().view(np.bool_)
+    sure = np.abs(full - logit(threshold)) > 1e-5
+    np.testing.assert_array_equal(got[sure], host.masks[sure])
+    np.testing.assert_array_equal(bits.numpy(), reference.pack_bits(got))
+    np.testing.assert_array_equal(area.numpy().view(np.int64), got.sum((2, 3)))
+    clear = sure.all(axis=1) & (np.diff(np.sort(full, axis=1), axis=1).min(axis=1) > 1e-5)
+    np.testing.assert_array_equal(labels.numpy()[clear], host.labels[clear])
+    if (got == host.masks).all():
+        np.testing.assert_array_equal(box.numpy().view(np.int32), host.box)
+        assert relative(score.numpy().view(np.float32), np.float64(host.score)) <= FP32
