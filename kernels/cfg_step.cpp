@@ -22,10 +22,10 @@ using Array = nb::ndarray<float, nb::c_contig, nb::device::cpu>;
 using ConstArray = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
 
 struct StepArrays {
-    const float *output, *latents, *noise;  // noise may be null
+    const float *output, *latents, *noise;     // noise may be null
     float *history, *out_latents, *out_input;  // history may be null
-    std::size_t count;                      // elements of the latents
-    bool guided, doubled;                   // 2B rows of model output, 2B rows of next input
+    std::size_t count;                         // elements of the latents
+    bool guided, doubled;                      // 2B rows of model output, 2B rows of next input
 };
 
 // Works through blocks small enough for the first-level cache: every inner loop vectorises, whatever the number

@@ -28,9 +28,8 @@ __device__ __forceinline__ void step_element(const StepCoefficients& step, const
 
 template <typename T>
 __device__ __forceinline__ void step_range(const StepCoefficients* __restrict__ coefficients, const T* output,
-                                           const float* latents, float* history, const float* noise,
-                                           float* out_latents, T* out_input, long long count, int guide,
-                                           int doubled) {
+                                           const float* latents, float* history, const float* noise, float* out_latents,
+                                           T* out_input, long long count, int guide, int doubled) {
     const StepCoefficients& step = *coefficients;  // indexed in place: a copy would go to local memory
     const long long thread = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
     const long long stride = static_cast<long long>(gridDim.x) * blockDim.x;
@@ -50,15 +49,13 @@ __device__ __forceinline__ void step_range(const StepCoefficients* __restrict__ 
 }  // namespace gd
 
 extern "C" __global__ void cfg_step_f32(const gd::StepCoefficients* coefficients, const float* output,
-                                        const float* latents, float* history, const float* noise,
-                                        float* out_latents, float* out_input, long long count, int guide,
-                                        int doubled) {
+                                        const float* latents, float* history, const float* noise, float* out_latents,
+                                        float* out_input, long long count, int guide, int doubled) {
     gd::step_range(coefficients, output, latents, history, noise, out_latents, out_input, count, guide, doubled);
 }
 
 extern "C" __global__ void cfg_step_f16(const gd::StepCoefficients* coefficients, const gd::Half* output,
-                                        const float* latents, float* history, const float* noise,
-                                        float* out_latents, gd::Half* out_input, long long count, int guide,
-                                        int doubled) {
+                                        const float* latents, float* history, const float* noise, float* out_latents,
+                                        gd::Half* out_input, long long count, int guide, int doubled) {
     gd::step_range(coefficients, output, latents, history, noise, out_latents, out_input, count, guide, doubled);
 }

@@ -10,8 +10,8 @@ constexpr int kMaxTerms = 8;  // PNDM, the longest solver supported, reaches 3 s
 // another row of the schedule; cuda.py mirrors the layout.
 struct StepCoefficients {
     float guidance, cx, co, a, b0, n, next_scale;
-    int head;             // slot of the history that receives m, or -1
-    int terms;            // past values in use
+    int head;   // slot of the history that receives m, or -1
+    int terms;  // past values in use
     int unused;
     float weight[kMaxTerms];
     int slot[kMaxTerms];
@@ -19,8 +19,12 @@ struct StepCoefficients {
 static_assert(sizeof(StepCoefficients) == 104, "cuda.py mirrors this layout");
 
 // o = u + g (c - u), Ho & Salimans 2022, Eq. 6
-GD_INLINE float guided(float uncond, float cond, float scale) { return uncond + scale * (cond - uncond); }
+GD_INLINE float guided(float uncond, float cond, float scale) {
+    return uncond + scale * (cond - uncond);
+}
 
-GD_INLINE float combine(float cx, float x, float co, float o) { return cx * x + co * o; }
+GD_INLINE float combine(float cx, float x, float co, float o) {
+    return cx * x + co * o;
+}
 
 }  // namespace gd

@@ -19,8 +19,12 @@ __device__ __forceinline__ void store(Half& h, float x) {
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h.bits) : "f"(x));
 }
 
-__device__ __forceinline__ float load(const float& x) { return x; }
-__device__ __forceinline__ void store(float& to, float x) { to = x; }
+__device__ __forceinline__ float load(const float& x) {
+    return x;
+}
+__device__ __forceinline__ void store(float& to, float x) {
+    to = x;
+}
 #endif
 
 }  // namespace gd

@@ -17,7 +17,9 @@ using Bytes = nb::ndarray<std::uint8_t, nb::ndim<4>, nb::c_contig, nb::device::c
 template <typename T>
 using Image = nb::ndarray<const T, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
 
-inline float to_float(float x) { return x; }
+inline float to_float(float x) {
+    return x;
+}
 
 // IEEE half by its bits: shift the fields into place and rescale the exponent, which also renormalises subnormals.
 inline float to_float(std::uint16_t half) {

@@ -23,7 +23,6 @@ extern "C" __global__ void image_epilogue_f32(const float* image, unsigned char*
     gd::convert_pixels(image, out, batch, pixels);
 }
 
-extern "C" __global__ void image_epilogue_f16(const gd::Half* image, unsigned char* out, int batch,
-                                              long long pixels) {
+extern "C" __global__ void image_epilogue_f16(const gd::Half* image, unsigned char* out, int batch, long long pixels) {
     gd::convert_pixels(image, out, batch, pixels);
 }

@@ -6,7 +6,7 @@
 
 namespace gd {
 
-constexpr int kRows = 8;         // rows of a block, one warp each
+constexpr int kRows = 8;  // rows of a block, one warp each
 constexpr int kNone = 0x7fffffff;
 
 struct Stats {
