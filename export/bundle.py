@@ -1,0 +1,162 @@
+"""A checkpoint in, a bundle out: trace, share weights, describe, verify, and only then let it appear."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import onnx_ir
+
+from grounded_diffusion import __version__
+from grounded_diffusion.bundle import (
+    GRAPHS,
+    MANIFEST,
+    TEXT_ENCODER,
+    TOKENIZER,
+    UNET,
+    UNET_GROUNDED,
+    VAE_DECODER,
+    Manifest,
+    sha256,
+    write_manifest,
+)
+from grounded_diffusion.errors import UsageError
+from grounded_diffusion.export.graphs import latent_multiple, trace, without_grounding
+from grounded_diffusion.export.weights import WeightStore
+from grounded_diffusion.training.checkpoint import Checkpoint
+
+MAKERS = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir")
+Report = Callable[[str], None]
+
+
+def describe(checkpoint: Checkpoint, precision: str) -> Manifest:
+    """The manifest of a checkpoint, its files not yet listed."""
+    unet, head, tokenizer = checkpoint.unet.config, checkpoint.head.config, checkpoint.tokenizer
+    scale = checkpoint.vae_scale_factor
+    size = unet.sample_size if isinstance(unet.sample_size, (list, tuple)) else [unet.sample_size] * 2
+    return Manifest(
+        family="stable-diffusion",
+        image_size=(size[0] * scale, size[1] * scale),
+        vae_scale_factor=scale,
+        latent_channels=unet.in_channels,
+        size_multiple=scale * latent_multiple(checkpoint),
+        context_length=checkpoint.text_encoder.config.max_position_embeddings,
+        context_dim=checkpoint.text_encoder.config.hidden_size,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        scheduler={"_class_name": type(checkpoint.scheduler).__name__, **scheduler_config(checkpoint)},
+        capture_timestep=checkpoint.capture_timestep,
+        query_template=checkpoint.query_template,
+        head=dict(
+            variant=head.variant,
+            statistics=head.statistics,
+            reduced_channels=list(head.reduced_channels),
+            embed_dim=head.embed_dim,
+            layers=head.layers,
+            patch=head.patch,
+        ),
+        precision=precision,
+        names=checkpoint.names,
+        versions={"grounded-diffusion": __version__} | {name: version(name) for name in MAKERS},
+    )
+
+
+def scheduler_config(checkpoint: Checkpoint) -> dict:
+    """The scheduler's own configuration, as its JSON file has it."""
+    return {key: value for key, value in checkpoint.scheduler.config.items() if key != "_use_default_values"}
+
+
+def check_output(out: Path, overwrite: bool) -> None:
+    """Raise UsageError unless a bundle can be written at `out`. Only an earlier bundle is ever replaced."""
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file; give --out a directory that does not exist yet")
+    if out.is_dir() and any(out.iterdir()):
+        if not overwrite:
+            raise UsageError(f"{out} is not empty; give another --out, or --overwrite to replace the bundle there")
+        if not (out / MANIFEST).is_file():
+            raise UsageError(f"{out} is not empty and holds no bundle, so it is not replaced; give another --out")
+    parent = next(p for p in out.absolute().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UsageError(f"cannot write to {parent}; give --out a place you may write to")
+
+
+@contextlib.contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """A temporary directory beside `out` that becomes `out` when all goes well and vanishes when not."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    except OSError as error:
+        raise UsageError(f"cannot write to {out.parent}: {error.strerror}") from None
+    try:
+        yield work
+        work.chmod(0o755)
+        old = None
+        if out.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent))
+            out.rename(old / "bundle")
+        work.rename(out)
+        if old:
+            shutil.rmtree(old)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def write_bundle(checkpoint: Checkpoint, folder: Path, precision: str, report: Report) -> None:
+    """Write all files of a bundle into `folder`, the manifest last."""
+    store = WeightStore(folder)
+    for graph in (TEXT_ENCODER, VAE_DECODER, UNET_GROUNDED):
+        report(f"tracing {graph}")
+        model = trace(checkpoint, graph)
+        store.move(model)
+        onnx_ir.save(model, folder / graph)
+        if graph == UNET_GROUNDED:
+            onnx_ir.save(without_grounding(model), folder / UNET)
+        del model
+    checkpoint.tokenizer.backend_tokenizer.save(str(folder / TOKENIZER))
+    manifest = describe(checkpoint, precision)
+    files = (*GRAPHS, TOKENIZER, *store.files)
+    write_manifest(folder, _with_files(manifest, {name: sha256(folder / name) for name in files}))
+
+
+def _with_files(manifest: Manifest, files: dict[str, str]) -> Manifest:
+    from dataclasses import replace
+
+    return replace(manifest, files=files)
+
+
+def export_bundle(
+    checkpoint: Checkpoint,
+    out: str | Path,
+    *,
+    precision: str = "fp32",
+    verify: Callable[[Checkpoint, Path], None] | None = None,
+    overwrite: bool = False,
+    report: Report = lambda line: None,
+) -> None:
+    """Export a checkpoint as a bundle directory.
+
+    Args:
+        checkpoint: what to export.
+        out: the bundle's directory; must be absent or empty, or hold a bundle where `overwrite` is true.
+        precision: "fp32".
+        verify: called with the checkpoint and the finished directory before it appears at `out`; what it raises
+            leaves no bundle.
+        report: told, in one line each, what is going on.
+
+    Raises:
+        UsageError: `out` cannot be used.
+        ParityError: from `verify`.
+    """
+    out = Path(out)
+    check_output(out, overwrite)
+    with staged(out) as work:
+        write_bundle(checkpoint, work, precision, report)
+        if verify:
+            verify(checkpoint, work)

@@ -1,0 +1,219 @@
+"""The torch modules behind each of a bundle's graphs, and how they become ONNX.
+
+Only the grounded UNet is traced. The plain one is the same graph without what leads to the mask logits, so the two
+share their weights by construction.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir
+import onnxscript.optimizer
+import torch
+from onnx_ir.passes import common as passes
+from torch import nn
+from torch.export import Dim
+
+from grounded_diffusion.bundle import GRAPH_IO, TEXT_ENCODER, UNET, UNET_GROUNDED, VAE_DECODER
+from grounded_diffusion.training.checkpoint import Checkpoint
+from grounded_diffusion.training.folded import fold
+from grounded_diffusion.training.taps import Taps
+
+OPSET = 20
+EXAMPLE_BATCH, EXAMPLE_OBJECTS = 2, 3  # not 1, which the tracer would take for a constant
+MAX_TRACED_BATCH = 31  # diffusers copies a tensor first from 64 rows on; the tracer has to know it is on one side
+
+
+class TextEncoder(nn.Module):
+    """input_ids [B,77] int64 -> context [B,77,D]: the last hidden state after the final layer norm."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        super().__init__()
+        self.text_encoder = checkpoint.text_encoder
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.text_encoder(input_ids=input_ids).last_hidden_state
+
+
+class GroundedUNet(nn.Module):
+    """UNet and folded grounding head in one: see GRAPH_IO for the inputs and outputs."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        super().__init__()
+        self.unet, self.head = checkpoint.unet, fold(checkpoint.head)
+
+    def forward(self, latents, timestep, context, queries, query_valid):
+        with Taps(self.unet) as taps:
+            model_output = self.unet(latents, timestep, context, return_dict=False)[0]
+            return model_output, self.head(taps.raw(), queries, query_valid)
+
+
+class PlainUNet(nn.Module):
+    """The UNet alone."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        super().__init__()
+        self.unet = checkpoint.unet
+
+    def forward(self, latents, timestep, context):
+        return self.unet(latents, timestep, context, return_dict=False)[0]
+
+
+class Decoder(nn.Module):
+    """Latents [B,4,h,w] as the loop leaves them -> image [B,3,H,W] in [-1,1]; undoes the latent's scaling."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        super().__init__()
+        self.vae = checkpoint.vae
+        self.scale, self.shift = self.vae.config.scaling_factor, self.vae.config.get("shift_factor") or 0.0
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        return self.vae.decode(latents / self.scale + self.shift, return_dict=False)[0]
+
+
+MODULES = {TEXT_ENCODER: TextEncoder, UNET: PlainUNet, UNET_GROUNDED: GroundedUNet, VAE_DECODER: Decoder}
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Shapes of one run of the graphs: B images, O objects, latents of h x w."""
+
+    batch: int
+    objects: int
+    height: int
+    width: int
+
+
+def latent_multiple(checkpoint: Checkpoint) -> int:
+    """h and w must be multiples of this: of the UNet's down-sampling and of the head's patch."""
+    head = checkpoint.head.config
+    patch = head.patch if head.variant == "released" else 1
+    return math.lcm(2 ** (len(checkpoint.unet.config.block_out_channels) - 1), patch)
+
+
+def example_inputs(checkpoint: Checkpoint, graph: str, sizes: Sizes, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random inputs of one graph, by name; the last object of the last image is padding."""
+    g = torch.Generator().manual_seed(seed)
+    b, text = sizes.batch, checkpoint.text_encoder.config
+    length, channels = text.max_position_embeddings, checkpoint.unet.config.in_channels
+    if graph == TEXT_ENCODER:
+        ids = torch.randint(0, text.vocab_size, (b, length), generator=g)
+        words = torch.randint(3, length, (b, 1), generator=g)
+        end = checkpoint.tokenizer.eos_token_id
+        return {"input_ids": torch.where(torch.arange(length) < words, ids, end)}
+    latents = lambda n: torch.randn(n, channels, sizes.height, sizes.width, generator=g)
+    if graph == VAE_DECODER:
+        return {"latents": latents(b)}
+    valid = torch.ones(b, sizes.objects, dtype=torch.bool)
+    valid[-1, -1] = sizes.objects == 1
+    inputs = {
+        "latents": latents(b).repeat(2, 1, 1, 1),
+        "timestep": torch.full((2 * b,), float(checkpoint.capture_timestep)),
+        "context": torch.randn(2 * b, length, text.hidden_size, generator=g),
+        "queries": torch.randn(b, sizes.objects, text.hidden_size, generator=g),
+        "query_valid": valid,
+    }
+    return {name: inputs[name] for name in GRAPH_IO[graph][0]}
+
+
+def _dynamic_shapes(checkpoint: Checkpoint, graph: str) -> dict[str, dict[int, Any]]:
+    """Which axes may change: the batch everywhere, N = 2B on guided inputs, O, and h and w in steps."""
+    batch, multiple = Dim("B", min=1, max=MAX_TRACED_BATCH), latent_multiple(checkpoint)
+    axis = {"B": batch, "N": 2 * batch, "O": Dim("O", min=1, max=512)}
+    axis |= {side: multiple * Dim(side + "_steps", min=1) for side in "hw"}
+    return {
+        name: {i: axis[symbol] for i, symbol in enumerate(shape.split(",")) if symbol in axis}
+        for name, shape in GRAPH_IO[graph][0].items()
+    }
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Keep the exporter's own chatter from the user: it speaks of passes and of versions it converts between."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def trace(checkpoint: Checkpoint, graph: str) -> onnx_ir.Model:
+    """One graph as an ONNX model in memory; its weights are still the torch tensors."""
+    multiple = 2 * latent_multiple(checkpoint)
+    inputs = example_inputs(
+        checkpoint, graph, Sizes(EXAMPLE_BATCH, EXAMPLE_OBJECTS, multiple, multiple + multiple // 2)
+    )
+    names_in, names_out = GRAPH_IO[graph]
+    module = MODULES[graph](checkpoint).eval()
+    with torch.no_grad(), _quiet():
+        program = torch.onnx.export(
+            module,
+            kwargs=inputs,
+            input_names=list(names_in),
+            output_names=list(names_out),
+            dynamic_shapes=_dynamic_shapes(checkpoint, graph),
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+            optimize=False,
+        )
+        return tidy(program.model, graph)
+
+
+def tidy(model: onnx_ir.Model, graph: str) -> onnx_ir.Model:
+    """Fold constants, drop what is unused or said twice, and name the axes as GRAPH_IO does.
+
+    These are the passes the exporter would run, without its search for patterns to fuse, which takes longer than the
+    rest together and which every backend does for itself. What the exporter notes for its developers goes as well:
+    stack traces with paths of this machine are among it.
+    """
+    onnxscript.optimizer.fold_constants(model)
+    for step in (
+        passes.RemoveUnusedNodesPass(),
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.DeduplicateInitializersPass(),
+        passes.CommonSubexpressionEliminationPass(),
+        passes.RemoveUnusedNodesPass(),
+        passes.RemoveUnusedFunctionsPass(),
+        passes.RemoveUnusedOpsetsPass(),
+        passes.ClearMetadataAndDocStringPass(),
+    ):
+        step(model)
+    model.producer_name, model.producer_version = "grounded-diffusion", None
+    name_axes(model, graph)
+    return model
+
+
+def name_axes(model: onnx_ir.Model, graph: str) -> None:
+    """Give the free axes of a graph's inputs and outputs the names of GRAPH_IO; fixed sizes stay numbers."""
+    names_in, names_out = GRAPH_IO[graph]
+    for values, shapes in ((model.graph.inputs, names_in), (model.graph.outputs, names_out)):
+        for value in values:
+            symbols = shapes[value.name].split(",")
+            value.shape = onnx_ir.Shape(
+                [size if isinstance(size, int) else symbol for size, symbol in zip(value.shape, symbols, strict=True)]
+            )
+
+
+def without_grounding(model: onnx_ir.Model) -> onnx_ir.Model:
+    """The plain UNet of a grounded one: a copy with only GRAPH_IO[UNET]'s inputs and outputs. Weights are shared."""
+    plain = model.clone()
+    names_in, names_out = GRAPH_IO[UNET]
+    graph = plain.graph
+    graph.outputs[:] = [value for value in graph.outputs if value.name in names_out]
+    passes.RemoveUnusedNodesPass()(plain)
+    graph.inputs[:] = [value for value in graph.inputs if value.name in names_in]
+    return plain
