@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,7 +12,6 @@ import onnx_ir
 from grounded_diffusion import __version__
 from grounded_diffusion.bundle import (
     GRAPHS,
-    MANIFEST,
     TEXT_ENCODER,
     TOKENIZER,
     UNET,
@@ -25,8 +21,8 @@ from grounded_diffusion.bundle import (
     sha256,
     write_manifest,
 )
-from grounded_diffusion.errors import UsageError
 from grounded_diffusion.export.graphs import latent_multiple, trace, without_grounding
+from grounded_diffusion.export.staging import check_output, staged
 from grounded_diffusion.export.weights import WeightStore
 from grounded_diffusion.training.checkpoint import Checkpoint
 
@@ -72,42 +68,6 @@ def scheduler_config(checkpoint: Checkpoint) -> dict:
     return {key: value for key, value in checkpoint.scheduler.config.items() if key != "_use_default_values"}
 
 
-def check_output(out: Path, overwrite: bool) -> None:
-    """Raise UsageError unless a bundle can be written at `out`. Only an earlier bundle is ever replaced."""
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file; give --out a directory that does not exist yet")
-    if out.is_dir() and any(out.iterdir()):
-        if not overwrite:
-            raise UsageError(f"{out} is not empty; give another --out, or --overwrite to replace the bundle there")
-        if not (out / MANIFEST).is_file():
-            raise UsageError(f"{out} is not empty and holds no bundle, so it is not replaced; give another --out")
-    parent = next(p for p in out.absolute().parents if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise UsageError(f"cannot write to {parent}; give --out a place you may write to")
-
-
-@contextlib.contextmanager
-def staged(out: Path) -> Iterator[Path]:
-    """A temporary directory beside `out` that becomes `out` when all goes well and vanishes when not."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    except OSError as error:
-        raise UsageError(f"cannot write to {out.parent}: {error.strerror}") from None
-    try:
-        yield work
-        work.chmod(0o755)
-        old = None
-        if out.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent))
-            out.rename(old / "bundle")
-        work.rename(out)
-        if old:
-            shutil.rmtree(old)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
 def write_bundle(checkpoint: Checkpoint, folder: Path, precision: str, report: Report) -> None:
     """Write all files of a bundle into `folder`, the manifest last."""
     store = WeightStore(folder)
@@ -122,13 +82,7 @@ def write_bundle(checkpoint: Checkpoint, folder: Path, precision: str, report: R
     checkpoint.tokenizer.backend_tokenizer.save(str(folder / TOKENIZER))
     manifest = describe(checkpoint, precision)
     files = (*GRAPHS, TOKENIZER, *store.files)
-    write_manifest(folder, _with_files(manifest, {name: sha256(folder / name) for name in files}))
-
-
-def _with_files(manifest: Manifest, files: dict[str, str]) -> Manifest:
-    from dataclasses import replace
-
-    return replace(manifest, files=files)
+    write_manifest(folder, replace(manifest, files={name: sha256(folder / name) for name in files}))
 
 
 def export_bundle(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,13 @@ class Checkpoint:
     def vae_scale_factor(self) -> int:
         """Pixels per latent cell, along each side."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+
+def with_statistics(checkpoint: Checkpoint, statistics: str) -> Checkpoint:
+    """The same checkpoint, its head's batch norm by "per_image" or "stored" statistics."""
+    head = GroundingHead(replace(checkpoint.head.config, statistics=statistics))
+    head.load_state_dict(checkpoint.head.state_dict())
+    return replace(checkpoint, head=head.eval().requires_grad_(False))
 
 
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint, dtype: torch.dtype = torch.float16) -> None:

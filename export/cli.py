@@ -1,0 +1,92 @@
+"""gd-export: a checkpoint in, a verified bundle out."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+from grounded_diffusion.errors import GroundedDiffusionError
+
+DESCRIPTION = "Export a grounded checkpoint as a bundle that gd-infer runs without torch, and verify it."
+EPILOG = "example: gd-export --ckpt grounding_module.pth --base runwayml/stable-diffusion-v1-5 --out bundle"
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser("gd-export", description=DESCRIPTION, epilog=EPILOG)
+    parser.add_argument(
+        "--ckpt", required=True, type=Path, help="a checkpoint directory, or the paper's grounding_module.pth"
+    )
+    parser.add_argument(
+        "--base", help="for a .pth: its Stable Diffusion 1.x model, a diffusers-format directory or a hub name"
+    )
+    parser.add_argument("--out", required=True, type=Path, help="the bundle's directory, made by this command")
+    parser.add_argument("--precision", choices=["fp32"], default="fp32", help="type of the weights (default: fp32)")
+    parser.add_argument(
+        "--statistics",
+        choices=["per_image", "stored"],
+        help="batch norm by each image's own statistics, as the released program runs, or by stored averages "
+        "(default: what the checkpoint says)",
+    )
+    parser.add_argument("--no-verify", action="store_true", help="skip the comparison with torch and diffusers")
+    parser.add_argument("--overwrite", action="store_true", help="replace the bundle at --out")
+    return parser.parse_args(argv)
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' progress bars and advice out of this command's output; errors still raise."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def run(args: argparse.Namespace) -> None:
+    """Load, export, verify."""
+    from grounded_diffusion.export.staging import check_output
+
+    check_output(args.out, args.overwrite)  # before the seconds that importing torch takes
+    quiet_libraries()
+    from grounded_diffusion.export.bundle import export_bundle
+    from grounded_diffusion.export.verify import verify_bundle
+    from grounded_diffusion.training.checkpoint import load_checkpoint, with_statistics
+
+    start = time.monotonic()
+
+    def report(line: str) -> None:
+        print(f"[{time.monotonic() - start:6.1f} s] {line}", flush=True)
+
+    report(f"loading {args.ckpt}" + (f" on {args.base}" if args.base else ""))
+    checkpoint = load_checkpoint(args.ckpt, args.base)
+    if args.statistics:
+        checkpoint = with_statistics(checkpoint, args.statistics)
+    verify = None if args.no_verify else (lambda c, folder: verify_bundle(c, folder, report))
+    export_bundle(
+        checkpoint, args.out, precision=args.precision, verify=verify, overwrite=args.overwrite, report=report
+    )
+    size = sum(file.stat().st_size for file in args.out.iterdir())
+    report(f"wrote {args.out} ({size / 1e6:.0f} MB)")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    try:
+        run(parse(argv))
+    except GroundedDiffusionError as error:
+        print(f"gd-export: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("gd-export: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

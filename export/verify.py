@@ -1,0 +1,153 @@
+"""Parity: every graph against its torch module, and the engine's whole loop against diffusers' own pipeline."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import torch
+
+from grounded_diffusion.bundle import GRAPH_IO, GRAPHS
+from grounded_diffusion.engine import GroundedPipeline, Prompt
+from grounded_diffusion.errors import ParityError
+from grounded_diffusion.export.graphs import MODULES, Sizes, example_inputs, latent_multiple
+from grounded_diffusion.export.reference import generate
+from grounded_diffusion.training.checkpoint import Checkpoint
+
+GRAPH_TOLERANCE = 1e-5  # relative L2, FP32
+IMAGE_TOLERANCE = 50.0  # dB of PSNR on 8-bit images
+MASK_TOLERANCE = 0.999  # IoU of every mask
+GUIDANCE_SCALE = 7.5
+LARGE = 2048  # latent cells; models above are checked with one image and few steps, others with two and more
+FALLBACK_NAMES = ["dog", "cat"]
+
+
+@dataclass(frozen=True, slots=True)
+class Parity:
+    """One measured agreement: `value` must be at most (or, where `at_least`, at least) `tolerance`."""
+
+    what: str
+    measure: str
+    value: float
+    tolerance: float
+    at_least: bool = False
+
+    @property
+    def passed(self) -> bool:
+        """False for a NaN too."""
+        return self.value >= self.tolerance if self.at_least else self.value <= self.tolerance
+
+
+def relative_l2(actual: np.ndarray, expected: np.ndarray) -> float:
+    """|actual - expected| / |expected|, in float64."""
+    actual, expected = actual.astype(np.float64), expected.astype(np.float64)
+    return float(np.linalg.norm(actual - expected) / max(np.linalg.norm(expected), 1e-30))
+
+
+def psnr(actual: np.ndarray, expected: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB of 8-bit images; infinite for equal ones."""
+    error = np.square(actual.astype(np.float64) - expected).mean()
+    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
+
+
+def mask_iou(actual: np.ndarray, expected: np.ndarray) -> float:
+    """Intersection over union of two masks; 1 when both are empty."""
+    union = (actual | expected).sum()
+    return float((actual & expected).sum() / union) if union else 1.0
+
+
+def _latent_size(checkpoint: Checkpoint) -> tuple[int, int]:
+    size = checkpoint.unet.config.sample_size
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def check_graphs(checkpoint: Checkpoint, folder: Path) -> list[Parity]:
+    """Every graph's outputs against its module's, at the model's own size and, batched, at a small oblong one."""
+    (height, width), step = _latent_size(checkpoint), latent_multiple(checkpoint)
+    shapes = [Sizes(1, 1, height, width), Sizes(3, 4, 2 * step, 3 * step)]
+    rows = []
+    for graph in GRAPHS:
+        session = onnxruntime.InferenceSession(str(folder / graph), providers=["CPUExecutionProvider"])
+        module, outputs = MODULES[graph](checkpoint).eval(), list(GRAPH_IO[graph][1])
+        worst = dict.fromkeys(outputs, 0.0)
+        for seed, sizes in enumerate(shapes):
+            inputs = example_inputs(checkpoint, graph, sizes, seed)
+            with torch.no_grad():
+                expected = module(**inputs)
+            expected = expected if isinstance(expected, tuple) else (expected,)
+            actual = session.run(outputs, {name: value.numpy() for name, value in inputs.items()})
+            for name, a, e in zip(outputs, actual, expected, strict=True):
+                error = relative_l2(a, e.numpy())
+                worst[name] = max(worst[name], error if math.isfinite(error) else math.inf)
+        rows += [Parity(f"{graph} {name}", "relative L2", error, GRAPH_TOLERANCE) for name, error in worst.items()]
+        del session, module
+        gc.collect()
+    return rows
+
+
+def check_loop(checkpoint: Checkpoint, folder: Path) -> list[Parity]:
+    """Images and masks from the engine against diffusers' pipeline and the plain head, from the same noise."""
+    height, width = _latent_size(checkpoint)
+    large = height * width > LARGE
+    names = [*(name for group in checkpoint.names.values() for name in group), *FALLBACK_NAMES][:2]
+    prompts = [f"a photograph of a {names[0]} and a {names[1]}", f"a photograph of a {names[0]}"][: 1 if large else 2]
+    steps = 3 if large else 10
+    noise = torch.randn(
+        len(prompts), checkpoint.unet.config.in_channels, height, width, generator=torch.Generator().manual_seed(0)
+    )
+    samples = list(
+        GroundedPipeline.open(folder).generate(
+            [Prompt(prompt, tuple(names)) for prompt in prompts],
+            noise=noise.numpy(),
+            steps=steps,
+            guidance_scale=GUIDANCE_SCALE,
+            batch=len(prompts),
+        )
+    )
+    gc.collect()
+    capture = samples[0].capture_timestep
+    expected = generate(checkpoint, prompts, names, noise, steps, GUIDANCE_SCALE, capture)
+    images = [psnr(sample.image, image) for sample, image in zip(samples, expected.images.numpy(), strict=True)]
+    masks = [
+        mask_iou(sample.masks[name], mask)
+        for sample, row in zip(samples, expected.masks.numpy(), strict=True)
+        for name, mask in zip(names, row, strict=True)
+    ]
+    what = f"{steps} steps of DDIM against diffusers"
+    return [
+        Parity(what, "image PSNR, dB", min(images), IMAGE_TOLERANCE, at_least=True),
+        Parity(f"masks read at timestep {capture:g}", "mask IoU", min(masks), MASK_TOLERANCE, at_least=True),
+    ]
+
+
+def table(rows: list[Parity]) -> list[str]:
+    """The measurements as aligned lines."""
+    width = max(len(row.what) for row in rows)
+    lines = [f"{'parity':{width}}  {'measure':<14}  {'measured':>9}  {'tolerance':>10}"]
+    for row in rows:
+        bound = f"{'>=' if row.at_least else '<='} {row.tolerance:g}"
+        verdict = "" if row.passed else "  FAILED"
+        lines.append(f"{row.what:{width}}  {row.measure:<14}  {row.value:9.4g}  {bound:>10}{verdict}")
+    return lines
+
+
+def verify_bundle(checkpoint: Checkpoint, folder: Path, report: Callable[[str], None] = lambda line: None) -> None:
+    """Measure all parities of a finished bundle directory and report them as a table.
+
+    Raises:
+        ParityError: one is out of tolerance.
+    """
+    report("comparing the graphs with torch")
+    rows = check_graphs(checkpoint, folder)
+    report("comparing the whole loop with diffusers")
+    rows += check_loop(checkpoint, folder)
+    for line in table(rows):
+        report(line)
+    if failed := [row for row in rows if not row.passed]:
+        worst = "; ".join(f"{row.what}: {row.measure} {row.value:.4g}, tolerance {row.tolerance:g}" for row in failed)
+        raise ParityError(f"the export disagrees with the checkpoint, so no bundle was written ({worst})")
