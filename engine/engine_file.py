@@ -1,0 +1,146 @@
+"""Built TensorRT engines inside a bundle: what one was made from, where it lies, and whether it may be loaded.
+
+`engines/<backend>/<key>/` holds `engine.plan` and, written last, `engine.json`. The key is a hash of everything that
+decides the plan, so a changed model, version, GPU or shape looks for another directory; the sidecar says in words
+what the plan is, so that a refusal can name the difference.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from grounded_diffusion.bundle import Bundle, sha256
+from grounded_diffusion.errors import BackendError
+
+BACKENDS = ("tensorrt", "tensorrt_rtx")
+PLAN, SIDECAR = "engine.plan", "engine.json"
+SCHEMA = 1
+_KEY_LENGTH = 24
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """Everything that decides an engine.
+
+    Attributes:
+        graph: name of the ONNX file it was built from.
+        backend: "tensorrt" or "tensorrt_rtx".
+        version: of that package.
+        device: what it runs on: "sm_86" for TensorRT-RTX, GPU name and architecture for TensorRT.
+        shapes: of every input, by name; the engine takes no others.
+        precision: of the bundle's weights.
+        flags: builder settings, by name.
+        files: SHA-256 of the ONNX file and of the weights it refers to, by name.
+    """
+
+    graph: str
+    backend: str
+    version: str
+    device: str
+    shapes: dict[str, list[int]]
+    precision: str
+    flags: dict[str, Any]
+    files: dict[str, str]
+
+    def __post_init__(self) -> None:
+        if self.backend not in BACKENDS:
+            raise BackendError(f"there is no backend {self.backend}; choose one of {', '.join(BACKENDS)}")
+
+    @property
+    def key(self) -> str:
+        """Name of the engine's directory."""
+        text = json.dumps({"schema": SCHEMA, **asdict(self)}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:_KEY_LENGTH]
+
+    def directory(self, bundle: Path) -> Path:
+        """Where the engine lies in a bundle."""
+        return bundle / "engines" / self.backend / self.key
+
+    def __str__(self) -> str:
+        return f"{self.graph} for {self.backend} {self.version} on {self.device}, {shapes_text(self.shapes)}"
+
+
+def shapes_text(shapes: dict[str, list[int]]) -> str:
+    """Shapes as a person reads them: latents 2x4x8x8, timestep 2."""
+    return ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in shapes.items())
+
+
+def bundle_files(bundle: Bundle, graph: str) -> dict[str, str]:
+    """SHA-256 of a graph and of the bundle's shared weights, as its manifest has them."""
+    listed = bundle.manifest.files
+    return {name: digest for name, digest in listed.items() if name == graph or name.startswith("weights.")}
+
+
+def read_sidecar(directory: Path) -> tuple[EngineSpec, str]:
+    """An engine's description and its plan's SHA-256. Raises BackendError when the sidecar is missing or damaged."""
+    file = directory / SIDECAR
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        if raw["schema"] != SCHEMA:
+            raise BackendError(f"{file} has schema {raw['schema']}, this version reads {SCHEMA}; {_rebuild()}")
+        return EngineSpec(**{f.name: raw["spec"][f.name] for f in fields(EngineSpec)}), str(raw["plan_sha256"])
+    except FileNotFoundError:
+        raise BackendError(f"{directory} has no {SIDECAR}, so its build did not finish; {_rebuild()}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BackendError(f"{file} is damaged ({error}); {_rebuild()}") from None
+
+
+def load_plan(bundle: Path, wanted: EngineSpec) -> bytes:
+    """The serialized engine that fits `wanted` exactly.
+
+    Raises:
+        BackendError: no such engine (naming how the nearest one differs), another's engine under this key, or a plan
+            whose bytes have changed.
+    """
+    directory = wanted.directory(bundle)
+    if not directory.is_dir():
+        raise BackendError(_absent(bundle, wanted))
+    found, digest = read_sidecar(directory)
+    if found != wanted:
+        raise BackendError(f"{directory} holds another engine: {', '.join(differences(found, wanted))}; {_rebuild()}")
+    plan = directory / PLAN
+    if not plan.is_file():
+        raise BackendError(f"{plan} is missing; {_rebuild()}")
+    if sha256(plan) != digest:
+        raise BackendError(f"{plan} has changed since it was built (SHA-256 differs); {_rebuild()}")
+    return plan.read_bytes()
+
+
+def differences(found: EngineSpec, wanted: EngineSpec) -> list[str]:
+    """In what an engine differs from the one wanted, one phrase each."""
+    phrases = []
+    for field in fields(EngineSpec):
+        have, want = getattr(found, field.name), getattr(wanted, field.name)
+        if have == want:
+            continue
+        if field.name == "files":
+            changed = sorted(name for name in have.keys() | want.keys() if have.get(name) != want.get(name))
+            phrases.append(f"built from another {' and '.join(changed)}")
+        elif field.name == "shapes":
+            phrases.append(f"built for {shapes_text(have)}, not {shapes_text(want)}")
+        else:
+            phrases.append(f"{field.name} is {have}, not {want}")
+    return phrases
+
+
+def _absent(bundle: Path, wanted: EngineSpec) -> str:
+    """The message for an engine that is not there: with the nearest engine of the same graph, if there is one."""
+    nearest: list[str] = []
+    for file in sorted((bundle / "engines" / wanted.backend).glob(f"*/{SIDECAR}")):
+        try:
+            found, _ = read_sidecar(file.parent)
+        except BackendError:
+            continue
+        if found.graph == wanted.graph:
+            phrases = differences(found, wanted)
+            nearest = phrases if not nearest or len(phrases) < len(nearest) else nearest
+    detail = f" (the nearest is stale or foreign: {'; '.join(nearest)})" if nearest else ""
+    return f"{bundle} has no engine of {wanted}{detail}; {_rebuild()}"
+
+
+def _rebuild() -> str:
+    return "build it with gd-export --engine"

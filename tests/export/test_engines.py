@@ -1,0 +1,172 @@
+"""TensorRT-RTX engines of a real bundle, built without a GPU, and everything that must not be loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+
+from grounded_diffusion.bundle import GRAPHS, TEXT_ENCODER, UNET, UNET_GROUNDED, open_bundle
+from grounded_diffusion.engine.engine_file import PLAN, SIDECAR, load_plan, read_sidecar
+from grounded_diffusion.errors import BackendError, UsageError
+from grounded_diffusion.export import engines
+from grounded_diffusion.export.engines import Bucket, build_engines, engine_spec, profile_shapes
+
+RTX = "tensorrt_rtx"
+
+
+@pytest.fixture(scope="module")
+def built(tiny_bundle, tmp_path_factory):
+    """A bundle with all its engines, the engines' specs, and the phases of the builder that were reported."""
+    path = tmp_path_factory.mktemp("engines") / "bundle"
+    shutil.copytree(tiny_bundle, path)
+    seen: dict[str, list[tuple[int, int]]] = {}
+    specs = build_engines(
+        open_bundle(path), RTX, sms=[86], buckets=[Bucket(2, objects=3)],
+        progress=lambda phase, done, steps: seen.setdefault(phase, []).append((done, steps)),
+    )  # fmt: skip
+    return path, specs, seen
+
+
+@pytest.fixture
+def text_engine(built, tmp_path):
+    """A copy of the bundle with one engine, to damage: (path, spec, directory of the engine)."""
+    path, specs, _ = built
+    shutil.copytree(path, tmp_path / "bundle", ignore=shutil.ignore_patterns("engines"))
+    spec = next(s for s in specs if s.graph == TEXT_ENCODER)
+    shutil.copytree(spec.directory(path), spec.directory(tmp_path / "bundle"))
+    return tmp_path / "bundle", spec, spec.directory(tmp_path / "bundle")
+
+
+def test_every_graph_builds_and_loads(built):
+    path, specs, seen = built
+    assert [s.graph for s in specs] == list(GRAPHS)
+    assert len({s.key for s in specs}) == len(GRAPHS)
+    for spec in specs:
+        assert len(load_plan(path, spec)) > 10_000
+        assert read_sidecar(spec.directory(path))[0] == spec
+        assert sorted(f.name for f in spec.directory(path).iterdir()) == [SIDECAR, PLAN]
+    assert len(list((path / "engines" / RTX).iterdir())) == len(GRAPHS), "nothing half-built is left"
+    assert seen and all(steps[-1][0] == steps[-1][1] for steps in seen.values())
+
+
+def test_engines_hold_the_inputs_of_the_bucket(built):
+    path, specs, _ = built
+    grounded = next(s for s in specs if s.graph == UNET_GROUNDED)
+    assert grounded.shapes["latents"] == [4, 4, 16, 16] and grounded.shapes["query_valid"] == [2, 3]
+    assert open_bundle(path).manifest.precision == grounded.precision
+
+
+def test_what_is_there_is_not_built_again(built, monkeypatch):
+    path, specs, _ = built
+    monkeypatch.setattr(engines, "build_plan", lambda *_: pytest.fail("built again"))
+    assert build_engines(open_bundle(path), RTX, sms=[86], buckets=[Bucket(2, objects=3)]) == specs
+
+
+def test_a_changed_byte_is_refused_and_rebuilt(text_engine):
+    path, spec, directory = text_engine
+    plan = bytearray((directory / PLAN).read_bytes())
+    plan[len(plan) // 2] ^= 1
+    (directory / PLAN).write_bytes(plan)
+    with pytest.raises(BackendError, match=r"engine.plan has changed since it was built.*gd-export --engine"):
+        load_plan(path, spec)
+    build_engines(open_bundle(path), RTX, sms=[86], buckets=[Bucket(2, objects=3)], graphs=[TEXT_ENCODER])
+    assert load_plan(path, spec)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"version": "9.9"}, "version is 1.*, not 9.9"),
+        ({"device": "sm_89"}, "device is sm_86, not sm_89"),
+        ({"shapes": {"input_ids": [8, 77]}}, "built for input_ids 2x77, not input_ids 8x77"),
+        ({"precision": "fp16"}, "precision is fp32, not fp16"),
+        ({"flags": {"tf32": True}}, "flags is"),
+        ({"files": {TEXT_ENCODER: "0"}}, "built from another .*text_encoder.onnx"),
+    ],
+)
+def test_stale_and_foreign_engines_are_named(text_engine, change, says):
+    path, spec, directory = text_engine
+    wanted = dataclasses.replace(spec, **change)
+    with pytest.raises(BackendError, match=f"has no engine of .*nearest is stale or foreign: {says}"):
+        load_plan(path, wanted)
+    directory.rename(wanted.directory(path))  # a copy put under the key asked for does not pass either
+    with pytest.raises(BackendError, match=f"holds another engine: {says}"):
+        load_plan(path, wanted)
+
+
+def test_a_changed_model_looks_for_another_engine(text_engine):
+    path, spec, _ = text_engine
+    bundle = open_bundle(path)
+    files = bundle.manifest.files | {TEXT_ENCODER: "1" * 64}
+    changed = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, files=files))
+    wanted = engine_spec(changed, TEXT_ENCODER, RTX, 86, Bucket(2, objects=3))
+    assert wanted.key != spec.key
+    with pytest.raises(BackendError, match=r"built from another text_encoder.onnx"):
+        load_plan(path, wanted)
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda d: (d / SIDECAR).unlink(), "has no engine.json, so its build did not finish"),
+        (lambda d: (d / PLAN).unlink(), "engine.plan is missing"),
+        (lambda d: (d / SIDECAR).write_text("{"), "engine.json is damaged"),
+        (lambda d: (d / SIDECAR).write_text("[]"), "engine.json is damaged"),
+        (lambda d: (d / SIDECAR).write_bytes(b"\xff\xfe"), "engine.json is damaged"),
+        (lambda d: (d / SIDECAR).write_text(json.dumps({"schema": 99})), "has schema 99, this version reads 1"),
+    ],
+)
+def test_damaged_engines_are_refused(text_engine, damage, says):
+    path, spec, directory = text_engine
+    damage(directory)
+    with pytest.raises(BackendError, match=says):
+        load_plan(path, spec)
+
+
+def test_an_interrupted_build_leaves_nothing(text_engine):
+    path, _, _ = text_engine
+
+    def stop(phase: str, done: int, steps: int) -> None:
+        raise KeyboardInterrupt
+
+    before = sorted((path / "engines" / RTX).iterdir())
+    with pytest.raises(KeyboardInterrupt):
+        build_engines(open_bundle(path), RTX, sms=[89], buckets=[Bucket(1)], graphs=[TEXT_ENCODER], progress=stop)
+    assert sorted((path / "engines" / RTX).iterdir()) == before
+
+
+def test_a_graph_that_does_not_parse_is_named(text_engine):
+    path, spec, _ = text_engine
+    model = path / TEXT_ENCODER
+    model.write_bytes(model.read_bytes().replace(b"MatMul", b"MatMux"))
+    with pytest.raises(BackendError, match=r"cannot parse text_encoder.onnx: .*MatMux"):
+        engines.build_plan(open_bundle(path, verify=False), spec)
+
+
+def test_devices_and_backends_that_are_not_there(tiny_bundle):
+    bundle = open_bundle(tiny_bundle)
+    with pytest.raises(BackendError, match=r"builds for --sm .*86, 89, 120.*, not 90"):
+        engine_spec(bundle, UNET, RTX, 90, Bucket(1))
+    with pytest.raises(BackendError, match="there is no backend openvino"):
+        engine_spec(bundle, UNET, "openvino", 86, Bucket(1))
+
+
+def test_a_backend_not_installed_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
+    with pytest.raises(BackendError, match=r"pip install 'grounded-diffusion\[tensorrt\]'"):
+        engines.load_module("tensorrt")
+
+
+def test_sizes_the_model_cannot_take(tiny_bundle):
+    bundle = open_bundle(tiny_bundle)
+    multiple = bundle.manifest.size_multiple
+    shapes = profile_shapes(bundle, UNET, Bucket(3, image_size=(multiple, 2 * multiple)))
+    cells = multiple // bundle.manifest.vae_scale_factor
+    assert shapes["latents"] == [6, bundle.manifest.latent_channels, cells, 2 * cells]
+    with pytest.raises(UsageError, match="is not a multiple of"):
+        profile_shapes(bundle, UNET, Bucket(1, image_size=(multiple + 1, multiple)))
+    with pytest.raises(UsageError, match="must be at least 1"):
+        Bucket(0)
