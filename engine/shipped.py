@@ -49,7 +49,7 @@ def shipped_bundle(report: Callable[[str], None] = lambda line: None) -> Path:
     """The shipped model's bundle, exported now if the cache does not have it.
 
     Args:
-        report: told, in one line, that an export starts.
+        report: told, line by line, that an export starts and how it goes.
 
     Raises:
         UsageError: no shipped model, the export extra is not installed, or the cache cannot be written.
@@ -72,14 +72,14 @@ def cached_export(checkpoint: Path, cache: Path, report: Callable[[str], None]) 
             f"exporting the shipped model needs {', '.join(missing)}: pip install 'grounded-diffusion[export]', "
             "or pass --model BUNDLE with a bundle exported elsewhere"
         )
-    report(f"exporting the shipped model {checkpoint.name}, once, to {bundle} (about a minute)")
+    report(f"exporting the shipped model {checkpoint.name}, once, to {bundle} (a minute or two)")
     try:
         cache.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=".export-", dir=cache))
     except OSError as error:
         raise UsageError(f"cannot write to the cache {cache}: {error.strerror}; set XDG_CACHE_HOME") from None
     try:
-        export(checkpoint, work / "bundle")
+        export(checkpoint, work / "bundle", report)
         open_bundle(work / "bundle")
         if not bundle.exists():  # another process may have been faster
             (work / "bundle").rename(bundle)
@@ -88,10 +88,17 @@ def cached_export(checkpoint: Path, cache: Path, report: Callable[[str], None]) 
     return bundle
 
 
-def export(checkpoint: Path, bundle: Path) -> None:
-    """Run gd-export in a process of its own. Raises BundleError with the last line of what it said."""
+def export(checkpoint: Path, bundle: Path, report: Callable[[str], None]) -> None:
+    """Run gd-export in a process of its own and pass on what it says. Raises BundleError with its last line."""
     command = [sys.executable, "-m", "grounded_diffusion.export", "--ckpt", str(checkpoint), "--out", str(bundle)]
-    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    if result.returncode:
-        said = (result.stdout.strip() or f"exit status {result.returncode}").splitlines()[-1]
+    said = "it said nothing"
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            for line in filter(str.strip, process.stdout):
+                said = line.rstrip()
+                report(said)
+        except BaseException:  # an interrupted export must not go on by itself
+            process.kill()
+            raise
+    if process.returncode:
         raise BundleError(f"exporting {checkpoint} failed: {said}")
