@@ -1,0 +1,226 @@
+"""gd-dataset: convert, check, count, split and merge what gd-infer wrote.
+
+Exit status: 0 done, 1 verify has found problems, 2 an option or a folder cannot be used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from itertools import islice
+from pathlib import Path
+from typing import NoReturn
+
+from grounded_diffusion import __version__
+from grounded_diffusion.engine.dataset import FolderDataset
+from grounded_diffusion.engine.dataset_tools import merge, split, statistics
+from grounded_diffusion.engine.dataset_verify import verify
+from grounded_diffusion.engine.formats import WRITERS, open_writer
+from grounded_diffusion.engine.formats.common import Classes, Settings, fresh_folder, write_marker
+from grounded_diffusion.engine.vocabulary import VOC_NAMES, read_names
+from grounded_diffusion.errors import GroundedDiffusionError, UsageError
+
+SHOWN = 20  # problems that verify lists
+
+EXAMPLES = """\
+examples:
+  gd-dataset verify out/
+  gd-dataset split out/ --val 0.1
+  gd-dataset convert out/ --format coco --out coco/
+  gd-dataset convert out/ --format voc --names voc --void-border 2 --out voc/
+  gd-dataset merge out1/ out2/ --out both/
+
+exit status: 0 done; 1 verify has found problems; 2 an option or a folder cannot be used
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports bad options as every other error: in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog="gd-dataset",
+        description="Work with the data sets that gd-infer writes.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"gd-dataset {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+    add_convert(commands)
+
+    command = commands.add_parser("verify", help="check every file against its record")
+    command.add_argument("dir", type=Path, metavar="DIR")
+    command.set_defaults(run=run_verify)
+
+    command = commands.add_parser("stats", help="counts and areas of the classes, and their overlaps")
+    command.add_argument("dir", type=Path, metavar="DIR")
+    command.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    command.set_defaults(run=run_stats)
+
+    command = commands.add_parser("split", help="write train.txt and val.txt; convert follows them")
+    command.add_argument("dir", type=Path, metavar="DIR")
+    command.add_argument("--val", type=float, required=True, metavar="SHARE", help="share of val, as in 0.1")
+    command.set_defaults(run=run_split)
+
+    command = commands.add_parser("merge", help="join data sets, numbering the samples anew")
+    command.add_argument("dirs", type=Path, nargs="+", metavar="DIR")
+    add_out(command)
+    command.set_defaults(run=run_merge)
+    return parser
+
+
+def add_out(command: argparse.ArgumentParser) -> None:
+    """Options of what a command writes."""
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder")
+    command.add_argument("--overwrite", action="store_true", help="replace what this command wrote there before")
+
+
+def add_convert(commands) -> None:
+    command = commands.add_parser("convert", help="write the data set in another format")
+    command.add_argument("dir", type=Path, metavar="SRC", help="folder that gd-infer wrote")
+    command.add_argument("--format", required=True, choices=WRITERS, help="what to write: %(choices)s", metavar="NAME")
+    add_out(command)
+    command.add_argument(
+        "--names", metavar="FILE", help="class names, one a line, ids by order; voc takes VOC's (default: sorted names)"
+    )
+    image = command.add_mutually_exclusive_group()
+    image.add_argument("--jpeg-quality", type=int, default=95, metavar="N", help="1 to 100 (default: 95)")
+    image.add_argument("--png", action="store_true", help="write images as PNG, without loss")
+    command.add_argument(
+        "--void-border", type=int, default=0, metavar="PX", help="mark this many pixels on either side of edges as 255"
+    )
+    command.add_argument("--polygons", action="store_true", help="coco: polygons instead of run lengths")
+    command.add_argument(
+        "--shard-size", type=int, default=1000, metavar="N", help="samples in a tar or Parquet file (default: 1000)"
+    )
+    command.set_defaults(run=run_convert)
+
+
+def run_convert(args: argparse.Namespace) -> int:
+    data = FolderDataset(args.dir)
+    inside(args.out, [args.dir])
+    names = args.names
+    classes = data.names if names is None else VOC_NAMES if names == "voc" else read_names(names)
+    quality = None if args.png else args.jpeg_quality
+    settings = Settings(Classes(tuple(classes)), quality, args.void_border, args.polygons, args.shard_size)
+    check_classes(data, settings.classes)
+    with fresh_folder(args.out, args.overwrite) as folder:
+        writer = open_writer(args.format, folder, settings)
+        for record in data:
+            writer.put(record)
+        writer.close()
+        write_marker(folder, args.format, settings, len(data))
+    if losses := getattr(writer, "losses", ""):
+        note(losses)
+    print(f"{len(data)} images with {len(classes)} classes as {args.format} in {args.out}")
+    return 0
+
+
+def check_classes(data: FolderDataset, classes: Classes) -> None:
+    """Raise UsageError, before anything is written, for an object without a class or two of one class in a record."""
+    for row in data.rows:
+        ids = [classes.id(thing["name"]) for thing in row["objects"]]
+        if len(set(ids)) < len(ids):
+            raise UsageError(f"the record {row['id']} of {data.path} has two objects of one class; use other --names")
+
+
+def inside(out: Path, sources: list[Path]) -> None:
+    """Raise UsageError where writing `out` would touch a source."""
+    for source in sources:
+        if out.resolve().is_relative_to(source.resolve()) or source.resolve().is_relative_to(out.resolve()):
+            raise UsageError(f"--out {out} and {source} lie within each other; choose another --out")
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    if not args.dir.is_dir():
+        raise UsageError(f"there is no folder {args.dir}")
+    problems = verify(args.dir)
+    shown = list(islice(problems, SHOWN))
+    for problem in shown:
+        print(problem)
+    if rest := sum(1 for _ in problems):
+        print(f"and {rest} more")
+    if not shown:
+        print(f"{args.dir}: {len(FolderDataset(args.dir))} records, no problems")
+    return int(bool(shown))
+
+
+def run_stats(args: argparse.Namespace) -> int:
+    result = statistics(FolderDataset(args.dir))
+    if args.json:
+        print(json.dumps(result, indent=1, ensure_ascii=False))
+        return 0
+    print(f"{result['images']} images, {result['objects']} objects\n")
+    percent = lambda value: f"{100 * value:.1f}%"
+    rows = [
+        [
+            name,
+            c["images"],
+            c["empty"],
+            *(percent(c[f"{k}_area"]) for k in ("min", "mean", "max")),
+            f"{c['mean_score']:.3f}",
+        ]
+        for name, c in result["classes"].items()
+    ]
+    print(table(["class", "images", "empty", "min area", "mean", "max", "score"], rows))
+    if result["overlaps"]:
+        rows = [
+            [" + ".join(o["classes"]), o["images"], o["overlapping"], f"{o['mean_iou']:.3f}"]
+            for o in result["overlaps"]
+        ]
+        print("\n" + table(["pair", "images", "overlapping", "mean IoU"], rows))
+    return 0
+
+
+def table(head: list[str], rows: list[list]) -> str:
+    """Columns as wide as their widest entry, the first to the left, the others to the right."""
+    cells = [head, *([str(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[k]) for row in cells) for k in range(len(head))]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if k else cell.ljust(width)
+            for k, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in cells
+    )
+
+
+def run_split(args: argparse.Namespace) -> int:
+    counts = split(FolderDataset(args.dir), args.val)
+    print(f"{counts['train']} images in train.txt, {counts['val']} in val.txt")
+    return 0
+
+
+def run_merge(args: argparse.Namespace) -> int:
+    if len(args.dirs) < 2:
+        raise UsageError("merge needs two or more data sets")
+    inside(args.out, args.dirs)
+    print(f"{merge(args.dirs, args.out, args.overwrite)} images in {args.out}")
+    return 0
+
+
+def note(line: str) -> None:
+    """One line to the person who waits."""
+    print(f"gd-dataset: {line}", file=sys.stderr, flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    try:
+        args = build_parser().parse_args(argv)
+        return args.run(args)
+    except GroundedDiffusionError as error:
+        note(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""A mask's outlines as polygons along the edges of its pixels."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from grounded_diffusion.engine.outline import boundary_edges
+
+Points = list[tuple[int, int]]
+
+
+def contours(mask: np.ndarray) -> tuple[list[Points], list[Points]]:
+    """(outer outlines, holes) of a bool mask [H,W], corners in (x, y), at least four each.
+
+    Pixels that touch at a corner only belong to different outlines.
+    """
+    edges, outer, holes = boundary_edges(mask), [], []
+    while edges:
+        start = corner = next(iter(edges))
+        heading, points = None, []
+        while True:
+            leaving = edges[corner]
+            right = (-heading[1], heading[0]) if heading else leaving[0]
+            step = leaving.pop(leaving.index(right) if right in leaving else 0)
+            if not leaving:
+                del edges[corner]
+            if step != heading:
+                points.append(corner)
+            heading, corner = step, (corner[0] + step[0], corner[1] + step[1])
+            if corner == start:
+                break
+        (outer if signed_area(points) > 0 else holes).append(points)
+    return outer, holes
+
+
+def signed_area(points: Points) -> int:
+    """Area, positive when the points run clockwise on the screen."""
+    following = [*points[1:], points[0]]
+    return sum(x * v - u * y for (x, y), (u, v) in zip(points, following, strict=True)) // 2
+
+
+def solid_polygons(mask: np.ndarray) -> list[Points]:
+    """Polygons without holes that together cover the mask exactly: a mask with holes is cut through the first one."""
+    outer, holes = contours(mask)
+    if not holes:
+        return outer
+    cut = min(x for x, _ in holes[0]) + 1
+    left, right = mask.copy(), mask.copy()
+    left[:, cut:], right[:, :cut] = False, False
+    return solid_polygons(left) + solid_polygons(right)
