@@ -45,7 +45,8 @@ def test_equals_reference(low, size, threshold, objects):
 
 @pytest.mark.parametrize(("low", "size"), SIZES)
 def test_masks_are_torch_interpolate_thresholded(low, size):
-    torch = pytest.importorskip("torch")
+    import torch
+
     logits = random_logits(2, 4, low, seed=1)
     full = torch.nn.functional.interpolate(torch.from_numpy(logits), size, mode="bilinear", align_corners=False).numpy()
     np.testing.assert_allclose(full, reference.upsample(logits, size), atol=2e-5)
