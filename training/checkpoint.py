@@ -110,9 +110,8 @@ def _first_line(error: Exception) -> str:
 
 def _load_module(kind: type, source: str | Path, part: str) -> torch.nn.Module:
     """One module of a model in float32. Nothing in a file is ever run as code. Raises CheckpointError."""
-    dtype = {"dtype" if kind is CLIPTextModel else "torch_dtype": torch.float32}
     try:
-        module, report = kind.from_pretrained(source, subfolder=part, output_loading_info=True, **dtype)
+        module, report = kind.from_pretrained(source, subfolder=part, output_loading_info=True)
     except Exception as error:  # the two libraries raise a dozen kinds for unreadable files
         raise CheckpointError(f"cannot load {part} of {source}: {_first_line(error)}") from None
     if missing := sorted(report["missing_keys"]):
@@ -120,7 +119,7 @@ def _load_module(kind: type, source: str | Path, part: str) -> torch.nn.Module:
     if wrong := report["mismatched_keys"]:
         names = ", ".join(sorted(str(entry[0]) for entry in wrong))
         raise CheckpointError(f"{part} of {source} has tensors of other shapes than its config says: {names}")
-    return module.eval().requires_grad_(False)
+    return module.float().eval().requires_grad_(False)
 
 
 def _load_scheduler(source: str | Path) -> Any:

@@ -1,0 +1,239 @@
+"""The exported bundle: parity of graphs and loop, shared weights, honest manifest, and nothing half-written."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from transformers import CLIPTokenizer
+
+from grounded_diffusion.bundle import GRAPH_IO, GRAPHS, MANIFEST, UNET, UNET_GROUNDED, open_bundle, sha256
+from grounded_diffusion.engine import GroundedPipeline
+from grounded_diffusion.errors import BundleError, ParityError, UsageError
+from grounded_diffusion.export import cli
+from grounded_diffusion.export.graphs import MODULES, Sizes, example_inputs
+from grounded_diffusion.export.reference import generate
+from grounded_diffusion.export.staging import check_output, staged
+from grounded_diffusion.export.verify import check_graphs, check_loop, mask_iou, psnr, table, verify_bundle
+from grounded_diffusion.export.weights import WeightStore
+from grounded_diffusion.training.checkpoint import load_checkpoint
+from grounded_diffusion.training.head import GroundingHead, HeadConfig
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_checkpoint):
+    return load_checkpoint(tiny_checkpoint)
+
+
+def test_graphs_equal_their_torch_modules(checkpoint, tiny_bundle):
+    rows = check_graphs(checkpoint, tiny_bundle)
+    assert len(rows) == 5 and all(row.tolerance == 1e-5 for row in rows)
+    assert all(row.passed for row in rows), "\n".join(table(rows))
+
+
+def test_the_loop_equals_the_diffusers_pipeline(checkpoint, tiny_bundle):
+    rows = check_loop(checkpoint, tiny_bundle)
+    assert [row.tolerance for row in rows] == [50.0, 0.999]
+    assert all(row.passed for row in rows), "\n".join(table(rows))
+
+
+def test_the_reference_gives_the_same_image_alone_and_in_a_batch(checkpoint):
+    """And it has masks to compare: neither empty nor full."""
+    noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(3))
+    prompts, names = ["a photograph of a dog", "a photograph of a cat and a dog"], ["dog", "cat", "unicorn"]
+    both = generate(checkpoint, prompts, names, noise, 4, 5.0, 1.0)
+    alone = generate(checkpoint, prompts[1:], names, noise[1:], 4, 5.0, 1.0)
+    assert psnr(both.images[1].numpy(), alone.images[0].numpy()) >= 50
+    assert all(mask_iou(a.numpy(), b.numpy()) >= 0.999 for a, b in zip(both.masks[1], alone.masks[0], strict=True))
+    assert 0.02 < both.masks.float().mean() < 0.98
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_graphs_take_the_promised_names_and_any_shape(checkpoint, tiny_bundle, graph):
+    session = onnxruntime.InferenceSession(str(tiny_bundle / graph), providers=["CPUExecutionProvider"])
+    assert [value.name for value in session.get_inputs()] == list(GRAPH_IO[graph][0])
+    assert [value.name for value in session.get_outputs()] == list(GRAPH_IO[graph][1])
+    for value in session.get_inputs():
+        symbols = GRAPH_IO[graph][0][value.name].split(",")
+        assert [axis if isinstance(axis, str) else None for axis in value.shape] == [
+            symbol if symbol in ("B", "N", "O", "h", "w") else None for symbol in symbols
+        ]
+    inputs = example_inputs(checkpoint, graph, Sizes(batch=5, objects=8, height=20, width=12), seed=9)
+    actual = session.run(None, {name: value.numpy() for name, value in inputs.items()})[-1]
+    with torch.no_grad():
+        expected = MODULES[graph](checkpoint)(**inputs)
+    expected = (expected[-1] if isinstance(expected, tuple) else expected).numpy()
+    assert np.linalg.norm(actual - expected) <= 1e-5 * np.linalg.norm(expected)
+
+
+def external(path) -> dict[str, tuple]:
+    model = onnx.load(path, load_external_data=False)
+    return {
+        tensor.name: tuple((entry.key, entry.value) for entry in tensor.external_data)
+        for tensor in model.graph.initializer
+        if tensor.external_data
+    }
+
+
+def test_both_unets_read_the_same_weights(tiny_bundle):
+    plain, grounded = external(tiny_bundle / UNET), external(tiny_bundle / UNET_GROUNDED)
+    assert len(plain) > 100 and plain.items() < grounded.items()
+    assert sum((tiny_bundle / graph).stat().st_size for graph in GRAPHS) < 1_000_000
+
+
+def test_graphs_say_nothing_of_the_machine_that_made_them(tiny_bundle):
+    for graph in GRAPHS:
+        content = (tiny_bundle / graph).read_bytes()
+        assert b".py" not in content and b"site-packages" not in content and b"stack_trace" not in content
+        assert onnx.load(tiny_bundle / graph, load_external_data=False).opset_import[0].version == 20
+
+
+def test_equal_tensors_are_stored_once(tmp_path):
+    store = WeightStore(tmp_path)
+    first, again, other = store.place(b"a" * 5000), store.place(b"a" * 5000), store.place(b"b" * 7)
+    assert first == again == ("weights.0.bin", 0, 5000) and other == ("weights.0.bin", 8192, 7)
+    content = (tmp_path / "weights.0.bin").read_bytes()
+    assert content[:5000] == b"a" * 5000 and content[8192:] == b"b" * 7
+
+
+def test_the_manifest_describes_the_model(tiny_bundle):
+    manifest = open_bundle(tiny_bundle).manifest
+    assert manifest.image_size == (64, 64) and manifest.vae_scale_factor == 4 and manifest.size_multiple == 16
+    assert (manifest.context_length, manifest.context_dim, manifest.latent_channels) == (77, 32, 4)
+    assert manifest.scheduler["_class_name"] == "DDIMScheduler"
+    assert manifest.scheduler["prediction_type"] == "v_prediction"
+    assert manifest.head["variant"] == "released" and manifest.head["statistics"] == "per_image"
+    assert manifest.names == dict(seen=["dog", "cat"], unseen=["unicorn"])
+    on_disk = {path.name for path in tiny_bundle.iterdir()} - {MANIFEST}
+    assert on_disk == set(manifest.files)
+
+
+def test_the_tokenizer_is_clip_s(tiny_checkpoint, tiny_bundle):
+    from tokenizers import Tokenizer
+
+    clip = CLIPTokenizer.from_pretrained(tiny_checkpoint / "tokenizer")
+    ours = Tokenizer.from_file(str(tiny_bundle / "tokenizer.json"))
+    for text in (
+        "a photograph of a dog",
+        "A  Photo\tof naïve café — “Ünïcode” 犬 🐕!",
+        "",
+        "don't 123 dogs",
+        "x" * 300,
+    ):
+        assert ours.encode(text).ids == clip(text).input_ids
+
+
+def test_sizes_that_do_not_divide_are_refused(tiny_bundle):
+    with pytest.raises(UsageError, match="16"):
+        GroundedPipeline.open(tiny_bundle).generate("a photograph of a [dog]", size=72)
+
+
+def remove_manifest(bundle):
+    (bundle / MANIFEST).unlink()
+
+
+def change_a_byte(bundle):
+    with (bundle / "weights.0.bin").open("r+b") as stream:
+        stream.seek(1000)
+        byte = stream.read(1)
+        stream.seek(1000)
+        stream.write(bytes([byte[0] ^ 1]))
+
+
+def raise_the_schema(bundle):
+    raw = json.loads((bundle / MANIFEST).read_text())
+    (bundle / MANIFEST).write_text(json.dumps(raw | {"schema": raw["schema"] + 1}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (remove_manifest, "did not finish; run gd-export again"),
+        (change_a_byte, r"weights\.0\.bin has changed since export"),
+        (raise_the_schema, "upgrade grounded-diffusion"),
+    ],
+)
+def test_damaged_bundles_are_refused(tiny_bundle, tmp_path, damage, message):
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    damage(bundle)
+    with pytest.raises(BundleError, match=message) as error:
+        open_bundle(bundle)
+    assert "\n" not in str(error.value)
+
+
+def test_a_bundle_of_another_checkpoint_fails_verification(checkpoint, tiny_bundle):
+    head = GroundingHead(checkpoint.head.config)
+    lines = []
+    with pytest.raises(ParityError, match="mask_logits: relative L2"):
+        verify_bundle(replace(checkpoint, head=head.eval()), tiny_bundle, lines.append)
+    assert sum("FAILED" in line for line in lines) >= 1
+    assert any("unet.onnx" in line and "FAILED" not in line for line in lines)
+
+
+def test_a_failed_export_leaves_what_was_there(tiny_bundle, tmp_path):
+    out = shutil.copytree(tiny_bundle, tmp_path / "out")
+    before = sha256(out / MANIFEST)
+    with pytest.raises(ParityError), staged(out) as work:
+        (work / "half").write_text("half")
+        raise ParityError("no")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and sha256(out / MANIFEST) == before
+    with staged(out) as work:
+        (work / "new").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and [p.name for p in out.iterdir()] == ["new"]
+
+
+def test_where_a_bundle_may_not_go(tiny_bundle, tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    with pytest.raises(UsageError, match="is a file"):
+        check_output(tmp_path / "file", overwrite=True)
+    with pytest.raises(UsageError, match="not empty; give another --out, or --overwrite"):
+        check_output(tiny_bundle, overwrite=False)
+    with pytest.raises(UsageError, match="holds no bundle, so it is not replaced"):
+        check_output(tmp_path / "mine", overwrite=True)
+    with pytest.raises(UsageError, match="cannot write to"):
+        check_output(tmp_path / "file" / "below", overwrite=False)
+    check_output(tiny_bundle, overwrite=True)
+    check_output(tmp_path / "new" / "deep", overwrite=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "message"),
+    [
+        (["--ckpt", "nowhere", "--out", "out"], 1, "there is no checkpoint at nowhere"),
+        (["--ckpt", "junk.pth", "--out", "out"], 2, "name its Stable Diffusion 1.x model with --base"),
+        (["--ckpt", "empty", "--out", "out"], 1, "is not a checkpoint"),
+        (["--ckpt", "empty", "--out", "full"], 2, "is not empty"),
+        (["--ckpt", "empty", "--out", "junk.pth/out"], 2, "cannot write to"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys, options, status, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("x")
+    (tmp_path / "junk.pth").write_bytes(b"junk")
+    before = sorted(tmp_path.rglob("*"))
+    assert cli.main(options) == status
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("gd-export: ") and message in line
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_gd_export_of_a_released_head(tiny_checkpoint, checkpoint, tmp_path, capsys):
+    """The whole command: a .pth on a base model, stored statistics, paper's sizes of attention, verified."""
+    head = GroundingHead(HeadConfig.for_unet(checkpoint.unet.config))
+    torch.save(head.state_dict(), tmp_path / "grounding_module.pth")
+    out = tmp_path / "bundle"
+    options = ["--ckpt", tmp_path / "grounding_module.pth", "--base", tiny_checkpoint, "--out", out]
+    assert cli.main([*map(str, options), "--statistics", "stored"]) == 0
+    said = capsys.readouterr().out
+    assert "mask IoU" in said and "image PSNR" in said and "FAILED" not in said
+    manifest = open_bundle(out).manifest
+    assert manifest.head["statistics"] == "stored" and manifest.head["embed_dim"] == 512 and manifest.names == {}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "grounding_module.pth"]
