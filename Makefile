@@ -4,10 +4,11 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-SOURCES := $(shell git ls-files '*.py' '*.cpp' '*.h' '*.cuh' '*.cu' pyproject.toml CMakeLists.txt constraints.txt models 2>/dev/null)
+SOURCES := pyproject.toml CMakeLists.txt constraints.txt \
+	$(shell git ls-files grounded_diffusion kernels engine training export bench models)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format gpu-test gpu-bench bench clean
+.PHONY: help demo test test-slow lint format gpu-test clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +39,9 @@ format: $(READY) ## repair style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cuh' '*.cu')
+
+gpu-test: $(READY) ## check the CUDA kernels against the host's; says so where there is no GPU
+	$(BIN)/python -P tests/gpu/run.py
 
 clean: ## remove what the other targets made
 	rm -rf $(VENV) build out

@@ -90,7 +90,8 @@ def cached_export(checkpoint: Path, cache: Path, report: Callable[[str], None]) 
 
 def export(checkpoint: Path, bundle: Path, report: Callable[[str], None]) -> None:
     """Run gd-export in a process of its own and pass on what it says. Raises BundleError with its last line."""
-    command = [sys.executable, "-m", "grounded_diffusion.export", "--ckpt", str(checkpoint), "--out", str(bundle)]
+    module = ["-P", "-m", "grounded_diffusion.export"]  # -P: never modules that happen to lie in the current folder
+    command = [sys.executable, *module, "--ckpt", str(checkpoint), "--out", str(bundle)]
     said = "it said nothing"
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         try:
