@@ -1,0 +1,78 @@
+"""A small folder data set with awkward masks, for the tests of gd-dataset."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+
+@dataclass(frozen=True, slots=True)
+class Blobs:
+    """Nine samples, the last three of them in val. `path` is shared: do not write to it."""
+
+    path: Path
+    names = ("cat", "dog", "tv monitor")
+    height, width = 40, 56
+    count = 9
+
+    def sample(self, index):
+        """Blobs with holes and several pieces, which overlap; the last object is empty in every third sample."""
+        from grounded_diffusion.engine.formats.common import mask_box
+        from grounded_diffusion.engine.pipeline import Sample
+
+        rng = np.random.default_rng(index)
+        size, names, masks = (self.height, self.width), self.names[index % 2 :], {}
+        for k, name in enumerate(names):
+            coarse = rng.random((self.height // 4, self.width // 4)) > 0.55 + 0.1 * k
+            masks[name] = coarse.repeat(4, 0).repeat(4, 1) ^ (rng.random(size) > 0.98)
+            if name == "tv monitor" and index % 3 == 0:
+                masks[name][:] = False
+        labels = np.zeros(size, np.uint8)
+        for k, name in enumerate(names, 1):
+            labels[masks[name]] = k
+        return Sample(
+            index=index, prompt=f"{' and '.join(names)}, n° {index}", objects=tuple(names), seed=2**62, draw=index,
+            image=rng.integers(0, 256, (*size, 3), np.uint8), labels=labels, masks=masks,
+            areas={name: int(mask.sum()) for name, mask in masks.items()},
+            boxes={name: tuple(mask_box(mask)) for name, mask in masks.items()},
+            scores=dict.fromkeys(names, 0.75), capture_timestep=1.0,
+            mask_logits=np.zeros((len(names), 5, 7), np.float32), latents=np.zeros((4, 5, 7), np.float32),
+        )  # fmt: skip
+
+    def class_map(self, index):
+        """Class ids uint8 [H,W] that a sample must have."""
+        sample = self.sample(index)
+        ids = [0, *(self.names.index(name) + 1 for name in sample.objects)]
+        return np.array(ids, np.uint8)[sample.labels]
+
+    def split(self, index):
+        return "train" if index < 6 else "val"
+
+    def write(self, path, indices):
+        """Write samples as a folder data set without split lists."""
+        from grounded_diffusion.engine.writer import FolderWriter
+
+        writer = FolderWriter(path)
+        writer.start({"seed": 7})
+        for index in indices:
+            writer.put(self.sample(index))
+        writer.close()
+        return path
+
+    def convert(self, out, format, *options):
+        """Convert the shared data set through the command line."""
+        from grounded_diffusion.engine.dataset_cli import main
+
+        assert main(["convert", str(self.path), "--format", format, "--out", str(out), *map(str, options)]) == 0
+        return out
+
+
+@pytest.fixture(scope="session")
+def blobs(tmp_path_factory):
+    blobs = Blobs(tmp_path_factory.mktemp("blobs") / "data")
+    blobs.write(blobs.path, range(blobs.count))
+    ids = [f"{index:06d}" for index in range(blobs.count)]
+    (blobs.path / "train.txt").write_text("\n".join(ids[:6]))
+    (blobs.path / "val.txt").write_text("\n".join(ids[6:]))
+    return blobs

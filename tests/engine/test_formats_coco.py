@@ -1,0 +1,132 @@
+"""COCO instances and panoptic: run lengths and polygons decode to the masks, the evaluator agrees with itself."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from grounded_diffusion.engine.formats.common import mask_box
+from grounded_diffusion.engine.formats.panoptic import class_colour, colour_id
+from grounded_diffusion.engine.formats.polygons import contours, solid_polygons
+from grounded_diffusion.engine.formats.rle import encode_rle
+from grounded_diffusion.engine.writer import voc_palette
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_rle_and_polygons_decode_to_the_mask(seed):
+    from pycocotools import mask as coco_mask
+
+    rng = np.random.default_rng(seed)
+    shape = (int(rng.integers(1, 40)), int(rng.integers(1, 40)))
+    mask = rng.random(shape) > rng.random()
+    for case in (mask, np.ones(shape, bool), np.zeros(shape, bool)):
+        encoded = encode_rle(case)
+        assert np.array_equal(coco_mask.decode(encoded), case)
+        reference = coco_mask.encode(np.asfortranarray(case.astype(np.uint8)))
+        assert encoded["counts"] == reference["counts"].decode()
+        polygons = [[v for point in points for v in point] for points in solid_polygons(case)]
+        if polygons:
+            decoded = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, *shape)))
+            assert np.array_equal(decoded, case)
+        else:
+            assert not case.any()
+
+
+def test_large_mask_has_long_runs():
+    from pycocotools import mask as coco_mask
+
+    mask = np.zeros((700, 900), bool)
+    mask[100:600, 333:801] = True
+    mask[:, 850:] = True
+    assert np.array_equal(coco_mask.decode(encode_rle(mask)), mask)
+
+
+def test_contours_tell_holes_from_outlines():
+    ring = np.ones((5, 5), bool)
+    ring[2, 2] = False
+    outer, holes = contours(ring)
+    assert outer == [[(0, 0), (5, 0), (5, 5), (0, 5)]] and len(holes) == 1
+    assert sorted(holes[0]) == [(2, 2), (2, 3), (3, 2), (3, 3)]
+    corners = np.eye(2, dtype=bool)
+    assert len(contours(corners)[0]) == 2
+
+
+@pytest.mark.parametrize("options", [[], ["--polygons"], ["--png"]])
+def test_coco(blobs, tmp_path, options):
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    out = blobs.convert(tmp_path / "coco", "coco", *options)
+    seen = []
+    for split in ("train", "val"):
+        coco = COCO(out / "annotations" / f"instances_{split}.json")
+        assert {c["id"]: c["name"] for c in coco.loadCats(coco.getCatIds())} == dict(enumerate(blobs.names, 1))
+        detections = []
+        for image in coco.loadImgs(coco.getImgIds()):
+            index = int(image["file_name"].split(".")[0])
+            sample, file = blobs.sample(index), out / split / image["file_name"]
+            assert split == blobs.split(index) and Image.open(file).size == (image["width"], image["height"])
+            if options == ["--png"]:
+                assert np.array_equal(np.asarray(Image.open(file)), sample.image)
+            annotations = coco.loadAnns(coco.getAnnIds(image["id"]))
+            names = [blobs.names[a["category_id"] - 1] for a in annotations]
+            assert names == [name for name in sample.objects if sample.areas[name]]
+            for name, annotation in zip(names, annotations, strict=True):
+                assert np.array_equal(coco.annToMask(annotation), sample.masks[name])
+                assert annotation["area"] == sample.areas[name]
+                assert tuple(annotation["bbox"]) == sample.boxes[name]
+                assert isinstance(annotation["segmentation"], list) == (options == ["--polygons"])
+                seen.append(annotation["id"])
+                detection = {"image_id": image["id"], "category_id": annotation["category_id"], "score": 1.0}
+                detections.append({**detection, "segmentation": encode_rle(sample.masks[name])})
+        for kind in ("segm", "bbox"):
+            evaluation = COCOeval(coco, coco.loadRes([dict(d) for d in detections]), kind)
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+            assert evaluation.stats[0] == pytest.approx(1.0) and evaluation.stats[1] == pytest.approx(1.0)
+    assert sorted(seen) == list(range(1, len(seen) + 1))  # unique over both files, from 1
+
+
+def test_coco_in_supervision(blobs, tmp_path):
+    import supervision
+
+    out = blobs.convert(tmp_path / "coco", "coco", "--png")
+    data = supervision.DetectionDataset.from_coco(
+        str(out / "train"), str(out / "annotations" / "instances_train.json"), force_masks=True
+    )
+    assert data.classes == list(blobs.names) and len(data) == 6
+    for path, image, detections in data:
+        sample = blobs.sample(int(path[-10:-4]))
+        assert np.array_equal(image[..., ::-1], sample.image)  # OpenCV's order
+        for mask, category in zip(detections.mask, detections.class_id, strict=True):
+            assert np.array_equal(mask, sample.masks[blobs.names[category]])
+
+
+def test_panoptic(blobs, tmp_path):
+    out = blobs.convert(tmp_path / "panoptic", "coco-panoptic")
+    for split in ("train", "val"):
+        table = json.loads((out / "annotations" / f"panoptic_{split}.json").read_text())
+        categories = {category["id"]: category for category in table["categories"]}
+        assert [c["name"] for c in categories.values()] == list(blobs.names) and all(
+            c["isthing"] == 1 for c in categories.values()
+        )
+        assert [a["image_id"] for a in table["annotations"]] == [i["id"] for i in table["images"]]
+        for annotation in table["annotations"]:
+            index = int(annotation["file_name"][:6])
+            rgb = np.asarray(Image.open(out / "annotations" / f"panoptic_{split}" / annotation["file_name"]))
+            ids = rgb.astype(int) @ [1, 256, 65536]
+            assert set(np.unique(ids)) - {0} == {segment["id"] for segment in annotation["segments_info"]}
+            drawn = np.zeros_like(ids)
+            for segment in annotation["segments_info"]:
+                mask = ids == segment["id"]
+                assert (mask.sum(), mask_box(mask)) == (segment["area"], segment["bbox"])
+                assert segment["id"] == colour_id(categories[segment["category_id"]]["color"])
+                drawn[mask] = segment["category_id"]
+            assert np.array_equal(drawn, blobs.class_map(index))
+
+
+def test_colours_of_classes_are_vocs_and_all_different():
+    assert [v for k in range(256) for v in class_colour(k)] == voc_palette()
+    assert len({colour_id(class_colour(k)) for k in range(5000)}) == 5000
