@@ -96,6 +96,10 @@ class Record:
 class FolderDataset:
     """A folder that gd-infer wrote.
 
+    Args:
+        path: the folder.
+        splits: whether to read train.txt and val.txt; without them all is "train".
+
     Attributes:
         path: the folder.
         rows: the objects of metadata.jsonl, in order.
@@ -104,10 +108,10 @@ class FolderDataset:
         UsageError: not such a folder, unfinished, or a line of the metadata or a split list cannot be used.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, splits: bool = True):
         self.path = Path(path)
         self.rows = read_rows(self.path)
-        self._split = read_splits(self.path, [row["id"] for row in self.rows])
+        self._split = read_splits(self.path, [row["id"] for row in self.rows]) if splits else {}
 
     def __len__(self) -> int:
         return len(self.rows)

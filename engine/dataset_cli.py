@@ -192,7 +192,7 @@ def table(head: list[str], rows: list[list]) -> str:
 
 
 def run_split(args: argparse.Namespace) -> int:
-    counts = split(FolderDataset(args.dir), args.val)
+    counts = split(FolderDataset(args.dir, splits=False), args.val)
     print(f"{counts['train']} images in train.txt, {counts['val']} in val.txt")
     return 0
 

@@ -1,0 +1,292 @@
+"""gd-dataset: verify, stats, split, merge, and what convert refuses."""
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from grounded_diffusion.engine.dataset import FolderDataset
+from grounded_diffusion.engine.dataset_cli import main
+from grounded_diffusion.engine.dataset_tools import in_val
+from grounded_diffusion.errors import UsageError
+
+
+@pytest.fixture
+def data(blobs, tmp_path):
+    """A copy of the shared data set that a test may damage."""
+    return shutil.copytree(blobs.path, tmp_path / "data")
+
+
+def run(*arguments):
+    return main([str(argument) for argument in arguments])
+
+
+def refused(capsys, *arguments):
+    """The one line of a refusal."""
+    assert run(*arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("gd-dataset: ")
+    return error
+
+
+def problems(capsys, data):
+    """Lines that verify prints about a damaged data set."""
+    assert run("verify", data) == 1
+    return capsys.readouterr().out.splitlines()
+
+
+def edit(data, line, change):
+    """Change a record of the metadata in place."""
+    file = data / "metadata.jsonl"
+    rows = [json.loads(text) for text in file.read_text().splitlines()]
+    change(rows[line])
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_verify_finds_nothing_in_a_sound_data_set(data, capsys):
+    assert run("verify", data) == 0
+    assert "9 records, no problems" in capsys.readouterr().out
+
+
+DAMAGES = {
+    "missing image": (lambda d: (d / "images/000002.png").unlink(), "images/000002.png is missing"),
+    "truncated mask": (
+        lambda d: (d / "masks/000002.png").write_bytes((d / "masks/000002.png").read_bytes()[:70]),
+        "masks/000002.png cannot be read",
+    ),
+    "empty file": (lambda d: (d / "images/000003.png").write_bytes(b""), "images/000003.png cannot be read"),
+    "other size": (lambda d: Image.new("RGB", (8, 8)).save(d / "images/000001.png"), "has 8x8 pixels instead of 56x40"),
+    "other mode": (lambda d: Image.new("L", (56, 40)).save(d / "images/000001.png"), "has mode L instead of RGB"),
+    "other area": (lambda d: edit(d, 1, lambda r: r["objects"][0].update(area=5)), "000001 says 5"),
+    "other box": (lambda d: edit(d, 1, lambda r: r["objects"][0].update(box=[0, 0, 1, 1])), "says [0, 0, 1, 1]"),
+    "id and index": (lambda d: edit(d, 4, lambda r: r.update(index=40)), "metadata.jsonl:5: the id 000004 does not"),
+    "id twice": (lambda d: edit(d, 4, lambda r: r.update(id="000003")), "metadata.jsonl:5: the id 000003"),
+    "file twice": (lambda d: edit(d, 4, lambda r: r.update(image="images/000003.png")), "used twice"),
+    "file outside": (lambda d: edit(d, 4, lambda r: r.update(image="../x.png")), "lies outside the data set"),
+    "field missing": (lambda d: edit(d, 0, lambda r: r.pop("seed")), "metadata.jsonl:1: the record has no usable"),
+    "labels": (lambda d: edit(d, 0, lambda r: r["objects"][0].update(label=2)), "metadata.jsonl:1: the labels"),
+    "not JSON": (
+        lambda d: (d / "metadata.jsonl").write_text("{\n" + (d / "metadata.jsonl").read_text()),
+        "metadata.jsonl:1: ",
+    ),
+    "no metadata": (lambda d: (d / "metadata.jsonl").unlink(), "metadata.jsonl: cannot be read"),
+    "no records": (lambda d: (d / "metadata.jsonl").write_text(""), "has no records"),
+    "foreign file": (lambda d: (d / "images/old.png").write_bytes(b"x"), "old.png: belongs to no record"),
+    "unfinished": (lambda d: (d / "metadata.jsonl.part").write_text(""), "the run is not finished"),
+    "no settings": (lambda d: (d / "run.json").write_text("[]"), "run.json: missing or damaged"),
+    "split": (lambda d: (d / "val.txt").write_text("000000\n"), "val.txt: 000000 is listed twice"),
+    "split short": (lambda d: (d / "val.txt").write_text("000006\n"), "do not fit the records (000007)"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_verify_names_what_is_damaged(data, capsys, damage):
+    harm, said = DAMAGES[damage]
+    harm(data)
+    assert any(said in line for line in problems(capsys, data))
+
+
+def test_verify_compares_label_map_and_masks(data, capsys):
+    file = data / "masks/000001.png"
+    labels = np.asarray(Image.open(file)).copy()
+    y, x = (int(axis[0]) for axis in np.nonzero(labels))
+    labels[y, x] = 0
+    Image.fromarray(labels).save(file)
+    assert problems(capsys, data) == [f"{file}: 1 pixels of the objects' masks are background"]
+    labels[:] = 7
+    Image.fromarray(labels).save(file)
+    assert any("has the label 7, the record has 2 objects" in line for line in problems(capsys, data))
+    labels[:] = 1
+    Image.fromarray(labels).save(file)
+    assert any("lie outside objects/000001_0_dog.png" in line for line in problems(capsys, data))
+
+
+def test_verify_shows_twenty_problems(data, capsys):
+    shutil.rmtree(data / "objects")
+    shutil.rmtree(data / "images")
+    lines = problems(capsys, data)
+    files = sum(2 + len(record.objects) for record in FolderDataset(data)) - 9
+    assert len(lines) == 21 and lines[-1] == f"and {files - 20} more"
+
+
+def test_stats(blobs, data, capsys):
+    assert run("stats", data, "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    samples = [blobs.sample(index) for index in range(blobs.count)]
+    assert (result["images"], result["objects"]) == (9, sum(len(sample.objects) for sample in samples))
+    for name in blobs.names:
+        areas = [sample.areas[name] / (40 * 56) for sample in samples if name in sample.objects]
+        seen, entry = [area for area in areas if area], result["classes"][name]
+        assert (entry["images"], entry["empty"]) == (len(areas), len(areas) - len(seen))
+        assert entry["mean_area"] == pytest.approx(np.mean(seen)) and entry["mean_score"] == 0.75
+        assert (entry["min_area"], entry["max_area"]) == (min(seen), max(seen))
+    pair = next(pair for pair in result["overlaps"] if pair["classes"] == ["cat", "dog"])
+    both = [(sample.masks["cat"], sample.masks["dog"]) for sample in samples[::2]]
+    ious = [(a & b).sum() / (a | b).sum() for a, b in both]
+    assert (pair["images"], pair["overlapping"]) == (5, 5) and pair["mean_iou"] == pytest.approx(np.mean(ious))
+    assert run("stats", data) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("9 images") and lines[3].startswith("cat ") and "tv monitor" in lines[5]
+
+
+def test_split_follows_the_ids(data, capsys):
+    assert run("split", data, "--val", 0.5) == 0
+    train, val = ((data / f"{name}.txt").read_text().split() for name in ("train", "val"))
+    assert val == ["000004", "000006"]  # on every machine
+    assert sorted(train + val) == [f"{index:06d}" for index in range(9)]
+    assert {record.id: record.split for record in FolderDataset(data)} == {
+        **dict.fromkeys(train, "train"), **dict.fromkeys(val, "val"),
+    }  # fmt: skip
+    share = sum(in_val(f"{index:06d}", 0.1) for index in range(20_000)) / 20_000
+    assert share == pytest.approx(0.1, abs=0.01)
+
+
+def test_split_replaces_lists_that_no_longer_fit(data, capsys):
+    (data / "val.txt").write_text("000000\n")
+    assert "gd-dataset split" in refused(capsys, "stats", data)
+    assert run("split", data, "--val", 0.5) == 0
+    assert run("verify", data) == 0
+
+
+@pytest.mark.parametrize(("share", "said"), [(0, "between 0 and 1"), (1, "between 0 and 1"), (1e-9, "would be empty")])
+def test_split_refuses(data, capsys, share, said):
+    before = (data / "val.txt").read_text()
+    assert said in refused(capsys, "split", data, "--val", share)
+    assert (data / "val.txt").read_text() == before
+
+
+def test_merge(blobs, tmp_path, capsys):
+    first = blobs.write(tmp_path / "a", [0, 1, 2])
+    second = blobs.write(tmp_path / "b", [5, 7])
+    out = tmp_path / "c"
+    assert run("merge", first, second, "--out", out) == 0
+    assert run("verify", out) == 0
+    merged = list(FolderDataset(out))
+    assert [record.id for record in merged] == [f"{index:06d}" for index in range(5)]
+    for record, index in zip(merged, [0, 1, 2, 5, 7], strict=True):
+        sample = blobs.sample(index)
+        assert (record.prompt, record.draw) == (sample.prompt, index) and np.array_equal(record.image, sample.image)
+        assert all(np.array_equal(thing.mask, sample.masks[thing.name]) for thing in record.objects)
+    assert json.loads((out / "run.json").read_text())["settings"]["merged"] == [{"seed": 7}] * 2
+    assert "000004" in (out / "index.html").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
+
+
+def test_merge_refuses_the_same_picture_twice(blobs, tmp_path, capsys):
+    first, second = blobs.write(tmp_path / "a", [0, 1]), blobs.write(tmp_path / "b", [1])
+    assert "is the same picture as" in refused(capsys, "merge", first, second, "--out", tmp_path / "c")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_merge_refuses_damaged_sources(blobs, data, tmp_path, capsys):
+    (data / "images/000000.png").unlink()
+    other = blobs.write(tmp_path / "b", [1])
+    assert "000000.png is missing" in refused(capsys, "merge", other, data, "--out", tmp_path / "c")
+
+
+def test_merge_of_one(data, tmp_path, capsys):
+    assert "two or more" in refused(capsys, "merge", data, "--out", tmp_path / "c")
+
+
+CONVERT = [
+    (["--format", "pascal"], "invalid choice: 'pascal'"),
+    (["--format", "coco", "--jpeg-quality", 0], "--jpeg-quality must be from 1 to 100"),
+    (["--format", "coco", "--jpeg-quality", 90, "--png"], "not allowed with"),
+    (["--format", "voc", "--png"], "leave --png out"),
+    (["--format", "mmseg", "--void-border", -1], "--void-border must be from 0"),
+    (["--format", "coco", "--void-border", 1], "coco has no void pixels"),
+    (["--format", "voc", "--polygons"], "--polygons is for coco"),
+    (["--format", "webdataset", "--shard-size", 0], "--shard-size must be from 1"),
+    (["--format", "voc", "--names", "nowhere"], "cannot read nowhere"),
+]
+
+
+@pytest.mark.parametrize(("options", "said"), CONVERT)
+def test_convert_refuses(data, tmp_path, capsys, options, said):
+    assert said in refused(capsys, "convert", data, "--out", tmp_path / "out", *options)
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ("cat\ndog\n", "'tv monitor' is not among the 2 class names"),
+        ("cat\ndog\ntv monitor\ntvmonitor\n", "differ only in case or spaces"),
+        ("cat\ndog\ntv monitor\n" + "".join(f"c{k}\n" for k in range(252)), "255 classes, at most 254 fit"),
+    ],
+)
+def test_convert_refuses_names(data, tmp_path, capsys, names, said):
+    (tmp_path / "names").write_text(names)
+    out = tmp_path / "out"
+    assert said in refused(capsys, "convert", data, "--format", "voc", "--out", out, "--names", tmp_path / "names")
+    assert not out.exists()
+
+
+def test_two_objects_of_one_class(data, tmp_path, capsys):
+    edit(data, 1, lambda row: row["objects"][0].update(name="tvmonitor"))
+    (tmp_path / "names").write_text("cat\ndog\ntv monitor\n")
+    arguments = ("convert", data, "--format", "coco", "--out", tmp_path / "out", "--names", tmp_path / "names")
+    assert "000001" in (said := refused(capsys, *arguments)) and "two objects of one class" in said
+
+
+@pytest.mark.parametrize("format", ["voc", "coco", "webdataset", "hf-parquet"])
+def test_a_failure_leaves_nothing(data, tmp_path, capsys, format):
+    (data / "images/000007.png").write_bytes(b"broken")
+    said = refused(capsys, "convert", data, "--format", format, "--out", tmp_path / "deep" / "out")
+    assert "images/000007.png cannot be read" in said
+    assert not list((tmp_path / "deep").iterdir())
+
+
+def test_a_failure_keeps_what_was_there(data, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run("convert", data, "--format", "coco", "--out", out) == 0
+    (data / "images/000007.png").write_bytes(b"broken")
+    before = sorted(out.rglob("*"))
+    refused(capsys, "convert", data, "--format", "voc", "--out", out, "--overwrite")
+    assert sorted(out.rglob("*")) == before and {p.name for p in tmp_path.iterdir()} == {"data", "out"}
+
+
+def test_overwrite_replaces_only_our_own(data, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    convert = ("convert", data, "--out", out, "--format")
+    assert run(*convert, "coco") == 0  # an empty folder is fine
+    assert "--overwrite replaces it" in refused(capsys, *convert, "voc")
+    assert run(*convert, "voc", "--overwrite") == 0
+    assert sorted(path.name for path in out.iterdir()) == ["VOCdevkit", "gd-dataset.json"]
+    foreign = tmp_path / "home"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("mine")
+    said = refused(capsys, "convert", data, "--format", "voc", "--out", foreign, "--overwrite")
+    assert "not written by this command" in said and (foreign / "thesis.txt").read_text() == "mine"
+
+
+def test_out_is_a_file_or_lies_in_the_source(data, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert "is a file" in refused(capsys, "convert", data, "--format", "voc", "--out", tmp_path / "file")
+    for out in (data, data / "voc", tmp_path):
+        assert "lie within each other" in refused(capsys, "convert", data, "--format", "voc", "--out", out)
+
+
+def test_not_a_data_set(tmp_path, capsys):
+    assert "is not a data set of gd-infer" in refused(capsys, "stats", tmp_path)
+    (tmp_path / "metadata.jsonl.part").write_text("")
+    assert "--resume" in refused(capsys, "stats", tmp_path)
+    assert "there is no folder" in refused(capsys, "verify", tmp_path / "nowhere")
+    assert "COMMAND" in refused(capsys)
+
+
+def test_parquet_without_pyarrow(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)  # makes the import fail, as where it is not installed
+    said = refused(capsys, "convert", data, "--format", "hf-parquet", "--out", tmp_path / "out")
+    assert "grounded-diffusion[parquet]" in said and not (tmp_path / "out").exists()
+
+
+def test_missing_mask_is_an_error_of_the_library(data):
+    record = next(iter(FolderDataset(data)))
+    shutil.rmtree(data / "objects")
+    with pytest.raises(UsageError, match="is missing"):
+        _ = record.objects[0].mask
