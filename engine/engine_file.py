@@ -143,4 +143,4 @@ def _absent(bundle: Path, wanted: EngineSpec) -> str:
 
 
 def _rebuild() -> str:
-    return "build it with gd-export --engine"
+    return "build it with python -m grounded_diffusion.export.engine_cli"

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ PACKAGES = {"tensorrt": "grounded-diffusion[tensorrt]", "tensorrt_rtx": "grounde
 FLAGS: dict[str, Any] = {"tf32": False}
 
 Progress = Callable[[str, int, int], None]
+Report = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,24 +130,39 @@ def build_engines(
     buckets: Sequence[Bucket],
     graphs: Sequence[str] = GRAPHS,
     progress: Progress | None = None,
+    report: Report | None = None,
 ) -> list[EngineSpec]:
     """Build every engine that the bundle does not hold yet, for each architecture, bucket and graph.
 
     Args:
         sms: architectures such as 86; (None,) for TensorRT, which takes the GPU at hand.
         progress: called with (phase, steps done, steps) as the builder goes on.
+        report: called with a line for every engine, before and after.
 
     Raises:
         BackendError: the backend is not installed, knows no such device, or refuses a graph.
         UsageError: sizes the model cannot take.
     """
     specs = [engine_spec(bundle, graph, backend, sm, bucket) for sm in sms for bucket in buckets for graph in graphs]
+    tell = report or (lambda line: None)
     for spec in specs:
-        try:
-            load_plan(bundle.path, spec)
-        except BackendError:
-            _install(bundle.path, spec, build_plan(bundle, spec, progress))
+        if _is_built(bundle.path, spec):
+            tell(f"already there: {spec}")
+            continue
+        tell(f"building {spec}")
+        start = time.monotonic()
+        plan = build_plan(bundle, spec, progress)
+        _install(bundle.path, spec, plan)
+        tell(f"built in {time.monotonic() - start:.1f} s, {plan.nbytes / 1e6:.1f} MB")
     return specs
+
+
+def _is_built(bundle: Path, spec: EngineSpec) -> bool:
+    try:
+        load_plan(bundle, spec)
+    except BackendError:  # absent or damaged: either way it is built
+        return False
+    return True
 
 
 def build_plan(bundle: Bundle, spec: EngineSpec, progress: Progress | None = None) -> memoryview:

@@ -11,7 +11,7 @@ import pytest
 from grounded_diffusion.bundle import GRAPHS, TEXT_ENCODER, UNET, UNET_GROUNDED, open_bundle
 from grounded_diffusion.engine.engine_file import PLAN, SIDECAR, load_plan, read_sidecar
 from grounded_diffusion.errors import BackendError, UsageError
-from grounded_diffusion.export import engines
+from grounded_diffusion.export import engine_cli, engines
 from grounded_diffusion.export.engines import Bucket, build_engines, engine_spec, profile_shapes
 
 RTX = "tensorrt_rtx"
@@ -70,7 +70,7 @@ def test_a_changed_byte_is_refused_and_rebuilt(text_engine):
     plan = bytearray((directory / PLAN).read_bytes())
     plan[len(plan) // 2] ^= 1
     (directory / PLAN).write_bytes(plan)
-    with pytest.raises(BackendError, match=r"engine.plan has changed since it was built.*gd-export --engine"):
+    with pytest.raises(BackendError, match=r"engine.plan has changed since it was built.*engine_cli"):
         load_plan(path, spec)
     build_engines(open_bundle(path), RTX, sms=[86], buckets=[Bucket(2, objects=3)], graphs=[TEXT_ENCODER])
     assert load_plan(path, spec)
@@ -170,3 +170,29 @@ def test_sizes_the_model_cannot_take(tiny_bundle):
         profile_shapes(bundle, UNET, Bucket(1, image_size=(multiple + 1, multiple)))
     with pytest.raises(UsageError, match="must be at least 1"):
         Bucket(0)
+
+
+def test_command_line(text_engine, capsys):
+    path, _, _ = text_engine
+    command = [str(path), "--sm", "86", "--batch", "2,4", "--objects", "3", "--graph", TEXT_ENCODER]
+    assert engine_cli.main(command) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in said] == ["already", "building", "built"]
+    assert said[1].startswith("building text_encoder.onnx for tensorrt_rtx") and "input_ids 4x77" in said[1]
+    assert engine_cli.main([str(path), "--sm", "90"]) == 1
+    assert capsys.readouterr().err.startswith("engine_cli: tensorrt_rtx") and len(list(path.glob("engines/*/*"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "needs --sm"),
+        (["--sm", "86", "--batch", "0"], "positive whole numbers"),
+        (["--sm", "eight"], "positive whole numbers"),
+        (["--sm", "86", "--size", "512"], "write height and width as 512x512"),
+    ],
+)
+def test_command_line_mistakes_are_named(arguments, says, capsys):
+    with pytest.raises(SystemExit) as error:
+        engine_cli.main(["bundle", *arguments])
+    assert error.value.code == 2 and says in capsys.readouterr().err
