@@ -1,6 +1,6 @@
 """COCO instances.
 
-    train/<id>.jpg, val/<id>.jpg
+    images/train/<id>.jpg, images/val/<id>.jpg
     annotations/instances_train.json, instances_val.json
 
 An annotation a mask that is not empty. Masks may overlap, as COCO's do. Image, annotation and category ids count from
@@ -79,4 +79,4 @@ def image_entry(record: Record, number: int, settings: Settings) -> dict[str, An
 def put_image(folder: Path, record: Record, settings: Settings) -> None:
     """Write the image to its split's folder."""
     image = encode_image(record.image, settings.jpeg_quality)
-    put_file(folder / record.split / f"{record.id}.{settings.suffix}", image)
+    put_file(folder / "images" / record.split / f"{record.id}.{settings.suffix}", image)

@@ -1,6 +1,6 @@
 """COCO panoptic.
 
-    train/<id>.jpg, val/<id>.jpg
+    images/train/<id>.jpg, images/val/<id>.jpg
     annotations/panoptic_train.json and panoptic_train/<id>.png, the same for val
 
 The PNG's colour is the segment's id, R + 256 G + 65536 B; 0 is void. Segments do not overlap: a pixel belongs to the

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
 from grounded_diffusion.engine.outline import boundary_edges
@@ -40,11 +42,14 @@ def signed_area(points: Points) -> int:
 
 
 def solid_polygons(mask: np.ndarray) -> list[Points]:
-    """Polygons without holes that together cover the mask exactly: a mask with holes is cut through the first one."""
+    """Polygons without holes that together cover the mask exactly.
+
+    A mask with holes is cut into strips, right after the first column of every hole. What a strip has of a hole
+    touches the strip's edge, so no hole is left.
+    """
     outer, holes = contours(mask)
     if not holes:
         return outer
-    cut = min(x for x, _ in holes[0]) + 1
-    left, right = mask.copy(), mask.copy()
-    left[:, cut:], right[:, :cut] = False, False
-    return solid_polygons(left) + solid_polygons(right)
+    cuts = sorted({0, mask.shape[1], *(min(x for x, _ in points) + 1 for points in holes)})
+    strips = [(left, contours(mask[:, left:right])[0]) for left, right in pairwise(cuts)]
+    return [[(x + left, y) for x, y in points] for left, outlines in strips for points in outlines]

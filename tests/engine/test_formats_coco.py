@@ -65,7 +65,7 @@ def test_coco(blobs, tmp_path, options):
         detections = []
         for image in coco.loadImgs(coco.getImgIds()):
             index = int(image["file_name"].split(".")[0])
-            sample, file = blobs.sample(index), out / split / image["file_name"]
+            sample, file = blobs.sample(index), out / "images" / split / image["file_name"]
             assert split == blobs.split(index) and Image.open(file).size == (image["width"], image["height"])
             if options == ["--png"]:
                 assert np.array_equal(np.asarray(Image.open(file)), sample.image)
@@ -94,7 +94,7 @@ def test_coco_in_supervision(blobs, tmp_path):
 
     out = blobs.convert(tmp_path / "coco", "coco", "--png")
     data = supervision.DetectionDataset.from_coco(
-        str(out / "train"), str(out / "annotations" / "instances_train.json"), force_masks=True
+        str(out / "images" / "train"), str(out / "annotations" / "instances_train.json"), force_masks=True
     )
     assert data.classes == list(blobs.names) and len(data) == 6
     for path, image, detections in data:
