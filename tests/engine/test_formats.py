@@ -177,3 +177,40 @@ def test_yolo(blobs, tmp_path, capsys):
     )
     assert data.classes == list(blobs.names)
     assert len(data) == 6 and all(len(detections) for _, _, detections in data)
+
+
+@pytest.mark.parametrize("width", [1, 2, 3])
+def test_void_border_is_every_pixel_near_another_label(width):
+    rng = np.random.default_rng(width)
+    for _ in range(20):
+        labels = rng.integers(0, 3, rng.integers(1, 12, 2)).astype(np.uint8).repeat(2, 0).repeat(3, 1)
+        void = with_void(labels, labels, width) == 255
+        for y, x in np.ndindex(labels.shape):
+            window = labels[max(0, y - width) : y + width + 1, max(0, x - width) : x + width + 1]
+            assert void[y, x] == (window.min() != window.max())
+
+
+def test_a_real_run_from_prompts_to_coco(tiny_bundle, tmp_path, capsys):
+    from pycocotools.coco import COCO
+
+    from grounded_diffusion.engine import cli, dataset_cli, prompts_cli
+
+    (tmp_path / "names.txt").write_text("dog\ncat\nunicorn\n")
+    (tmp_path / "pairs.txt").write_text("dog, cat\n")
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out"
+    lists = ["--names", str(tmp_path / "names.txt"), "--pairs", str(tmp_path / "pairs.txt")]
+    assert prompts_cli.main([*lists, "--per-name", "1", "--per-pair", "2", "--out", str(prompts)]) == 0
+    run = ["--prompts", str(prompts), "--model", str(tiny_bundle), "--out", str(out), "--steps", "2"]
+    assert cli.main(run) == 0
+    assert dataset_cli.main(["verify", str(out)]) == 0
+    assert "5 records, no problems" in capsys.readouterr().out
+    assert dataset_cli.main(["convert", str(out), "--format", "coco", "--out", str(tmp_path / "coco")]) == 0
+    coco = COCO(tmp_path / "coco" / "annotations" / "instances_train.json")
+    masks = {
+        (record.id, thing.name): thing.mask for record in FolderDataset(out) for thing in record.objects if thing.area
+    }
+    assert len(coco.getImgIds()) == 5 and len(coco.getAnnIds()) == len(masks) > 0
+    for annotation in coco.loadAnns(coco.getAnnIds()):
+        id = coco.imgs[annotation["image_id"]]["file_name"].split(".")[0]
+        name = coco.cats[annotation["category_id"]]["name"]
+        assert np.array_equal(coco.annToMask(annotation), masks[id, name])
