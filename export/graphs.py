@@ -28,6 +28,7 @@ from grounded_diffusion.training.taps import Taps
 
 OPSET = 20
 EXAMPLE_BATCH, EXAMPLE_OBJECTS = 2, 3  # not 1, which the tracer would take for a constant
+SAME_TYPE = ("InstanceNormalization", "Mul", "Reshape", "Transpose")  # ops whose output has their first input's type
 MAX_TRACED_BATCH = 31  # diffusers copies a tensor first from 64 rows on; the tracer has to know it is on one side
 
 
@@ -192,9 +193,25 @@ def tidy(model: onnx_ir.Model, graph: str) -> onnx_ir.Model:
         passes.ClearMetadataAndDocStringPass(),
     ):
         step(model)
+    drop_casts(model)
     model.producer_name, model.producer_version = "grounded-diffusion", None
     name_axes(model, graph)
     return model
+
+
+def element_type(value: onnx_ir.Value) -> onnx_ir.DataType | None:
+    """A value's type; the exporter leaves it open inside a group norm, where it is that of what comes in."""
+    producer = value.producer()
+    inside = value.dtype is None and producer is not None and producer.op_type in SAME_TYPE
+    return element_type(producer.inputs[0]) if inside else value.dtype
+
+
+def drop_casts(model: onnx_ir.Model) -> None:
+    """Remove CastLike nodes between equal types: they do nothing, but hide group norms from the backends' fusions."""
+    for node in list(model.graph):
+        if node.op_type == "CastLike" and element_type(node.inputs[0]) == element_type(node.inputs[1]) is not None:
+            node.outputs[0].replace_all_uses_with(node.inputs[0])
+            model.graph.remove(node, safe=True)
 
 
 def name_axes(model: onnx_ir.Model, graph: str) -> None:
