@@ -11,7 +11,8 @@ from pathlib import Path
 from grounded_diffusion.errors import GroundedDiffusionError
 
 DESCRIPTION = "Export a grounded checkpoint as a bundle that gd-infer runs without torch, and verify it."
-EPILOG = "example: gd-export --ckpt grounding_module.pth --base runwayml/stable-diffusion-v1-5 --out bundle"
+BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+EPILOG = f"example: gd-export --ckpt grounding_module.pth --base {BASE} --out bundle"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

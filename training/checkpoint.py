@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from grounded_diffusion.training.head import GroundingHead, HeadConfig, load_rel
 
 HEAD = "grounding_head"
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 RELEASED_TIMESTEP = 1  # the last of 50 leading-spaced DDIM steps with steps_offset 1
 RELEASED_TEMPLATE = "a photograph of a {}"
 
@@ -141,7 +143,7 @@ def load_base(source: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: not such a model, unreadable, or with missing tensors, which are listed.
     """
-    if Path(source).exists() or str(source).count("/") != 1:
+    if Path(source).exists() or not HUB_NAME.fullmatch(str(source)):
         if not (Path(source) / "model_index.json").is_file():
             raise CheckpointError(
                 f"{source} is not a checkpoint: it has no model_index.json; give a diffusers-format directory"

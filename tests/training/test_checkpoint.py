@@ -75,6 +75,8 @@ def test_paths_that_do_not_go_together(tiny_checkpoint, tmp_path):
         load_checkpoint(tiny_checkpoint, tiny_checkpoint)
     with pytest.raises(CheckpointError, match="not a checkpoint"):
         load_checkpoint(tmp_path / "head.pth", tmp_path / "empty")
+    with pytest.raises(CheckpointError, match="/nowhere is not a checkpoint"):
+        load_checkpoint(tmp_path / "head.pth", "/nowhere")
 
 
 def test_a_model_without_a_head(copy):
