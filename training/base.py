@@ -40,22 +40,26 @@ SCHEDULER = dict(
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """CLIP's byte-level BPE over the world's words and the Unicode names of all emoji."""
+    """A tokenizer for the world's words, and for others by the Unicode names of all emoji."""
     words = [*NAMES, *COLOURS, *(kind for _, kind in NAMES.values())]
     words += "a photograph painting picture of and next to kind on background the with in an".split()  # noqa: SIM905
     emoji = [unicodedata.name(chr(code), "").lower() for code in range(0x1F300, 0x1FB00)]
+    return train_tokenizer([" ".join(words)] * 50 + emoji, VOCABULARY)
+
+
+def train_tokenizer(corpus: list[str], size: int) -> CLIPTokenizer:
+    """CLIP's byte-level BPE with a vocabulary of at most `size` tokens, learnt from a corpus."""
     clip = CLIPTokenizer().backend_tokenizer
     draft = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     draft.normalizer, draft.pre_tokenizer = clip.normalizer, clip.pre_tokenizer
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - 258, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+        vocab_size=size - 258, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
     )
-    draft.train_from_iterator([" ".join(words)] * 50 + emoji, trainer)
+    draft.train_from_iterator(corpus, trainer)
     merges = [tuple(pair) for pair in json.loads(draft.to_str())["model"]["merges"]]
-    tokens = [*alphabet, *(c + "</w>" for c in alphabet), *dict.fromkeys(a + b for a, b in merges)]
-    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
-    vocabulary = {token: index for index, token in enumerate(tokens)}
+    tokens = dict.fromkeys([*alphabet, *(c + "</w>" for c in alphabet), *(a + b for a, b in merges)])
+    vocabulary = {token: i for i, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=CONTEXT_LENGTH)
 
 
