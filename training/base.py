@@ -141,7 +141,9 @@ def train_base(config: TrainConfig, world: World, folder: Path) -> None:
     stage, device = config.stages["unet"], world.bank.device
     torch.manual_seed(stage.seed)
     vae = AutoencoderKL.from_pretrained(folder / "vae").to(device, memory_format=torch.channels_last).eval()
-    tokenizer = build_tokenizer()
+    if not (folder / "tokenizer").is_dir():  # ties between rare merges fall differently every time it is learnt
+        build_tokenizer().save_pretrained(folder / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     scheduler = DDIMScheduler(**SCHEDULER | config.scheduler)
     text_encoder = build_text_encoder(config, tokenizer)
     latent_size = config.world.size // 2 ** (len(vae.config.block_out_channels) - 1)
@@ -169,7 +171,6 @@ def train_base(config: TrainConfig, world: World, folder: Path) -> None:
     def save(trained: TextToImage) -> None:
         trained.unet.save_pretrained(folder / "unet")
         trained.text_encoder.save_pretrained(folder / "text_encoder")
-        tokenizer.save_pretrained(folder / "tokenizer")
         scheduler.save_pretrained(folder / "scheduler")
 
     # On a CPU the backward pass of the fused attention costs twice that of the plain one at these sizes.
