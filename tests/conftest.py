@@ -12,38 +12,18 @@ TINY_CORPUS = (
 )
 
 
-def tiny_tokenizer():
-    """A real byte-level BPE CLIP tokenizer with a vocabulary learnt from one sentence."""
-    import json
-
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import CLIPTokenizer
-
-    clip = CLIPTokenizer().backend_tokenizer
-    draft = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    draft.normalizer, draft.pre_tokenizer = clip.normalizer, clip.pre_tokenizer
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
-    )
-    draft.train_from_iterator([TINY_CORPUS] * 10, trainer)
-    merges = [tuple(pair) for pair in json.loads(draft.to_str())["model"]["merges"]]
-    tokens = dict.fromkeys([*alphabet, *(c + "</w>" for c in alphabet), *(a + b for a, b in merges)])
-    tokens = [*tokens, "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=merges, model_max_length=77)
-
-
 def tiny_model():
     """A randomly initialised Stable-Diffusion-format model of three levels with a grounding head, as a Checkpoint."""
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
+    from grounded_diffusion.training.base import train_tokenizer
     from grounded_diffusion.training.checkpoint import Checkpoint
     from grounded_diffusion.training.head import GroundingHead, HeadConfig
 
     torch.manual_seed(0)
-    tokenizer = tiny_tokenizer()
+    tokenizer = train_tokenizer([TINY_CORPUS] * 10, 658)
     text_config = CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         projection_dim=32, max_position_embeddings=77, bos_token_id=tokenizer.bos_token_id,
