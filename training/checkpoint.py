@@ -93,6 +93,10 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint, dtype: torch.dtype
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(path, safe_serialization=True)
+    for file in path.glob("*/*config.json"):  # both libraries note the folder a module was loaded from
+        config = json.loads(file.read_text(encoding="utf-8"))
+        config.pop("_name_or_path", None)
+        file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     weights = {name: value.detach().to("cpu", copy=True) for name, value in checkpoint.head.state_dict().items()}
     weights |= {name: value.detach().to("cpu", dtype) for name, value in checkpoint.head.named_parameters()}
     (path / HEAD).mkdir(exist_ok=True)

@@ -146,6 +146,7 @@ def test_all_stages_from_scenes_to_checkpoint(tmp_path, capsys):
     for stage in ("base", "oracle", "head", "evaluate", "pack"):
         options = ["--out", str(out)] if stage == "pack" else []
         assert cli.main([stage, "--config", str(config), "--run", str(run), *options]) == 0
+    assert not any(str(tmp_path) in file.read_text() for file in out.rglob("*.json"))
     checkpoint = load_checkpoint(out)
     assert checkpoint.names == {"seen": ["dog", "cat", "bus"], "unseen": ["tree"]}
     assert checkpoint.capture_timestep == 1
