@@ -92,8 +92,8 @@ class FoldedTokens(nn.Module):
         super().__init__()
         cfg = head.config
         kernel = head.to_k.weight.detach().unflatten(1, (cfg.fused_channels, cfg.patch, cfg.patch))
-        self.stride, self.phases = cfg.patch, 1
-        if cfg.variant == "paper":
+        self.stride, self.phases, self.neighbours = cfg.patch, 1, cfg.variant == "paper"
+        if self.neighbours:
             if cfg.image_scale % cfg.patch:
                 raise UsageError(f"the paper's head needs patch {cfg.patch} to divide image_scale {cfg.image_scale}")
             taps = interpolation_taps(cfg.image_scale, cfg.patch)
@@ -102,7 +102,7 @@ class FoldedTokens(nn.Module):
         self.kernel = nn.Parameter(kernel.contiguous(), requires_grad=False)
 
     def forward(self, fused: torch.Tensor) -> torch.Tensor:
-        if self.phases == 1 and self.stride > 1:
+        if not self.neighbours:
             return F.conv2d(fused, self.kernel, stride=self.stride).flatten(2).transpose(1, 2)
         tokens = F.conv2d(F.pad(fused, (1, 1, 1, 1), mode="replicate"), self.kernel)  # [B,E phases^2,h',w']
         # The decoder attends to tokens as to a set, so their order is free.

@@ -206,6 +206,18 @@ def test_head_computes_the_released_forward_image_by_image(variant):
         assert relative_l2(folded[b], expected) < 1e-5
 
 
+@pytest.mark.parametrize(("variant", "patch", "scale"), [("released", 1, 8), ("released", 3, 8), ("paper", 2, 2)])
+def test_folding_keeps_the_tokens_of_any_patch(variant, patch, scale):
+    """A patch of one cell has no neighbours to look at, nor has one of three; the paper's always has."""
+    config = HeadConfig(
+        tap_channels=((8,), (4,)), variant=variant, embed_dim=32, heads=4, ffn_dim=64, patch=patch, text_dim=16,
+        image_scale=scale,
+    )  # fmt: skip
+    head, (raw, arranged, queries, valid) = randomised(config), random_inputs(config, low=6)
+    with torch.no_grad():
+        assert relative_l2(fold(head)(raw, queries, valid), head(arranged, queries, valid)) < 1e-5
+
+
 @pytest.mark.parametrize("statistics", ["per_image", "stored"])
 def test_folded_head_equals_the_plain_one(statistics):
     """Identities 1 and 3 alone, against the module with the same statistics."""
