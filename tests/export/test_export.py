@@ -15,7 +15,7 @@ from grounded_diffusion.bundle import GRAPH_IO, GRAPHS, MANIFEST, UNET, UNET_GRO
 from grounded_diffusion.engine import GroundedPipeline
 from grounded_diffusion.errors import BundleError, ParityError, UsageError
 from grounded_diffusion.export import cli
-from grounded_diffusion.export.graphs import MODULES, Sizes, example_inputs
+from grounded_diffusion.export.graphs import MODULES, RowwiseGroupNorm, Sizes, example_inputs, with_rowwise_norms
 from grounded_diffusion.export.reference import generate
 from grounded_diffusion.export.staging import check_output, staged
 from grounded_diffusion.export.verify import check_graphs, check_loop, mask_iou, psnr, table, verify_bundle
@@ -240,3 +240,14 @@ def test_gd_export_of_a_released_head(tiny_checkpoint, checkpoint, tmp_path, cap
     manifest = open_bundle(out).manifest
     assert manifest.head["statistics"] == "stored" and manifest.head["embed_dim"] == 512 and manifest.names == {}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "grounding_module.pth"]
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 5, 7), (2, 8, 11)])
+def test_rowwise_norms_equal_group_norms_and_share_their_weights(shape):
+    module = torch.nn.Sequential(torch.nn.GroupNorm(4, 8))
+    torch.nn.init.normal_(module[0].weight)
+    torch.nn.init.normal_(module[0].bias)
+    twin, x = with_rowwise_norms(module), torch.randn(shape) * 3 + 5
+    assert isinstance(twin[0], RowwiseGroupNorm) and isinstance(module[0], torch.nn.GroupNorm)
+    assert twin[0].weight is module[0].weight
+    torch.testing.assert_close(twin(x), module(x))
