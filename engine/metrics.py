@@ -65,7 +65,7 @@ def gpu_busy() -> list[tuple[str, float]]:
         return []
     command = [tool, "--query-gpu=index,utilization.gpu", "--format=csv,noheader,nounits"]
     try:
-        lines = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()
+        lines = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.splitlines()
     except (OSError, subprocess.SubprocessError):
         return []
     cells = [[cell.strip() for cell in line.split(",")] for line in lines]
