@@ -31,3 +31,13 @@ class BackendError(GroundedDiffusionError):
 
 class NumericsError(GroundedDiffusionError):
     """A NaN or infinity appeared; the message names the stage, the step and the sample."""
+
+
+class StorageError(GroundedDiffusionError):
+    """A file of a run cannot be written or read where the output goes."""
+
+
+class DiskFullError(StorageError):
+    """The output's disk or quota is full; the same command goes on once there is room."""
+
+    exit_code = 75
