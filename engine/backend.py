@@ -18,9 +18,11 @@ class Backend(Protocol):
     """
 
     name: str
+    lanes: int  # how many threads may call `run` at once to use all of the device
 
     def run(self, graph: str, inputs: Mapping[str, np.ndarray]) -> Arrays:
-        """Outputs of a graph. They are the backend's own buffers, valid until the next run of the same graph.
+        """Outputs of a graph. They are the backend's own buffers, valid until the same thread's next run of the same
+        graph.
 
         Raises:
             BackendError: the graph cannot be loaded, or fails on these inputs.

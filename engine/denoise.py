@@ -28,6 +28,11 @@ class Conditioning:
     queries: np.ndarray
     query_valid: np.ndarray
 
+    def row(self, b: int) -> Conditioning:
+        """Image b alone."""
+        batch = len(self.queries)
+        return Conditioning(self.context[[b, batch + b]], self.queries[b : b + 1], self.query_valid[b : b + 1])
+
 
 @dataclass(frozen=True, slots=True)
 class Denoised:

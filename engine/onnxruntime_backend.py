@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +24,7 @@ REMEMBERED = 8  # sets of output buffers a graph keeps, one per input shape
 
 
 class Graph:
-    """One session, with output buffers reused as long as the input shapes stay the same."""
+    """One session, with output buffers of every calling thread reused as long as the input shapes stay the same."""
 
     def __init__(self, name: str, session: Any):
         self.name, self.session = name, session
@@ -35,8 +36,7 @@ class Graph:
                 f"{name} has inputs {sorted(self.inputs)} and outputs {sorted(self.outputs)}, "
                 f"not those of the bundle format; run gd-export again"
             )
-        self.binding = session.io_binding()
-        self._buffers: dict[tuple, Arrays] = {}
+        self._own = threading.local()  # .binding, and .buffers: outputs by the shapes of the inputs
 
     def _convert(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
         """Inputs in the types the graph wants, contiguous. Raises BackendError for names and shapes that do not fit."""
@@ -57,19 +57,21 @@ class Graph:
     def run(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
         arrays = self._convert(inputs)
         key = tuple(array.shape for array in arrays.values())
-        buffers = self._buffers.get(key)
-        if buffers is None:  # the first run of a shape tells the shapes of the outputs
-            buffers = dict(zip(self.outputs, self.session.run(self.outputs, arrays), strict=True))
-            if len(self._buffers) == REMEMBERED:
-                self._buffers.pop(next(iter(self._buffers)))
-            self._buffers[key] = {name: np.ascontiguousarray(value) for name, value in buffers.items()}
+        if not hasattr(self._own, "binding"):
+            self._own.binding, self._own.buffers = self.session.io_binding(), {}
+        binding, known = self._own.binding, self._own.buffers
+        if key not in known:  # the first run of a shape tells the shapes of the outputs
+            outputs = self.session.run(self.outputs, arrays)
+            if len(known) == REMEMBERED:
+                known.pop(next(iter(known)))
+            known[key] = {name: np.ascontiguousarray(v) for name, v in zip(self.outputs, outputs, strict=True)}
         else:
             for name, array in arrays.items():
-                self.binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-            for name, array in buffers.items():
-                self.binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-            self.session.run_with_iobinding(self.binding)
-        return {name: array.astype(np.float32, copy=False) for name, array in self._buffers[key].items()}
+                binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+            for name, array in known[key].items():
+                binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+            self.session.run_with_iobinding(binding)
+        return {name: array.astype(np.float32, copy=False) for name, array in known[key].items()}
 
 
 class OnnxRuntimeBackend:
@@ -77,7 +79,9 @@ class OnnxRuntimeBackend:
 
     Args:
         bundle: the opened bundle.
-        threads: threads of one operation; None takes all cores this process may use.
+        threads: CPU threads in all; None takes all cores this process may use.
+        lanes: calls of `run` at once; each has its share of the threads.
+        sessions: graphs kept open at once; opening one more closes the oldest.
 
     Raises:
         BackendError: onnxruntime is not installed.
@@ -85,15 +89,17 @@ class OnnxRuntimeBackend:
 
     name = "onnxruntime-cpu"
 
-    def __init__(self, bundle: Bundle, threads: int | None = None):
+    def __init__(self, bundle: Bundle, threads: int | None = None, lanes: int = 1, sessions: int = len(GRAPH_IO)):
         try:
             import onnxruntime
         except ImportError as error:
             raise BackendError(f"onnxruntime cannot be imported ({error}); pip install onnxruntime") from None
-        self.bundle, self._ort = bundle, onnxruntime
+        self.bundle, self.sessions, self._ort = bundle, sessions, onnxruntime
+        self.lanes = lanes
         self._graphs: dict[str, Graph] = {}
+        self._opening = threading.Lock()
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or usable_cores()
+        options.intra_op_num_threads = max(1, (threads or usable_cores()) // lanes)
         options.inter_op_num_threads = 1  # the graphs are chains; one operation at a time has all threads
         options.enable_cpu_mem_arena = True
         options.enable_mem_pattern = True
@@ -103,14 +109,17 @@ class OnnxRuntimeBackend:
 
     def graph(self, name: str) -> Graph:
         """A graph's session, opened now if it was not. Raises BackendError."""
-        if name not in self._graphs:
-            path = self.bundle.file(name)
-            try:
-                session = self._ort.InferenceSession(str(path), self._options, providers=["CPUExecutionProvider"])
-            except Exception as error:  # onnxruntime's exceptions share no base class
-                raise BackendError(f"onnxruntime cannot load {path}: {first_line(error)}") from None
-            self._graphs[name] = Graph(name, session)
-        return self._graphs[name]
+        with self._opening:
+            if name not in self._graphs:
+                while len(self._graphs) >= self.sessions:
+                    self._graphs.pop(next(iter(self._graphs)))
+                path = self.bundle.file(name)
+                try:
+                    session = self._ort.InferenceSession(str(path), self._options, providers=["CPUExecutionProvider"])
+                except Exception as error:  # onnxruntime's exceptions share no base class
+                    raise BackendError(f"onnxruntime cannot load {path}: {first_line(error)}") from None
+                self._graphs[name] = Graph(name, session)
+            return self._graphs[name]
 
     def run(self, graph: str, inputs: Mapping[str, np.ndarray]) -> Arrays:
         """See `Backend.run`."""

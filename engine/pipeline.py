@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Container, Iterable, Iterator
+from collections import deque
+from collections.abc import Container, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from grounded_diffusion.engine.prompts import Prompt, as_prompts
 from grounded_diffusion.engine.schedule import Schedule, build_schedule
 from grounded_diffusion.engine.text import TextEncoder
 from grounded_diffusion.engine.tokenizer import Tokenizer
-from grounded_diffusion.errors import UsageError
+from grounded_diffusion.errors import NumericsError, UsageError
 from grounded_diffusion.kernels import MaskResult, image_epilogue, mask_epilogue
 
 
@@ -69,6 +72,14 @@ class Sample:
     latents: np.ndarray
 
 
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A sample that could not be made, and why."""
+
+    job: Job
+    reason: str
+
+
 def plan(prompts: Iterable[Prompt], options: Options) -> list[Job]:
     """All images of a run. A prompt with a seed of its own draws from that, wherever it stands in the file."""
     jobs: list[Job] = []
@@ -97,13 +108,14 @@ class GroundedPipeline:
         self.text_encoder = TextEncoder(backend, self.tokenizer)
 
     @classmethod
-    def open(cls, bundle: str | Path | None = None, *, threads: int | None = None) -> GroundedPipeline:
+    def open(cls, bundle: str | Path | None = None, *, threads: int | None = None, lanes: int = 1) -> GroundedPipeline:
         """Open a bundle on the CPU.
 
         Args:
             bundle: directory that gd-export wrote; None takes the model that ships with the package, exported into
                 the user's cache at first use (which needs the `export` extra).
             threads: CPU threads; None takes all cores.
+            lanes: batches at once, each on its share of the threads: slower for one batch, faster for many.
 
         Raises:
             BundleError: not a bundle, damaged, or of another version.
@@ -116,7 +128,7 @@ class GroundedPipeline:
 
             bundle = shipped_bundle()
         opened = open_bundle(bundle)
-        return cls(opened, OnnxRuntimeBackend(opened, threads))
+        return cls(opened, OnnxRuntimeBackend(opened, threads, lanes))
 
     def schedule(self, options: Options) -> Schedule:
         """The sampler's table for this model. Raises UsageError for what the model's scheduler does not allow."""
@@ -151,7 +163,8 @@ class GroundedPipeline:
         """
         options = replace(options or Options(), **changes)
         jobs = plan(as_prompts(prompts), options)
-        schedule, shape = self.schedule(options), self.latent_shape(options)
+        self.schedule(options)  # raises for what the model's scheduler does not allow
+        shape = self.latent_shape(options)
         if noise is not None and noise.shape != (len(jobs), *shape):
             raise UsageError(f"noise must have shape {[len(jobs), *shape]} for these prompts, not {list(noise.shape)}")
         for prompt in dict.fromkeys(job.prompt for job in jobs):
@@ -165,26 +178,74 @@ class GroundedPipeline:
             for name in prompt.objects:
                 self.tokenizer.encode_query(name)  # raises for a name without tokens
         jobs = [job for job in jobs if job.index not in skip]
-        return self._generate(jobs, options, schedule, shape, noise)
+        return self._generate(jobs, options, noise)
 
-    def _generate(self, jobs, options: Options, schedule: Schedule, shape, noise) -> Iterator[Sample]:
-        batch = options.batch_size(shape[1] * shape[2])
-        capture = schedule.capture_index(self.bundle.manifest.capture_timestep)
-        for start in range(0, len(jobs), batch):
-            some = jobs[start : start + batch]
-            keys = [(job.seed, job.draw) for job in some]
-            conditioning = self.condition([job.prompt for job in some])
-            denoised = denoise(
-                self.backend,
-                schedule,
-                conditioning,
-                batch_normal(keys, shape) if noise is None else noise[[job.index for job in some]].astype(np.float32),
-                guidance_scale=options.guidance_scale,
-                capture=capture,
-                step_noise=lambda row, keys=keys: batch_normal(keys, shape, row + 1),
-                names=[f"sample {job.index}" for job in some],
-            )
-            yield from self.finish(some, denoised, conditioning.query_valid, options)
+    def _generate(self, jobs: list[Job], options: Options, noise: np.ndarray | None) -> Iterator[Sample]:
+        _, height, width = self.latent_shape(options)
+        for results in self.batches(chunks(jobs, options.batch_size(height * width)), options, noise=noise):
+            for result in results:
+                if isinstance(result, Failed):
+                    raise NumericsError(result.reason)
+                yield result
+
+    def batches(
+        self, batches: Iterable[Sequence[Job]], options: Options, *, noise: np.ndarray | None = None
+    ) -> Iterator[list[Sample | Failed]]:
+        """Make batches of images, several at once: a result for every job, in order.
+
+        `batches` is read ahead by as many batches as the backend runs at once. A batch in which a number is not
+        finite is made again sample by sample; what still fails comes back as Failed.
+
+        Args:
+            noise: standard normal [n,4,h,w], rows by the jobs' indices; None draws each job's own.
+
+        Raises:
+            BackendError: the backend has failed.
+        """
+        schedule, lanes = self.schedule(options), self.backend.lanes
+        waiting: deque[Future[list[Sample | Failed]]] = deque()
+        with ThreadPoolExecutor(lanes, "lane") as pool:
+            try:
+                for jobs in batches:
+                    conditioning = self.condition([job.prompt for job in jobs])
+                    waiting.append(pool.submit(self._batch, list(jobs), conditioning, schedule, options, noise))
+                    if len(waiting) > lanes:
+                        yield waiting.popleft().result()
+                while waiting:
+                    yield waiting.popleft().result()
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+    def _batch(self, jobs: list[Job], conditioning: Conditioning, schedule: Schedule, options: Options, noise):
+        """One batch, or where it fails each of its samples alone."""
+        try:
+            return self._make(jobs, conditioning, schedule, options, noise)
+        except NumericsError as error:
+            if len(jobs) == 1:
+                return [Failed(jobs[0], str(error))]
+        return [self._batch([job], conditioning.row(b), schedule, options, noise)[0] for b, job in enumerate(jobs)]
+
+    def _make(
+        self, jobs: list[Job], conditioning: Conditioning, schedule: Schedule, options: Options, noise
+    ) -> list[Sample]:
+        shape = self.latent_shape(options)
+        keys, names = [(job.seed, job.draw) for job in jobs], [f"sample {job.index}" for job in jobs]
+        denoised = denoise(
+            self.backend,
+            schedule,
+            conditioning,
+            batch_normal(keys, shape) if noise is None else noise[[job.index for job in jobs]].astype(np.float32),
+            guidance_scale=options.guidance_scale,
+            capture=schedule.capture_index(self.bundle.manifest.capture_timestep),
+            step_noise=lambda row: batch_normal(keys, shape, row + 1),
+            names=names,
+        )
+        image = self.backend.run(VAE_DECODER, {"latents": denoised.latents})["image"]
+        check_finite(image, names, "pixels")
+        pixels, size = image_epilogue(image), options.image_size(self.bundle.manifest)
+        result = mask_epilogue(denoised.mask_logits, conditioning.query_valid, size, options.threshold)
+        return [make_sample(job, b, pixels[b], result, denoised) for b, job in enumerate(jobs)]
 
     def condition(self, prompts: list[Prompt]) -> Conditioning:
         """Encode the prompts and object queries of a batch."""
@@ -193,14 +254,12 @@ class GroundedPipeline:
         queries, valid = self.text_encoder.queries([prompt.objects for prompt in prompts])
         return Conditioning(np.concatenate([unconditional, conditional]), queries, valid)
 
-    def finish(self, jobs: list[Job], denoised: Denoised, valid: np.ndarray, options: Options) -> Iterator[Sample]:
-        """Decode a batch and draw its masks."""
-        image = self.backend.run(VAE_DECODER, {"latents": denoised.latents})["image"]
-        check_finite(image, [f"sample {job.index}" for job in jobs], "pixels")
-        pixels = image_epilogue(image)
-        result = mask_epilogue(denoised.mask_logits, valid, options.image_size(self.bundle.manifest), options.threshold)
-        for b, job in enumerate(jobs):
-            yield make_sample(job, b, pixels[b], result, denoised)
+
+def chunks(jobs: Iterable[Job], size: int) -> Iterator[tuple[Job, ...]]:
+    """Jobs in batches of `size`, the last one shorter."""
+    jobs = iter(jobs)
+    while chunk := tuple(islice(jobs, size)):
+        yield chunk
 
 
 def make_sample(job: Job, b: int, image: np.ndarray, result: MaskResult, denoised: Denoised) -> Sample:

@@ -12,8 +12,9 @@ import numpy as np
 import onnxruntime
 import torch
 
-from grounded_diffusion.bundle import GRAPH_IO, GRAPHS
+from grounded_diffusion.bundle import GRAPH_IO, GRAPHS, open_bundle
 from grounded_diffusion.engine import GroundedPipeline, Prompt
+from grounded_diffusion.engine.onnxruntime_backend import OnnxRuntimeBackend
 from grounded_diffusion.errors import ParityError
 from grounded_diffusion.export.graphs import MODULES, Sizes, example_inputs, latent_multiple
 from grounded_diffusion.export.reference import generate
@@ -100,8 +101,10 @@ def check_loop(checkpoint: Checkpoint, folder: Path) -> list[Parity]:
     noise = torch.randn(
         len(prompts), checkpoint.unet.config.in_channels, height, width, generator=torch.Generator().manual_seed(0)
     )
+    bundle = open_bundle(folder)
+    backend = OnnxRuntimeBackend(bundle, sessions=1 if large else len(GRAPHS))  # two UNets beside torch's are too much
     samples = list(
-        GroundedPipeline.open(folder).generate(
+        GroundedPipeline(bundle, backend).generate(
             [Prompt(prompt, tuple(names)) for prompt in prompts],
             noise=noise.numpy(),
             steps=steps,
@@ -109,6 +112,7 @@ def check_loop(checkpoint: Checkpoint, folder: Path) -> list[Parity]:
             batch=len(prompts),
         )
     )
+    del backend
     gc.collect()
     capture = samples[0].capture_timestep
     expected = generate(checkpoint, prompts, names, noise, steps, GUIDANCE_SCALE, capture)
