@@ -2,8 +2,8 @@
 
 The rule: worker i of N (i from 0) makes the shards s with s mod N = i. It needs no talk between the workers. A task
 that died is started again with the same command: it makes what is missing of its shards. Another N, or two workers with
-the same i, do no harm either: what is finished stays finished, and claims keep workers apart. Without any of this, every
-worker on the same output makes whatever shard nobody has.
+the same i, do no harm either: what is finished stays finished, and claims keep workers apart. Without any of this,
+every worker on the same output makes whatever shard nobody has.
 """
 
 from __future__ import annotations
