@@ -71,6 +71,9 @@ class TrainConfig:
         latents: images encoded once and drawn from while the UNet trains.
         examples: generated images on which the head is trained.
         rendered_share: share of the head's batches that are rendered scenes with exact masks.
+        absent_weight: weight, in the head's loss, of the empty mask of a name that is not in the image.
+        capture_range: the head reads half of its examples at timesteps up to this one, so that it can be used with
+            samplers that end elsewhere; 1 for the captured timestep alone.
         stages: pace of the stages "vae", "unet", "oracle", "labeller" and "head".
     """
 
@@ -85,6 +88,8 @@ class TrainConfig:
     latents: int = 100_000
     examples: int = 4096
     rendered_share: float = 0.5
+    absent_weight: float = 0.0
+    capture_range: int = 1
     stages: dict[str, StageConfig] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -92,6 +97,8 @@ class TrainConfig:
             raise UsageError(f"no glyph is known for {', '.join(missing)}; known names: {', '.join(NAMES)}")
         if not 0 <= self.rendered_share <= 1:
             raise UsageError(f"rendered_share is {self.rendered_share}; it must lie in [0, 1]")
+        if self.absent_weight < 0 or not 1 <= self.capture_range < 1000:
+            raise UsageError("absent_weight must be at least 0 and capture_range from 1 to 999")
 
     @property
     def seen(self) -> tuple[str, ...]:

@@ -73,13 +73,17 @@ class BaseModel:
         return torch.stack(rows)
 
     @torch.no_grad()
-    def features(self, latents: torch.Tensor, prompts: list[str], taps: Taps) -> list[torch.Tensor]:
-        """What the head reads: one UNet call on both halves at the captured timestep."""
+    def features(
+        self, latents: torch.Tensor, prompts: list[str], taps: Taps, timesteps: torch.Tensor | int = CAPTURE_TIMESTEP
+    ) -> list[torch.Tensor]:
+        """What the head reads: one UNet call on both halves, at one timestep or one an image [B]."""
         context = self.text_encoder(tokenize(self.tokenizer, prompts).to(self.device)).last_hidden_state
         context = torch.cat([self.empty.expand_as(context), context])
         double = torch.cat([latents, latents]).contiguous(memory_format=torch.channels_last)
+        if isinstance(timesteps, torch.Tensor):
+            timesteps = torch.cat([timesteps, timesteps]).to(self.device)
         with torch.autocast(self.device.type, dtype=torch.bfloat16):
-            self.unet(double, CAPTURE_TIMESTEP, context)
+            self.unet(double, timesteps, context)
         return taps.features()
 
 
@@ -115,11 +119,38 @@ def generate_examples(base: BaseModel, config: TrainConfig, folder: Path, seed: 
     return {key: torch.cat([chunk[key] for chunk in chunks]) for key in chunks[0]}
 
 
-def grounding_loss(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-    """Binary cross-entropy of logits [B,O,H,W] against masks, without the all-zero masks (section 3.3.3)."""
-    found = masks.flatten(2).any(2)  # [B,O]
+def grounding_loss(
+    logits: torch.Tensor, masks: torch.Tensor, valid: torch.Tensor, absent_weight: float
+) -> torch.Tensor:
+    """Binary cross-entropy of logits [B,O,H,W] against masks.
+
+    The all-zero mask of an object that the oracle did not find says nothing and is left out (section 3.3.3). The last
+    object of every image is a name that is not in it: its empty mask is true, and keeps the head from masking
+    whatever stands out, for any query.
+
+    Args:
+        valid: [B,O], the queries that were asked.
+        absent_weight: of the last object's term, where a found object's is 1.
+    """
+    weight = masks.flatten(2).any(2).float()  # [B,O]
+    weight[:, -1] = absent_weight
+    weight = weight * valid
     per_object = F.binary_cross_entropy_with_logits(logits, masks.float(), reduction="none").mean(dim=(2, 3))
-    return (per_object * found).sum() / found.sum().clamp(min=1)
+    return (per_object * weight).sum() / weight.sum().clamp(min=1)
+
+
+def with_absent(objects: torch.Tensor, masks: torch.Tensor, names: int, generator: torch.Generator):
+    """Objects [B,O] and masks [B,O,H,W] with a last object that is not among them, and which to ask for [B,O+1].
+
+    Every query is left out now and then, so that none can rely on the others' company.
+    """
+    allowed = torch.ones(len(objects), names + 1).scatter_(1, objects + 1, 0.0)[:, 1:]
+    absent = torch.multinomial(allowed, 1, generator=generator)
+    ask = torch.rand(len(objects), objects.shape[1] + 1, generator=generator) < 0.75
+    objects = torch.cat([objects, absent], 1)
+    there = objects >= 0
+    ask = torch.where((ask & there).any(1, keepdim=True), ask & there, there)
+    return objects, F.pad(masks, (0, 0, 0, 0, 0, 1)), ask
 
 
 def train_head(config: TrainConfig, world: World, folder: Path) -> GroundingHead:
@@ -137,13 +168,22 @@ def train_head(config: TrainConfig, world: World, folder: Path) -> GroundingHead
 
     def batch(generator: torch.Generator):
         pick = torch.randint(len(examples["latents"]), (stage.batch - rendered,), generator=generator)
-        latents, objects, masks = (examples[key][pick].to(device) for key in ("latents", "objects", "masks"))
+        latents, objects, masks = (examples[key][pick] for key in ("latents", "objects", "masks"))
         if rendered:
             scene = seen_world.render(rendered, generator, captions=False)
             scene_masks = torch.stack([scene.labels == 1, scene.labels == 2], 1)
-            latents = torch.cat([latents, base.encode(scene.images)])
-            objects, masks = torch.cat([objects, scene.objects]), torch.cat([masks, scene_masks])
-        return latents, objects, masks
+            latents = torch.cat([latents.to(device), base.encode(scene.images)])
+            objects, masks = torch.cat([objects, scene.objects.cpu()]), torch.cat([masks, scene_masks.cpu()])
+        return latents.to(device), objects, masks
+
+    def renoise(latents: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """Half of the latents as they are, at the captured timestep; the others noised up to `capture_range`."""
+        timesteps = torch.randint(1, config.capture_range + 1, (len(latents),), generator=generator)
+        clean = torch.rand(len(latents), generator=generator) < 0.5
+        timesteps[clean] = CAPTURE_TIMESTEP
+        noise = torch.randn(latents.shape, generator=generator).to(device)
+        noisy = base.scheduler.add_noise(latents, noise, timesteps.to(device))
+        return torch.where((timesteps == CAPTURE_TIMESTEP).to(device)[:, None, None, None], latents, noisy), timesteps
 
     with Taps(base.unet) as taps:
 
@@ -151,9 +191,12 @@ def train_head(config: TrainConfig, world: World, folder: Path) -> GroundingHead
             latents, objects, masks = batch(generator)
             names = [[seen[i] for i in row if i >= 0] for row in objects.tolist()]
             prompts = ["a photograph of " + " and ".join(f"a {name}" for name in row) for row in names]
-            features = base.features(latents, prompts, taps)
-            logits = head(features, queries[objects.clamp(min=0)], objects >= 0)
-            return grounding_loss(upsample_logits(logits, masks.shape[-2:]), masks)
+            objects, masks, ask = with_absent(objects, masks, len(seen), generator)
+            latents, timesteps = renoise(latents, generator)
+            features = base.features(latents, prompts, taps, timesteps)
+            logits = head(features, queries[objects.clamp(min=0)], ask.to(device))
+            logits = upsample_logits(logits, masks.shape[-2:])
+            return grounding_loss(logits, masks.to(device), ask.to(device), config.absent_weight)
 
         head = train("head", head, stage, folder, loss)
     torch.save(dict(weights=head.state_dict()), folder / "head.pt")
