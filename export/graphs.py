@@ -181,7 +181,7 @@ def _dynamic_shapes(checkpoint: Checkpoint, graph: str) -> dict[str, dict[int, A
 
 
 @contextlib.contextmanager
-def _quiet():
+def quiet():
     """Keep the exporter's own chatter from the user: it speaks of passes and of versions it converts between."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
     levels = [logger.level for logger in loggers]
@@ -206,7 +206,7 @@ def trace(checkpoint: Checkpoint, graph: str) -> onnx_ir.Model:
     module = MODULES[graph](checkpoint).eval()
     if graph == VAE_DECODER:  # the one graph at full image size; a few more passes are lost among its convolutions
         module = with_rowwise_norms(module)
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), quiet():
         program = torch.onnx.export(
             module,
             kwargs=inputs,
