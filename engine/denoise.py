@@ -57,17 +57,20 @@ def denoise(
     *,
     guidance_scale: float,
     capture: int,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
     step_noise: Callable[[int], np.ndarray] | None = None,
     names: Sequence[str] | None = None,
 ) -> Denoised:
     """Run a schedule from noise to latents.
 
-    Without guidance (scale 1) only the conditional half runs, except at the captured step: the head reads both.
+    Without guidance (scale 1, or outside the interval) only the conditional half runs, except at the captured step:
+    the head reads both.
 
     Args:
         noise: standard normal [B,4,h,w].
         guidance_scale: weight w of classifier-free guidance, u + w (c - u); 1 turns it off.
         capture: index of the row at which the grounding head runs.
+        guidance_interval: the part of the way from noise (0) to image (1) that is guided, see Schedule.progress.
         step_noise: row -> standard normal [B,4,h,w]; needed by stochastic samplers only.
         names: what errors call the samples; None counts them from 0.
 
@@ -76,7 +79,9 @@ def denoise(
     """
     batch, rows = len(noise), schedule.rows
     names = names or [f"sample {i}" for i in range(batch)]
-    both = [guidance_scale != 1 or i == capture for i in range(len(rows))]  # which calls run both halves
+    start, end = guidance_interval
+    scales = [guidance_scale if start <= p <= end else 1.0 for p in schedule.progress]
+    both = [scale != 1 or i == capture for i, scale in enumerate(scales)]  # which calls run both halves
     both.append(both[-1])  # no call follows the last row
     slots = schedule.history
     history = np.empty((slots, *noise.shape), np.float32) if slots else None  # ring buffer of past m
@@ -103,7 +108,7 @@ def denoise(
             outputs["model_output"],
             latents,
             history,
-            guidance_scale=guidance_scale if both[i] else None,
+            guidance_scale=scales[i] if both[i] else None,
             cx=row.cx,
             co=row.co,
             a=row.a,

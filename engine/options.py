@@ -22,6 +22,8 @@ class Options:
     Attributes:
         steps: denoising steps.
         guidance_scale: weight of classifier-free guidance; 1 turns it off.
+        guidance_interval: (start, end) of the guided part of the way from noise (0) to image (1); outside, only the
+            conditional half of the network runs (Kynkaanniemi et al. 2024).
         sampler: one of schedule.SAMPLERS.
         seed: seed of the data set; the same seed and sample index give the same image at any batch size.
         images_per_prompt: images of each prompt that does not say its own count.
@@ -35,6 +37,7 @@ class Options:
 
     steps: int = 25
     guidance_scale: float = 7.5
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
     sampler: str = "ddim"
     seed: int = 7
     images_per_prompt: int = 1
@@ -45,6 +48,10 @@ class Options:
     def __post_init__(self):
         check_int(self.steps, "steps", 1, 1000)
         check_float(self.guidance_scale, "guidance_scale", 1.0, 100.0)
+        interval = self.guidance_interval
+        if not isinstance(interval, tuple | list) or len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
+            raise UsageError(f"guidance_interval must be (start, end) with 0 <= start <= end <= 1, not {interval!r}")
+        object.__setattr__(self, "guidance_interval", tuple(map(float, interval)))
         if self.sampler not in SAMPLERS:
             raise UsageError(f"unknown sampler {self.sampler!r}; choose one of {', '.join(SAMPLERS)}")
         check_int(self.seed, "seed", 0, MAX_SEED)

@@ -237,6 +237,7 @@ class GroundedPipeline:
             conditioning,
             batch_normal(keys, shape) if noise is None else noise[[job.index for job in jobs]].astype(np.float32),
             guidance_scale=options.guidance_scale,
+            guidance_interval=options.guidance_interval,
             capture=schedule.capture_index(self.bundle.manifest.capture_timestep),
             step_noise=lambda row: batch_normal(keys, shape, row + 1),
             names=names,

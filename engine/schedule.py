@@ -132,6 +132,11 @@ class Schedule:
         """Whether any row adds noise."""
         return any(row.n for row in self.rows)
 
+    @property
+    def progress(self) -> list[float]:
+        """How far on the way from noise (0) to image (1) each row is, in training timesteps."""
+        return [1 - row.timestep / (len(self.log_snr) - 1) for row in self.rows]
+
     def capture_index(self, capture_timestep: int) -> int:
         """The row whose noise level is nearest, in log-SNR, to a training timestep; of equal rows the last."""
         if not 0 <= capture_timestep < len(self.log_snr):

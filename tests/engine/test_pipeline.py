@@ -85,9 +85,9 @@ CLASSES = {
 }
 
 
-@pytest.mark.parametrize("guidance_scale", [4.0, 1.0])
+@pytest.mark.parametrize(("guidance_scale", "interval"), [(4.0, (0.0, 1.0)), (1.0, (0.0, 1.0)), (4.0, (0.2, 0.7))])
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_the_loop_equals_one_around_the_diffusers_scheduler(pipe, monkeypatch, sampler, guidance_scale):
+def test_the_loop_equals_one_around_the_diffusers_scheduler(pipe, monkeypatch, sampler, guidance_scale, interval):
     import diffusers
     import torch
 
@@ -104,8 +104,9 @@ def test_the_loop_equals_one_around_the_diffusers_scheduler(pipe, monkeypatch, s
         u, c = torch.from_numpy(pipe.backend.run("unet.onnx", inputs)["model_output"].copy()).chunk(2)
         noise = torch.from_numpy(batch_normal(keys, (4, 16, 16), i + 1))
         monkeypatch.setattr("diffusers.schedulers.scheduling_lcm.randn_tensor", lambda *_, n=noise, **__: n)
-        latents = scheduler.step(u + guidance_scale * (c - u), t, latents, return_dict=False)[0]
-    options = Options(steps=steps, sampler=sampler, guidance_scale=guidance_scale, seed=7)
+        scale = guidance_scale if interval[0] <= 1 - float(t) / 999 <= interval[1] else 1.0
+        latents = scheduler.step(u + scale * (c - u), t, latents, return_dict=False)[0]
+    options = Options(steps=steps, sampler=sampler, guidance_scale=guidance_scale, guidance_interval=interval, seed=7)
     got = np.stack([sample.latents for sample in pipe.generate(["a [dog]", "a [cat]"], options)])
     assert relative(got, latents.numpy()) < 1e-4
 
@@ -220,6 +221,7 @@ BAD_OPTIONS = [
     ({"steps": 0}, "steps must be a whole number from 1"),
     ({"guidance_scale": 0.5}, "guidance_scale must be a number from 1 to 100"),
     ({"guidance_scale": float("nan")}, "guidance_scale"),
+    ({"guidance_interval": (0.5, 0.2)}, r"guidance_interval must be \(start, end\)"),
     ({"sampler": "heun"}, "unknown sampler 'heun'; choose one of ddim"),
     ({"seed": -1}, "seed must be"),
     ({"images_per_prompt": 0}, "images_per_prompt must be"),
