@@ -145,7 +145,7 @@ def take(path: Path) -> BinaryIO | None:
         stream = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.exists() and os.path.samestat(path.stat(), os.fstat(stream.fileno())):
+            if os.path.samestat(path.stat(), os.fstat(stream.fileno())):
                 stream.truncate()
                 stream.write(holder())
                 stream.flush()
@@ -153,6 +153,8 @@ def take(path: Path) -> BinaryIO | None:
         except BlockingIOError:
             stream.close()
             return None
+        except FileNotFoundError:
+            pass
         except BaseException:
             stream.close()
             raise
@@ -201,6 +203,8 @@ def readable_errors(root: Path, *, need=0, what: str = "", folder: Path | None =
         yield
     except FileNotFoundError:
         raise
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UsageError(f"cannot write {root / what}: {error.filename} is a file, not a folder") from None
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             kind = UsageError if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) else StorageError
