@@ -1,0 +1,7 @@
+#!/bin/bash
+# To a running Ray cluster whose nodes have this package and share /shared:
+#   RAY_ADDRESS=http://head:8265 bash ray-submit.sh
+set -euo pipefail
+
+ray job submit --no-wait -- \
+    gd-infer --ray auto --workers 8 --model /shared/models/bundle --prompts /shared/prompts.jsonl --out /shared/dataset
