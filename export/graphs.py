@@ -96,7 +96,7 @@ class RowwiseGroupNorm(nn.Module):
         average = lambda grouped: grouped.mean(-1, keepdim=True).mean((2, 3), keepdim=True)  # [B,G,1,1,1]
         grouped = x.unflatten(1, (self.groups, -1))  # [B,G,C/G,h,w]
         centred = grouped - average(grouped)
-        scaled = centred * torch.rsqrt(average(centred.square()) + self.eps)
+        scaled = centred * torch.rsqrt(average(centred * centred) + self.eps)
         weight, bias = (vector.view(-1, *[1] * (x.ndim - 2)) for vector in (self.weight, self.bias))
         return scaled.flatten(1, 2) * weight + bias
 

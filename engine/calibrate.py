@@ -1,0 +1,125 @@
+"""How many images to a call, and how many calls at once: measured once on each machine and remembered.
+
+One call on all threads waits at every operation for the slowest of them; several calls with fewer threads each do
+not. Which is faster depends on the model, the processor and its load, so it is tried.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from grounded_diffusion.bundle import MANIFEST, UNET, Bundle, sha256
+from grounded_diffusion.engine.backend import Backend
+from grounded_diffusion.engine.onnxruntime_backend import OnnxRuntimeBackend, usable_cores
+from grounded_diffusion.engine.options import LATENT_CELLS, MAX_BATCH, Options
+from grounded_diffusion.engine.shipped import cache_folder
+
+BUDGET = 15.0  # seconds; at large images only a few placements are tried
+ROUNDS = 2  # timed calls of each lane
+WORTH = 1.03  # a larger placement must be faster by this, or the smaller one, with its smaller memory, is taken
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Images to a call of the network, and calls at once."""
+
+    batch: int
+    lanes: int
+
+
+def placement(
+    bundle: Bundle, options: Options, threads: int | None = None, report: Callable[[str], None] = lambda line: None
+) -> Placement:
+    """The fastest placement on this machine: remembered, or measured now within some 15 seconds.
+
+    Args:
+        options: decide the image size; a batch that they fix is kept, and only the lanes are tried.
+        threads: CPU threads in all; None takes all cores.
+        report: told what has been measured.
+    """
+    threads = threads or usable_cores()
+    height, width = (side // bundle.manifest.vae_scale_factor for side in options.image_size(bundle.manifest))
+    asked = {
+        "model": sha256(bundle.file(MANIFEST)),
+        "latents": [height, width],
+        "batch": options.batch,
+        "threads": threads,
+        "host": [platform.node(), platform.machine()],
+    }
+    key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:24]
+    file = cache_folder() / "placements" / f"{key}.json"
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return Placement(**json.loads(file.read_text(encoding="utf-8")))
+    rates = measure(bundle, list(candidates(options, height * width, threads)), threads, (height, width))
+    chosen = choose(rates)
+    for tried, rate in rates.items():
+        report(f"batch {tried.batch} x {tried.lanes}: {rate:.2f} guided calls of one image a second")
+    with contextlib.suppress(OSError):  # a cache that cannot be written is measured again
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(asdict(chosen)), encoding="utf-8")
+        temporary.replace(file)
+    return chosen
+
+
+def candidates(options: Options, cells: int, threads: int) -> Iterator[Placement]:
+    """Placements to try, the safest first: lanes double up to one a thread, batches around the default."""
+    usual = options.batch_size(cells)
+    batches = [options.batch] if options.batch else [usual, *{max(1, usual // 2), min(2 * usual, MAX_BATCH)} - {usual}]
+    lanes = 1
+    while lanes <= threads:
+        for batch in batches:
+            if lanes == 1 or lanes * batch * cells <= 16 * LATENT_CELLS:  # keeps the memory in bounds
+                yield Placement(batch, lanes)
+        lanes *= 2
+
+
+def measure(bundle: Bundle, tries: list[Placement], threads: int, latents: tuple[int, int]) -> dict[Placement, float]:
+    """Guided network calls for one image a second, of as many placements as fit the budget; at least one."""
+    rates: dict[Placement, float] = {}
+    started, backend = time.monotonic(), None
+    for tried in tries:
+        if rates and time.monotonic() - started > BUDGET:
+            break
+        if backend is None or backend.lanes != tried.lanes:
+            backend = OnnxRuntimeBackend(bundle, threads, tried.lanes)
+        rates[tried] = rate(backend, bundle, tried, latents)
+    return rates
+
+
+def rate(backend: Backend, bundle: Bundle, tried: Placement, latents: tuple[int, int]) -> float:
+    """Images a second through one guided call, all lanes at once."""
+    manifest, rows = bundle.manifest, 2 * tried.batch
+    noise = np.random.default_rng(0).standard_normal((rows, manifest.latent_channels, *latents), np.float32)
+    inputs = {
+        "latents": noise,
+        "timestep": np.full(rows, 500, np.float32),
+        "context": np.zeros((rows, manifest.context_length, manifest.context_dim), np.float32),
+    }
+
+    def lane(rounds: int) -> None:
+        for _ in range(rounds):
+            backend.run(UNET, inputs)
+
+    with ThreadPoolExecutor(tried.lanes) as pool:
+        list(pool.map(lane, [2] * tried.lanes))  # opens the session, learns the shapes, makes the buffers
+        start = time.perf_counter()
+        list(pool.map(lane, [ROUNDS] * tried.lanes))
+    return tried.lanes * tried.batch * ROUNDS / (time.perf_counter() - start)
+
+
+def choose(rates: dict[Placement, float]) -> Placement:
+    """The fastest, unless a smaller one is nearly as fast."""
+    best = max(rates.values())
+    fast = [tried for tried, rate in rates.items() if rate * WORTH >= best]
+    return min(fast, key=lambda tried: (tried.lanes * tried.batch, tried.lanes))
