@@ -7,6 +7,9 @@ Sources:
         annotations: people with everything; traffic with traffic; furniture and what stands on it with one another;
         pets with furniture; farm and field animals with one another, people and vehicles. So the paper's counts are
         reproduced; its exact pairs are not claimed. `--pairs FILE` takes others.
+    COCO: names, ids and supercategories of COCO's 80 classes, whose ids run to 90 (cocodataset.org, the `categories` of
+        instances_val2017.json). The pairs are NOT counted from COCO's annotations either: people with everything, and
+        every two names whose supercategories stand in COCO_SCENES.
     EMOJI_NAMES: the world that the shipped model was trained on, in the order of training/world.py. That world draws
         any two names together, so all pairs count.
 """
@@ -52,6 +55,38 @@ VOC_PAIRS = tuple((first, second) for first, rest in _VOC_PARTNERS.items() for s
 
 EMOJI_NAMES = (*VOC_NAMES, "unicorn", "dragon", "dinosaur", "rocket", "shark", "whale", "turtle", "tree")
 
+# supercategory -> its classes by id
+_COCO = {
+    "person": {1: "person"},
+    "vehicle": {2: "bicycle", 3: "car", 4: "motorcycle", 5: "airplane", 6: "bus", 7: "train", 8: "truck", 9: "boat"},
+    "outdoor": {10: "traffic light", 11: "fire hydrant", 13: "stop sign", 14: "parking meter", 15: "bench"},
+    "animal": {16: "bird", 17: "cat", 18: "dog", 19: "horse", 20: "sheep", 21: "cow", 22: "elephant", 23: "bear",
+               24: "zebra", 25: "giraffe"},
+    "accessory": {27: "backpack", 28: "umbrella", 31: "handbag", 32: "tie", 33: "suitcase"},
+    "sports": {34: "frisbee", 35: "skis", 36: "snowboard", 37: "sports ball", 38: "kite", 39: "baseball bat",
+               40: "baseball glove", 41: "skateboard", 42: "surfboard", 43: "tennis racket"},
+    "kitchen": {44: "bottle", 46: "wine glass", 47: "cup", 48: "fork", 49: "knife", 50: "spoon", 51: "bowl"},
+    "food": {52: "banana", 53: "apple", 54: "sandwich", 55: "orange", 56: "broccoli", 57: "carrot", 58: "hot dog",
+             59: "pizza", 60: "donut", 61: "cake"},
+    "furniture": {62: "chair", 63: "couch", 64: "potted plant", 65: "bed", 67: "dining table", 70: "toilet"},
+    "electronic": {72: "tv", 73: "laptop", 74: "mouse", 75: "remote", 76: "keyboard", 77: "cell phone"},
+    "appliance": {78: "microwave", 79: "oven", 80: "toaster", 81: "sink", 82: "refrigerator"},
+    "indoor": {84: "book", 85: "clock", 86: "vase", 87: "scissors", 88: "teddy bear", 89: "hair drier",
+               90: "toothbrush"},
+}  # fmt: skip
+COCO_IDS = tuple(k for classes in _COCO.values() for k in classes)
+COCO_NAMES = tuple(name for classes in _COCO.values() for name in classes.values())
+COCO_SUPERCATEGORIES = {name: above for above, classes in _COCO.items() for name in classes.values()}
+COCO_SCENES = {("vehicle", "vehicle"), ("vehicle", "outdoor"), ("animal", "animal"), ("kitchen", "kitchen"),
+               ("kitchen", "food"), ("food", "food"), ("kitchen", "furniture"), ("furniture", "furniture"),
+               ("furniture", "electronic"), ("electronic", "electronic"), ("kitchen", "appliance"),
+               ("appliance", "appliance"), ("furniture", "indoor"), ("accessory", "accessory")}  # fmt: skip
+COCO_PAIRS = tuple(
+    (a, b)
+    for a, b in combinations(COCO_NAMES, 2)
+    if a == "person" or (COCO_SUPERCATEGORIES[a], COCO_SUPERCATEGORIES[b]) in COCO_SCENES
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
@@ -87,13 +122,18 @@ class Vocabulary:
             seen.add(frozenset(pair))
 
 
+BUILT_IN = {
+    "voc": (VOC_NAMES, VOC_PAIRS),
+    "coco": (COCO_NAMES, COCO_PAIRS),
+    "emoji-64": (EMOJI_NAMES, tuple(combinations(EMOJI_NAMES, 2))),
+}
+
+
 def built_in(name: str) -> Vocabulary:
-    """The vocabulary `voc` or `emoji-64`. Raises UsageError for another name."""
-    if name == "voc":
-        return Vocabulary(VOC_NAMES, VOC_PAIRS)
-    if name == "emoji-64":
-        return Vocabulary(EMOJI_NAMES, tuple(combinations(EMOJI_NAMES, 2)))
-    raise UsageError(f"there is no vocabulary {name!r}; known are voc and emoji-64, or give --names FILE")
+    """A vocabulary of this module. Raises UsageError for another name."""
+    if name not in BUILT_IN:
+        raise UsageError(f"there is no vocabulary {name!r}; known are {', '.join(BUILT_IN)}, or give --names FILE")
+    return Vocabulary(*BUILT_IN[name])
 
 
 def read_names(path: str | Path) -> tuple[str, ...]:

@@ -3,35 +3,45 @@
 from __future__ import annotations
 
 import importlib
-from pathlib import Path
 
-from grounded_diffusion.engine.formats.common import Settings, Writer
+from grounded_diffusion.engine.formats.common import Classes, Encoded, Format, Settings
 from grounded_diffusion.errors import UsageError
 
-# format -> where its writer is. Modules are imported when used, since Parquet needs an optional package.
-WRITERS = {
-    "voc": ("voc", "VocWriter"),
-    "coco": ("coco", "CocoWriter"),
-    "coco-panoptic": ("panoptic", "PanopticWriter"),
-    "mmseg": ("mmseg", "MmsegWriter"),
-    "webdataset": ("webdataset", "WebDatasetWriter"),
-    "hf-imagefolder": ("imagefolder", "ImageFolderWriter"),
-    "hf-parquet": ("parquet", "ParquetWriter"),
-    "yolo-seg": ("yolo", "YoloWriter"),
+__all__ = ["FORMATS", "Classes", "Encoded", "Format", "Settings", "default_quality", "open_format"]
+
+# format -> where it is. Modules are imported when used, since Parquet needs an optional package.
+FORMATS = {
+    "folder": ("folder", "FolderFormat"),
+    "voc": ("voc", "VocFormat"),
+    "coco": ("coco", "CocoFormat"),
+    "coco-panoptic": ("panoptic", "PanopticFormat"),
+    "mmseg": ("mmseg", "MmsegFormat"),
+    "webdataset": ("webdataset", "WebDatasetFormat"),
+    "hf-imagefolder": ("imagefolder", "ImageFolderFormat"),
+    "hf-parquet": ("parquet", "ParquetFormat"),
+    "yolo-seg": ("yolo", "YoloFormat"),
+    "null": ("null", "NullFormat"),
 }
-WITHOUT_VOID = ("coco", "coco-panoptic", "yolo-seg")
+WITHOUT_CLASSES = ("folder", "null")
+WITHOUT_VOID = ("coco", "coco-panoptic", "yolo-seg", "null")
 
 
-def open_writer(format: str, folder: Path, settings: Settings) -> Writer:
-    """The writer of a format into an empty folder. Raises UsageError for settings that the format cannot have."""
-    if format not in WRITERS:
-        raise UsageError(f"there is no format {format!r}; known are {', '.join(WRITERS)}")
-    if settings.void_border and format in WITHOUT_VOID:
-        raise UsageError(f"{format} has no void pixels; leave --void-border out")
-    if settings.polygons and format != "coco":
-        raise UsageError(f"--polygons is for coco, not {format}")
-    if format == "voc" and settings.jpeg_quality is None:
+def default_quality(name: str) -> int | None:
+    """The JPEG quality of a format unless asked otherwise; None, PNG, where the data set is read again by us."""
+    return None if name in WITHOUT_CLASSES else 95
+
+
+def open_format(name: str, settings: Settings) -> Format:
+    """A format by name. Raises UsageError for settings that it cannot have, or a package that it lacks."""
+    if name not in FORMATS:
+        raise UsageError(f"there is no format {name!r}; known are {', '.join(FORMATS)}")
+    if (settings.void_border or settings.void_band) and name in WITHOUT_VOID:
+        option = "--void-border" if settings.void_border else "--void-band"
+        raise UsageError(f"{name} has no void pixels; leave {option} out")
+    if settings.polygons and name != "coco":
+        raise UsageError(f"--polygons is for coco, not {name}")
+    if name == "voc" and settings.jpeg_quality is None:
         raise UsageError("VOC's readers look for .jpg images; leave --png out")
-    module, name = WRITERS[format]
+    module, kind = FORMATS[name]
     module = importlib.import_module(f"grounded_diffusion.engine.formats.{module}")
-    return getattr(module, name)(folder, settings)
+    return getattr(module, kind)(settings)

@@ -3,80 +3,105 @@
     images/train/<id>.jpg, images/val/<id>.jpg
     annotations/instances_train.json, instances_val.json
 
-An annotation a mask that is not empty. Masks may overlap, as COCO's do. Image, annotation and category ids count from
-1 over the whole data set (COCO's evaluator reads an annotation id of 0 as "no match").
+An annotation a mask that is not empty. Masks may overlap, as COCO's do. Annotation ids count from 1 over the whole
+data set (COCO's evaluator reads 0 as "no match"); an image's id is its sample's index plus 1.
 """
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from grounded_diffusion.engine.dataset import Record
-from grounded_diffusion.engine.formats.common import Classes, Settings, encode_image, mask_box, put_file
+import numpy as np
+
+from grounded_diffusion.engine.formats.common import (
+    Classes,
+    Encoded,
+    Format,
+    Settings,
+    describe,
+    encode_image,
+    mask_box,
+)
 from grounded_diffusion.engine.formats.polygons import solid_polygons
 from grounded_diffusion.engine.formats.rle import encode_rle
+from grounded_diffusion.engine.formats.tables import write_tables
+from grounded_diffusion.engine.record import Record
+from grounded_diffusion.engine.storage import Storage
+from grounded_diffusion.engine.vocabulary import COCO_SUPERCATEGORIES
 
 
-class CocoWriter:
-    """See common.Writer."""
+class CocoFormat(Format):
+    """See common.Format."""
 
-    def __init__(self, folder: Path, settings: Settings):
-        self.folder, self.settings = folder, settings
-        self.tables: dict[str, dict[str, Any]] = {}
-        self.images = self.annotations = 0
+    name = "coco"
 
-    def put(self, record: Record) -> None:
-        self.images += 1
-        table = self.tables.setdefault(record.split, new_table(categories(self.settings.classes)))
-        table["images"].append(image_entry(record, self.images, self.settings))
+    def __init__(self, settings: Settings):
+        self.settings = settings
+
+    def encode(self, record: Record) -> Encoded:
+        objects = []
         for thing in record.objects:
             category, mask = self.settings.classes.id(thing.name), thing.mask
-            if not mask.any():
+            entry = {"name": thing.name, "label": category, "area": int(mask.sum()), "box": mask_box(mask)}
+            if entry["area"]:
+                entry["segmentation"] = polygon_lists(mask) if self.settings.polygons else encode_rle(mask)
+            objects.append({**entry, "score": thing.score})
+        files = {image_path(record, self.settings): encode_image(record.image, self.settings.jpeg_quality)}
+        return Encoded(files, {**describe(record), "split": record.split, "objects": objects})
+
+    def finish(self, storage: Storage, rows: Iterable[dict[str, Any]], run: Mapping[str, Any]) -> None:
+        lists = {
+            "images": ((row["split"], image_entry(row, self.settings)) for row in rows),
+            "annotations": annotations(rows),
+        }
+        head = table_head(categories(self.settings.classes))
+        write_tables(storage, head, lists, lambda split: f"annotations/instances_{split}.json")
+
+
+def annotations(rows: Iterable[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(split, annotation) of every mask."""
+    number = 0
+    for row in rows:
+        for thing in row["objects"]:
+            if not thing["area"]:
                 continue
-            self.annotations += 1
-            table["annotations"].append(
-                {
-                    "id": self.annotations,
-                    "image_id": self.images,
-                    "category_id": category,
-                    "bbox": mask_box(mask),
-                    "area": int(mask.sum()),
-                    "iscrowd": 0,
-                    "segmentation": polygon_lists(mask) if self.settings.polygons else encode_rle(mask),
-                }
-            )
-        put_image(self.folder, record, self.settings)
-
-    def close(self) -> None:
-        for split, table in self.tables.items():
-            put_file(self.folder / "annotations" / f"instances_{split}.json", json.dumps(table, ensure_ascii=False))
+            number += 1
+            yield row["split"], {
+                "id": number,
+                "image_id": row["index"] + 1,
+                "category_id": thing["label"],
+                "bbox": thing["box"],
+                "area": thing["area"],
+                "iscrowd": 0,
+                "segmentation": thing["segmentation"],
+            }
 
 
-def polygon_lists(mask) -> list[list[int]]:
+def polygon_lists(mask: np.ndarray) -> list[list[int]]:
     """A mask as COCO's polygons, [x, y, x, y, ...] each; together exactly the mask, holes included."""
     return [[value for point in points for value in point] for points in solid_polygons(mask)]
 
 
 def categories(classes: Classes) -> list[dict[str, Any]]:
     """COCO's table of classes."""
-    return [{"id": k, "name": name, "supercategory": "object"} for k, name in enumerate(classes.names, 1)]
+    return [
+        {"id": k, "name": name, "supercategory": COCO_SUPERCATEGORIES.get(name, "object")}
+        for k, name in classes.items()
+    ]
 
 
-def new_table(categories: list[dict[str, Any]]) -> dict[str, Any]:
-    """An annotation file without images."""
-    info = {"description": "Generated by grounded-diffusion"}
-    return {"info": info, "licenses": [], "images": [], "annotations": [], "categories": categories}
+def table_head(categories: list[dict[str, Any]]) -> dict[str, Any]:
+    """An annotation file without its lists."""
+    return {"info": {"description": "Generated by grounded-diffusion"}, "licenses": [], "categories": categories}
 
 
-def image_entry(record: Record, number: int, settings: Settings) -> dict[str, Any]:
+def image_entry(row: dict[str, Any], settings: Settings) -> dict[str, Any]:
     """COCO's entry for an image."""
-    name = f"{record.id}.{settings.suffix}"
-    return {"id": number, "file_name": name, "width": record.width, "height": record.height}
+    name = f"{row['id']}.{settings.suffix}"
+    return {"id": row["index"] + 1, "file_name": name, "width": row["width"], "height": row["height"]}
 
 
-def put_image(folder: Path, record: Record, settings: Settings) -> None:
-    """Write the image to its split's folder."""
-    image = encode_image(record.image, settings.jpeg_quality)
-    put_file(folder / "images" / record.split / f"{record.id}.{settings.suffix}", image)
+def image_path(record: Record, settings: Settings) -> str:
+    """Where the image goes: the folder of its split."""
+    return f"images/{record.split}/{record.id}.{settings.suffix}"

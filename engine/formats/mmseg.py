@@ -8,23 +8,41 @@ Values run from 0 to the number of names; 255 is ignored. Set `reduce_zero_label
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-from grounded_diffusion.engine.dataset import Record
-from grounded_diffusion.engine.formats.common import Settings, class_map, encode_image, encode_labels, put_file
+from grounded_diffusion.engine.formats.common import (
+    Encoded,
+    Format,
+    Settings,
+    class_map,
+    describe,
+    describe_objects,
+    encode_image,
+    encode_labels,
+)
+from grounded_diffusion.engine.record import Record
+from grounded_diffusion.engine.storage import Storage
 
 
-class MmsegWriter:
-    """See common.Writer."""
+class MmsegFormat(Format):
+    """See common.Format."""
 
-    def __init__(self, folder: Path, settings: Settings):
-        self.folder, self.settings = folder, settings
+    name = "mmseg"
 
-    def put(self, record: Record) -> None:
-        labels = encode_labels(class_map(record, self.settings))
-        image = encode_image(record.image, self.settings.jpeg_quality)
-        put_file(self.folder / "ann_dir" / record.split / f"{record.id}.png", labels)
-        put_file(self.folder / "img_dir" / record.split / f"{record.id}.{self.settings.suffix}", image)
+    def __init__(self, settings: Settings):
+        self.settings = settings
 
-    def close(self) -> None:
-        put_file(self.folder / "classes.txt", "\n".join(("background", *self.settings.classes.names)) + "\n")
+    def encode(self, record: Record) -> Encoded:
+        stem = f"{record.split}/{record.id}"
+        files = {
+            f"ann_dir/{stem}.png": encode_labels(class_map(record, self.settings)),
+            f"img_dir/{stem}.{self.settings.suffix}": encode_image(record.image, self.settings.jpeg_quality),
+        }
+        objects = describe_objects(record, self.settings.classes)
+        return Encoded(files, {**describe(record), "split": record.split, "objects": objects})
+
+    def finish(self, storage: Storage, rows: Iterable[dict[str, Any]], run: Mapping[str, Any]) -> None:
+        names = {0: "background", **dict(self.settings.classes.items())}
+        lines = [names.get(k, "") for k in range(max(names) + 1)]
+        storage.put("classes.txt", "".join(f"{name}\n" for name in lines).encode())

@@ -3,69 +3,82 @@
     images/train/<id>.jpg, images/val/<id>.jpg
     annotations/panoptic_train.json and panoptic_train/<id>.png, the same for val
 
-The PNG's colour is the segment's id, R + 256 G + 65536 B; 0 is void. Segments do not overlap: a pixel belongs to the
-object on top. An object has the colour of its class, and so the same id in every image.
+The PNG's colour is the segment's id, R + 256 G + 65536 B; 0 is void, and so is the background. Segments do not
+overlap: a pixel belongs to the object on top. An object has the colour of its class, and so the same id in every image.
 """
 
 from __future__ import annotations
 
-import io
-import json
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-from grounded_diffusion.engine.dataset import Record
-from grounded_diffusion.engine.formats.coco import categories, image_entry, new_table, put_image
-from grounded_diffusion.engine.formats.common import Settings, mask_box, put_file
-from grounded_diffusion.engine.writer import COMPRESSION
+from grounded_diffusion.engine.formats.coco import categories, image_entry, image_path, table_head
+from grounded_diffusion.engine.formats.common import (
+    Encoded,
+    Format,
+    Settings,
+    class_colour,
+    describe,
+    encode_image,
+    mask_box,
+    object_map,
+    png,
+)
+from grounded_diffusion.engine.formats.tables import write_tables
+from grounded_diffusion.engine.record import Record
+from grounded_diffusion.engine.storage import Storage
 
 
-class PanopticWriter:
-    """See common.Writer."""
+class PanopticFormat(Format):
+    """See common.Format."""
 
-    def __init__(self, folder: Path, settings: Settings):
-        self.folder, self.settings = folder, settings
-        self.tables: dict[str, dict[str, Any]] = {}
-        self.images = 0
+    name = "coco-panoptic"
 
-    def put(self, record: Record) -> None:
+    def __init__(self, settings: Settings):
+        self.settings = settings
+
+    def encode(self, record: Record) -> Encoded:
         from PIL import Image
 
-        self.images += 1
-        labels, segments = record.labels, []
+        labels, objects = object_map(record, self.settings), []
         colours = np.zeros((256, 3), np.uint8)
         for thing in record.objects:
             category, mask = self.settings.classes.id(thing.name), labels == thing.label
-            colours[thing.label] = colour = class_colour(category)
-            if mask.any():
-                segment = {"id": colour_id(colour), "category_id": category, "area": int(mask.sum())}
-                segments.append({**segment, "bbox": mask_box(mask), "iscrowd": 0})
-        stream = io.BytesIO()
-        Image.fromarray(colours[labels]).save(stream, "png", compress_level=COMPRESSION)
-        put_file(self.folder / "annotations" / f"panoptic_{record.split}" / f"{record.id}.png", stream.getvalue())
-        put_image(self.folder, record, self.settings)
-        table = self.tables.setdefault(record.split, new_table(self._categories()))
-        table["images"].append(image_entry(record, self.images, self.settings))
-        table["annotations"].append(
-            {"image_id": self.images, "file_name": f"{record.id}.png", "segments_info": segments}
-        )
+            colours[thing.label] = class_colour(category)
+            entry = {"name": thing.name, "label": category, "area": int(mask.sum()), "box": mask_box(mask)}
+            objects.append({**entry, "score": thing.score})
+        files = {
+            f"annotations/panoptic_{record.split}/{record.id}.png": png(Image.fromarray(colours[labels])),
+            image_path(record, self.settings): encode_image(record.image, self.settings.jpeg_quality),
+        }
+        return Encoded(files, {**describe(record), "split": record.split, "objects": objects})
 
-    def _categories(self) -> list[dict[str, Any]]:
-        return [
-            {**entry, "isthing": 1, "color": class_colour(entry["id"])} for entry in categories(self.settings.classes)
-        ]
-
-    def close(self) -> None:
-        for split, table in self.tables.items():
-            put_file(self.folder / "annotations" / f"panoptic_{split}.json", json.dumps(table, ensure_ascii=False))
+    def finish(self, storage: Storage, rows: Iterable[dict[str, Any]], run: Mapping[str, Any]) -> None:
+        table = categories(self.settings.classes)
+        head = table_head([{**entry, "isthing": 1, "color": class_colour(entry["id"])} for entry in table])
+        lists = {
+            "images": ((row["split"], image_entry(row, self.settings)) for row in rows),
+            "annotations": ((row["split"], annotation(row)) for row in rows),
+        }
+        write_tables(storage, head, lists, lambda split: f"annotations/panoptic_{split}.json")
 
 
-def class_colour(k: int) -> list[int]:
-    """VOC's colour of a class, for ids beyond its palette too: bits 0, 3, 6, ... of k are the top bits of red, and so
-    on. Every k from 0 to 2**24 - 1 has its own."""
-    return [sum((k >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(8)) for channel in range(3)]
+def annotation(row: dict[str, Any]) -> dict[str, Any]:
+    """COCO's entry for an image's segments."""
+    segments = [
+        {
+            "id": colour_id(class_colour(thing["label"])),
+            "category_id": thing["label"],
+            "area": thing["area"],
+            "bbox": thing["box"],
+            "iscrowd": 0,
+        }
+        for thing in row["objects"]
+        if thing["area"]
+    ]
+    return {"image_id": row["index"] + 1, "file_name": f"{row['id']}.png", "segments_info": segments}
 
 
 def colour_id(colour: list[int]) -> int:

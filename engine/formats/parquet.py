@@ -7,30 +7,34 @@ themselves.
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from grounded_diffusion.engine.dataset import Record
 from grounded_diffusion.engine.formats.common import (
+    Encoded,
+    Format,
     Settings,
     class_map,
     describe,
     describe_objects,
     encode_image,
     encode_labels,
-    put_file,
 )
 from grounded_diffusion.engine.formats.imagefolder import HF_SPLITS, OBJECTS, SCALARS, card
-from grounded_diffusion.engine.writer import readable_errors
+from grounded_diffusion.engine.formats.tables import count_splits
+from grounded_diffusion.engine.record import SPLITS, Record
+from grounded_diffusion.engine.storage import Storage
 from grounded_diffusion.errors import UsageError
 
 ROW_GROUP = 100  # rows that a reader has to load at once; Hugging Face's own choice for images
 
 
-class ParquetWriter:
-    """See common.Writer. At most `ROW_GROUP` encoded samples a split are held in memory."""
+class ParquetFormat(Format):
+    """See common.Format."""
 
-    def __init__(self, folder: Path, settings: Settings):
+    name = "hf-parquet"
+
+    def __init__(self, settings: Settings):
         try:
             import pyarrow
             import pyarrow.parquet
@@ -38,55 +42,33 @@ class ParquetWriter:
             raise UsageError(
                 "Parquet needs pyarrow; install it with: pip install 'grounded-diffusion[parquet]'"
             ) from None
-        self.arrow, self.folder, self.settings = pyarrow, folder, settings
-        self.schema = schema(pyarrow)
-        self.open: dict[str, Any] = {}
-        self.rows: dict[str, list[dict[str, Any]]] = {}
-        self.counts: dict[str, int] = {}
+        self.arrow, self.settings, self.schema = pyarrow, settings, schema(pyarrow)
 
-    def put(self, record: Record) -> None:
-        split, suffix = HF_SPLITS[record.split], self.settings.suffix
-        row = {
-            "image": {
-                "bytes": encode_image(record.image, self.settings.jpeg_quality),
-                "path": f"{record.id}.{suffix}",
-            },
-            "mask": {"bytes": encode_labels(class_map(record, self.settings)), "path": f"{record.id}_mask.png"},
-            **describe(record),
-            "objects": describe_objects(record, self.settings.classes),
+    def encode(self, record: Record) -> Encoded:
+        files = {
+            f"{record.id}.{self.settings.suffix}": encode_image(record.image, self.settings.jpeg_quality),
+            f"{record.id}_mask.png": encode_labels(class_map(record, self.settings)),
         }
-        rows = self.rows.setdefault(split, [])
-        rows.append(row)
-        self.counts[split] = self.counts.get(split, 0) + 1
-        full = self.counts[split] % self.settings.shard_size == 0
-        if full or len(rows) == ROW_GROUP:
-            self._flush(split, full)
+        objects = describe_objects(record, self.settings.classes)
+        return Encoded(files, {**describe(record), "split": record.split, "objects": objects})
 
-    def _flush(self, split: str, finish: bool) -> None:
-        """Write the rows in hand; `finish` ends the file."""
-        with readable_errors(self.folder):
-            if self.rows[split]:
-                if split not in self.open:
-                    shard = (self.counts[split] - 1) // self.settings.shard_size
-                    (self.folder / "data").mkdir(exist_ok=True)
-                    self.open[split] = self.arrow.parquet.ParquetWriter(
-                        self.folder / "data" / f"{split}-{shard:05d}", self.schema
-                    )
-                self.open[split].write_table(self.arrow.Table.from_pylist(self.rows[split], self.schema))
-                self.rows[split].clear()
-            if finish and split in self.open:
-                self.open.pop(split).close()
+    def pack(self, shard: int, of: int, samples: Sequence[Encoded]) -> Iterable[tuple[str, bytes]]:
+        split = HF_SPLITS[samples[0].row["split"] if samples else SPLITS[0]]
+        stream = self.arrow.BufferOutputStream()
+        with self.arrow.parquet.ParquetWriter(stream, self.schema) as writer:
+            for start in range(0, len(samples), ROW_GROUP):
+                rows = [self._columns(sample) for sample in samples[start : start + ROW_GROUP]]
+                writer.write_table(self.arrow.Table.from_pylist(rows, self.schema))
+        yield f"data/{split}-{shard:05d}-of-{of:05d}.parquet", stream.getvalue().to_pybytes()
 
-    def close(self) -> None:
-        for split, count in self.counts.items():
-            self._flush(split, True)
-            shards = -(-count // self.settings.shard_size)
-            for shard in range(shards):  # the total stands in the name, and is known only now
-                file = self.folder / "data" / f"{split}-{shard:05d}"
-                with readable_errors(file):
-                    file.rename(file.with_name(f"{file.name}-of-{shards:05d}.parquet"))
-        paths = {split: f"data/{split}-*" for split in self.counts}
-        put_file(self.folder / "README.md", card(paths, self.counts, self.settings))
+    def _columns(self, sample: Encoded) -> dict[str, Any]:
+        image, mask = ({"bytes": content, "path": name} for name, content in sample.files.items())
+        return {"image": image, "mask": mask, **{name: sample.row[name] for name in (*SCALARS, "objects")}}
+
+    def finish(self, storage: Storage, rows: Iterable[dict[str, Any]], run: Mapping[str, Any]) -> None:
+        counts = {HF_SPLITS[split]: count for split, count in count_splits(rows).items()}
+        paths = {split: f"data/{split}-*" for split in counts}
+        storage.put("README.md", card(paths, counts, self.settings).encode())
 
 
 def schema(arrow: Any) -> Any:

@@ -11,42 +11,52 @@ One mask covers all of a kind, so an "object" is all of a class that the image s
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-from grounded_diffusion.engine.dataset import SPLITS, Record
 from grounded_diffusion.engine.formats.common import (
+    Encoded,
+    Format,
     Settings,
+    class_colour,
     class_map,
+    describe,
+    describe_objects,
     encode_image,
     encode_labels,
-    put_file,
-    with_void,
+    object_map,
 )
-from grounded_diffusion.engine.writer import voc_palette
+from grounded_diffusion.engine.formats.tables import write_lines
+from grounded_diffusion.engine.record import SPLITS, Record
+from grounded_diffusion.engine.storage import Storage
+
+ROOT = "VOCdevkit/VOC2012"
 
 
-class VocWriter:
-    """See common.Writer."""
+class VocFormat(Format):
+    """See common.Format."""
 
-    def __init__(self, folder: Path, settings: Settings):
-        self.root, self.settings = folder / "VOCdevkit" / "VOC2012", settings
-        self.ids: dict[str, list[str]] = {split: [] for split in SPLITS}
+    name = "voc"
 
-    def put(self, record: Record) -> None:
-        classes, labels = class_map(record, self.settings), record.labels
-        objects = with_void(labels, labels, self.settings.void_border)
-        image = encode_image(record.image, self.settings.jpeg_quality)
-        put_file(self.root / "JPEGImages" / f"{record.id}.jpg", image)
-        put_file(self.root / "SegmentationClass" / f"{record.id}.png", encode_labels(classes))
-        put_file(self.root / "SegmentationObject" / f"{record.id}.png", encode_labels(objects))
-        self.ids[record.split].append(record.id)
+    def __init__(self, settings: Settings):
+        self.settings = settings
 
-    def close(self) -> None:
-        lists = {**self.ids, "trainval": sorted(id for ids in self.ids.values() for id in ids)}
-        for name, ids in lists.items():
-            put_file(self.root / "ImageSets" / "Segmentation" / f"{name}.txt", "".join(f"{id}\n" for id in ids))
-        palette = voc_palette()
-        lines = ["# label:color_rgb:parts:actions"]
-        for k, name in enumerate(("background", *self.settings.classes.names)):
-            lines.append(f"{name}:{','.join(map(str, palette[3 * k : 3 * k + 3]))}::")
-        put_file(self.root / "labelmap.txt", "\n".join(lines) + "\n")
+    def encode(self, record: Record) -> Encoded:
+        files = {
+            f"{ROOT}/JPEGImages/{record.id}.jpg": encode_image(record.image, self.settings.jpeg_quality),
+            f"{ROOT}/SegmentationClass/{record.id}.png": encode_labels(class_map(record, self.settings)),
+            f"{ROOT}/SegmentationObject/{record.id}.png": encode_labels(object_map(record, self.settings)),
+        }
+        objects = describe_objects(record, self.settings.classes)
+        return Encoded(files, {**describe(record), "split": record.split, "objects": objects})
+
+    def finish(self, storage: Storage, rows: Iterable[dict[str, Any]], run: Mapping[str, Any]) -> None:
+        folder = f"{ROOT}/ImageSets/Segmentation"
+        lines = ((name, row["id"]) for row in rows for name in (row["split"], "trainval"))
+        written = write_lines(storage, lines, lambda name: f"{folder}/{name}.txt")
+        for name in {*SPLITS, "trainval"} - written.keys():
+            storage.put(f"{folder}/{name}.txt", b"")
+        labelmap = ["# label:color_rgb:parts:actions", "background:0,0,0::"]
+        for k, name in self.settings.classes.items():
+            labelmap.append(f"{name}:{','.join(map(str, class_colour(k)))}::")
+        storage.put(f"{ROOT}/labelmap.txt", "".join(f"{line}\n" for line in labelmap).encode())

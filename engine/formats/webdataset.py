@@ -1,4 +1,4 @@
-"""WebDataset: tar files `train-000000.tar` upward, the members of a sample side by side.
+"""WebDataset: a tar file a shard, `train-000000.tar` upward, the members of a sample side by side.
 
     <id>.jpg (or .png), <id>.seg.png with class ids, <id>.json, <id>.txt with the prompt
 
@@ -10,10 +10,12 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-from grounded_diffusion.engine.dataset import Record
 from grounded_diffusion.engine.formats.common import (
+    Encoded,
+    Format,
     Settings,
     class_map,
     describe,
@@ -21,44 +23,38 @@ from grounded_diffusion.engine.formats.common import (
     encode_image,
     encode_labels,
 )
-from grounded_diffusion.engine.writer import readable_errors
+from grounded_diffusion.engine.record import SPLITS, Record
+from grounded_diffusion.engine.storage import Storage
 
 
-class WebDatasetWriter:
-    """See common.Writer."""
+class WebDatasetFormat(Format):
+    """See common.Format."""
 
-    def __init__(self, folder: Path, settings: Settings):
-        self.folder, self.settings = folder, settings
-        self.open: dict[str, tarfile.TarFile] = {}
-        self.written: dict[str, int] = {}
+    name = "webdataset"
 
-    def put(self, record: Record) -> None:
-        content = {**describe(record), "objects": describe_objects(record, self.settings.classes)}
-        members = {
-            self.settings.suffix: encode_image(record.image, self.settings.jpeg_quality),
-            "seg.png": encode_labels(class_map(record, self.settings)),
-            "json": json.dumps(content, ensure_ascii=False).encode(),
-            "txt": record.prompt.encode(),
+    def __init__(self, settings: Settings):
+        self.settings = settings
+
+    def encode(self, record: Record) -> Encoded:
+        row = {**describe(record), "objects": describe_objects(record, self.settings.classes)}
+        files = {
+            f"{record.id}.{self.settings.suffix}": encode_image(record.image, self.settings.jpeg_quality),
+            f"{record.id}.seg.png": encode_labels(class_map(record, self.settings)),
+            f"{record.id}.json": json.dumps(row, ensure_ascii=False).encode(),
+            f"{record.id}.txt": record.prompt.encode(),
         }
-        with readable_errors(self.folder):
-            tar = self._tar(record.split)
-            for suffix, data in members.items():
-                member = tarfile.TarInfo(f"{record.id}.{suffix}")
-                member.size, member.mode, member.mtime = len(data), 0o644, 0
-                tar.addfile(member, io.BytesIO(data))
+        return Encoded(files, {**row, "split": record.split})
 
-    def _tar(self, split: str) -> tarfile.TarFile:
-        """The open tar file of a split; a new one when the last is full."""
-        written = self.written.get(split, 0)
-        if written % self.settings.shard_size == 0:
-            if written:
-                self.open[split].close()
-            path = self.folder / f"{split}-{written // self.settings.shard_size:06d}.tar"
-            self.open[split] = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
-        self.written[split] = written + 1
-        return self.open[split]
+    def pack(self, shard: int, of: int, samples: Sequence[Encoded]) -> Iterable[tuple[str, bytes]]:
+        stream = io.BytesIO()
+        with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for sample in samples:
+                for name, content in sample.files.items():
+                    member = tarfile.TarInfo(name)
+                    member.size, member.mode, member.mtime = len(content), 0o644, 0
+                    tar.addfile(member, io.BytesIO(content))
+        split = samples[0].row["split"] if samples else SPLITS[0]
+        yield f"{split}-{shard:06d}.tar", stream.getvalue()
 
-    def close(self) -> None:
-        with readable_errors(self.folder):
-            for tar in self.open.values():
-                tar.close()
+    def finish(self, storage: Storage, rows: Iterable[dict[str, Any]], run: Mapping[str, Any]) -> None:
+        """Nothing: the tar files say it all."""

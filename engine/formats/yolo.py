@@ -1,54 +1,68 @@
 """YOLO segmentation: `images/train/<id>.jpg`, `labels/train/<id>.txt`, `data.yaml`.
 
-A line is `class x1 y1 x2 y2 ...`, classes from 0, coordinates in [0, 1]. The format loses two things, which `losses`
-counts: holes are filled, and an object of several pieces becomes several objects.
+A line is `class x1 y1 x2 y2 ...`, classes from 0 in the order of the names, coordinates in [0, 1]. The format loses two
+things, which `losses` counts: holes are filled, and an object of several pieces becomes several objects.
 """
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-from grounded_diffusion.engine.dataset import Record
-from grounded_diffusion.engine.formats.common import Settings, encode_image, put_file
+from grounded_diffusion.engine.formats.common import (
+    Encoded,
+    Format,
+    Settings,
+    describe,
+    describe_objects,
+    encode_image,
+)
 from grounded_diffusion.engine.formats.polygons import contours
+from grounded_diffusion.engine.formats.tables import count_splits
+from grounded_diffusion.engine.record import Record
+from grounded_diffusion.engine.storage import Storage
 
 
-class YoloWriter:
-    """See common.Writer.
+class YoloFormat(Format):
+    """See common.Format."""
 
-    Attributes:
-        filled, split: holes that were filled, and objects that were split, so far.
-    """
+    name = "yolo-seg"
 
-    def __init__(self, folder: Path, settings: Settings):
-        self.folder, self.settings = folder, settings
-        self.filled = self.split = 0
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        self.order = {category: k for k, category in enumerate(settings.classes.ids)}
 
-    def put(self, record: Record) -> None:
-        lines = []
-        for thing in record.objects:
-            category = self.settings.classes.id(thing.name) - 1
+    def encode(self, record: Record) -> Encoded:
+        lines, objects = [], describe_objects(record, self.settings.classes)
+        for thing, described in zip(record.objects, objects, strict=True):
             outer, holes = contours(thing.mask)
-            self.filled += len(holes)
-            self.split += len(outer) > 1
+            described |= {"pieces": len(outer), "holes": len(holes)}
             for points in outer:
                 values = (f"{x / record.width:.6f} {y / record.height:.6f}" for x, y in points)
-                lines.append(f"{category} {' '.join(values)}\n")
-        image = encode_image(record.image, self.settings.jpeg_quality)
-        put_file(self.folder / "labels" / record.split / f"{record.id}.txt", "".join(lines))
-        put_file(self.folder / "images" / record.split / f"{record.id}.{self.settings.suffix}", image)
+                lines.append(f"{self.order[described['label']]} {' '.join(values)}\n")
+        files = {
+            f"labels/{record.split}/{record.id}.txt": "".join(lines).encode(),
+            f"images/{record.split}/{record.id}.{self.settings.suffix}": encode_image(
+                record.image, self.settings.jpeg_quality
+            ),
+        }
+        return Encoded(files, {**describe(record), "split": record.split, "objects": objects})
 
-    @property
-    def losses(self) -> str:
-        """What the format could not hold; "" for nothing."""
-        if not self.filled and not self.split:
-            return ""
-        return f"YOLO's polygons filled {self.filled} holes and split {self.split} objects into pieces"
-
-    def close(self) -> None:
+    def finish(self, storage: Storage, rows: Iterable[dict[str, Any]], run: Mapping[str, Any]) -> None:
         # Without a split of its own, validation reads the training images: YOLO's readers insist on both.
-        val = "val" if (self.folder / "images" / "val").is_dir() else "train"
-        train = "train" if (self.folder / "images" / "train").is_dir() else val
+        counts = count_splits(rows)
+        val = "val" if "val" in counts else "train"
+        train = "train" if "train" in counts else val
         names = "".join(f"  {k}: {json.dumps(name)}\n" for k, name in enumerate(self.settings.classes.names))
-        put_file(self.folder / "data.yaml", f"train: images/{train}\nval: images/{val}\nnames:\n{names}")
+        storage.put("data.yaml", f"train: images/{train}\nval: images/{val}\nnames:\n{names}".encode())
+
+    def losses(self, rows: Iterable[dict[str, Any]]) -> str:
+        filled = split = 0
+        for row in rows:
+            for thing in row["objects"]:
+                filled += thing["holes"]
+                split += thing["pieces"] > 1
+        if not filled and not split:
+            return ""
+        return f"YOLO's polygons filled {filled} holes and split {split} objects into pieces"

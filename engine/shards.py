@@ -1,0 +1,108 @@
+"""Records of finished shards: what a data set is made of while it grows, and what it is checked against afterwards.
+
+    shards/000012.json
+    {"shard": 12, "first": 3072, "samples": 256, "accepted": 250,
+     "rejected": [{"index", "reason", "attempts"}], "quarantined": [...],
+     "files": {path: SHA-256}, "rows": [of each accepted sample, in order]}
+
+accepted + rejected + quarantined = samples. There are no times, hosts or processes in a record, so that it does not
+show how often a run was interrupted, or how many workers it had.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import Any
+
+from grounded_diffusion.engine.formats.common import Format
+from grounded_diffusion.engine.record import Record
+from grounded_diffusion.engine.storage import SHARDS, Storage, record_path
+from grounded_diffusion.errors import StorageError
+
+FIELDS = {"shard": int, "first": int, "samples": int, "accepted": int, "rejected": list, "quarantined": list,
+          "files": dict, "rows": list}  # fmt: skip
+
+
+def encode_shard(
+    shard: int,
+    first: int,
+    rows: Sequence[Mapping[str, Any]],
+    files: Iterable[tuple[str, bytes]],
+    rejected: Sequence[Mapping[str, Any]] = (),
+    quarantined: Sequence[Mapping[str, Any]] = (),
+) -> bytes:
+    """The record of a shard. `first` is the index of its first sample; each of the others is in one of the lists."""
+    record = {
+        "shard": shard,
+        "first": first,
+        "samples": len(rows) + len(rejected) + len(quarantined),
+        "accepted": len(rows),
+        "rejected": list(rejected),
+        "quarantined": list(quarantined),
+        "files": {path: hashlib.sha256(content).hexdigest() for path, content in files},
+        "rows": list(rows),
+    }
+    return json.dumps(record, ensure_ascii=False).encode() + b"\n"
+
+
+def read_shard(storage: Storage, shard: int) -> dict[str, Any]:
+    """The record of a shard. Raises StorageError where it is damaged, FileNotFoundError where there is none."""
+    path = record_path(shard)
+    try:
+        record = json.loads(storage.read(path))
+        wrong = [name for name, kind in FIELDS.items() if not isinstance(record[name], kind)]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        wrong = [path]
+    if wrong or record["shard"] != shard or record["accepted"] != len(record["rows"]):
+        raise StorageError(f"{storage.root}/{path} is damaged; remove it, and the same command makes the shard again")
+    return record
+
+
+def finished_shards(storage: Storage) -> list[int]:
+    """Numbers of the shards that have a record, in order."""
+    names = [name.removesuffix(".json") for name in storage.list(SHARDS) if name.endswith(".json")]
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+class Rows:
+    """The rows of shards, in order, read anew at every iteration: one shard is in memory at a time."""
+
+    def __init__(self, storage: Storage, shards: Sequence[int]):
+        self.storage, self.shards = storage, shards
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for shard in self.shards:
+            yield from read_shard(self.storage, shard)["rows"]
+
+
+def write_records(
+    storage: Storage,
+    format: Format,
+    parts: Iterable[tuple[int, Iterable[Record]]],
+    shard_size: int,
+    run: Mapping[str, Any],
+    threads: int = 2,
+) -> int:
+    """Write a data set from records: what gd-infer does, without making the samples. Returns how many there are.
+
+    Args:
+        parts: number of records and the records, of each split that has any.
+        run: what `Format.finish` is told of the run.
+        threads: that encode.
+    """
+    shard = written = 0
+    with ThreadPoolExecutor(threads, "encode") as pool:
+        for count, records in parts:
+            records, of = iter(records), -(-count // shard_size)
+            for number in range(of):
+                samples = list(pool.map(format.encode, islice(records, shard_size)))
+                files = list(format.pack(number, of, samples))
+                rows = [sample.row for sample in samples]
+                storage.commit(shard, files, encode_shard(shard, written, rows, files))
+                shard, written = shard + 1, written + len(samples)
+    format.finish(storage, Rows(storage, range(shard)), run)
+    return written
