@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from grounded_diffusion.bundle import Bundle, sha256
+from grounded_diffusion.bundle import UNET, UNET_GROUNDED, Bundle, sha256
 from grounded_diffusion.errors import BackendError
 
 BACKENDS = ("tensorrt", "tensorrt_rtx")
@@ -81,12 +81,12 @@ def read_sidecar(directory: Path) -> tuple[EngineSpec, str]:
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
         if raw["schema"] != SCHEMA:
-            raise BackendError(f"{file} has schema {raw['schema']}, this version reads {SCHEMA}; {_rebuild()}")
+            raise BackendError(f"{file} has schema {raw['schema']}, this version reads {SCHEMA}; {rebuild(directory)}")
         return EngineSpec(**{f.name: raw["spec"][f.name] for f in fields(EngineSpec)}), str(raw["plan_sha256"])
     except FileNotFoundError:
-        raise BackendError(f"{directory} has no {SIDECAR}, so its build did not finish; {_rebuild()}") from None
+        raise BackendError(f"{directory} has no {SIDECAR}, so its build did not finish; {rebuild(directory)}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BackendError(f"{file} is damaged ({error}); {_rebuild()}") from None
+        raise BackendError(f"{file} is damaged ({error}); {rebuild(directory)}") from None
 
 
 def load_plan(bundle: Path, wanted: EngineSpec) -> bytes:
@@ -101,12 +101,14 @@ def load_plan(bundle: Path, wanted: EngineSpec) -> bytes:
         raise BackendError(_absent(bundle, wanted))
     found, digest = read_sidecar(directory)
     if found != wanted:
-        raise BackendError(f"{directory} holds another engine: {', '.join(differences(found, wanted))}; {_rebuild()}")
+        raise BackendError(
+            f"{directory} holds another engine: {', '.join(differences(found, wanted))}; {rebuild(directory)}"
+        )
     plan = directory / PLAN
     if not plan.is_file():
-        raise BackendError(f"{plan} is missing; {_rebuild()}")
+        raise BackendError(f"{plan} is missing; {rebuild(directory)}")
     if sha256(plan) != digest:
-        raise BackendError(f"{plan} has changed since it was built (SHA-256 differs); {_rebuild()}")
+        raise BackendError(f"{plan} has changed since it was built (SHA-256 differs); {rebuild(directory)}")
     return plan.read_bytes()
 
 
@@ -139,8 +141,16 @@ def _absent(bundle: Path, wanted: EngineSpec) -> str:
             phrases = differences(found, wanted)
             nearest = phrases if not nearest or len(phrases) < len(nearest) else nearest
     detail = f" (the nearest is stale or foreign: {'; '.join(nearest)})" if nearest else ""
-    return f"{bundle} has no engine of {wanted}{detail}; {_rebuild()}"
+    return f"{bundle} has no engine of {wanted}{detail}; {rebuild(wanted.directory(bundle), wanted)}"
 
 
-def _rebuild() -> str:
-    return "build it with python -m grounded_diffusion.export.engine_cli"
+def rebuild(directory: Path, wanted: EngineSpec | None = None) -> str:
+    """How to get an engine that lies, or is to lie, in a directory `engines/<backend>/<key>` of a bundle."""
+    bundle, backend = directory.parents[2], directory.parent.name
+    command = f"gd-export --bundle {bundle} --engine {backend.replace('_', '-')}"
+    if wanted:
+        rows = next(iter(wanted.shapes.values()))[0]
+        guided = wanted.graph in (UNET, UNET_GROUNDED) and rows % 2 == 0  # 2B rows
+        command += f" --sm {wanted.device[3:]}" if wanted.device.startswith("sm_") else ""
+        command += f" --batch {rows // 2 if guided else rows}"
+    return f"build it with {command}"

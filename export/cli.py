@@ -1,4 +1,4 @@
-"""gd-export: a checkpoint in, a verified bundle out."""
+"""gd-export: a checkpoint in, a verified bundle out, with engines where they are asked for."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from grounded_diffusion.errors import GroundedDiffusionError
+from grounded_diffusion.export import engine_cli
 
 DESCRIPTION = "Export a grounded checkpoint as a bundle that gd-infer runs without torch, and verify it."
 BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -18,13 +20,13 @@ EPILOG = f"example: gd-export --ckpt grounding_module.pth --base {BASE} --out bu
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser("gd-export", description=DESCRIPTION, epilog=EPILOG)
-    parser.add_argument(
-        "--ckpt", required=True, type=Path, help="a checkpoint directory, or the paper's grounding_module.pth"
-    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--ckpt", type=Path, help="a checkpoint directory, or the paper's grounding_module.pth")
+    source.add_argument("--bundle", type=Path, help="a bundle made before, to build --engine into")
     parser.add_argument(
         "--base", help="for a .pth: its Stable Diffusion 1.x model, a diffusers-format directory or a hub name"
     )
-    parser.add_argument("--out", required=True, type=Path, help="the bundle's directory, made by this command")
+    parser.add_argument("--out", type=Path, help="the bundle's directory, made by this command")
     parser.add_argument("--precision", choices=["fp32"], default="fp32", help="type of the weights (default: fp32)")
     parser.add_argument(
         "--statistics",
@@ -34,7 +36,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--no-verify", action="store_true", help="skip the comparison with torch and diffusers")
     parser.add_argument("--overwrite", action="store_true", help="replace the bundle at --out")
-    return parser.parse_args(argv)
+    engine_cli.add_options(parser)
+    args = parser.parse_args(argv)
+    if args.bundle and not args.engine:
+        parser.error("--bundle needs --engine: an exported bundle is only ever given engines")
+    if args.ckpt and not args.out:
+        parser.error("--ckpt needs --out, the bundle's directory")
+    engine_cli.check(parser, args)
+    return args
 
 
 def quiet_libraries() -> None:
@@ -49,7 +58,7 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def run(args: argparse.Namespace) -> None:
+def export(args: argparse.Namespace, report: Callable[[str], None]) -> None:
     """Load, export, verify."""
     from grounded_diffusion.export.staging import check_output
 
@@ -58,11 +67,6 @@ def run(args: argparse.Namespace) -> None:
     from grounded_diffusion.export.bundle import export_bundle
     from grounded_diffusion.export.verify import verify_bundle
     from grounded_diffusion.training.checkpoint import load_checkpoint, with_statistics
-
-    start = time.monotonic()
-
-    def report(line: str) -> None:
-        print(f"[{time.monotonic() - start:6.1f} s] {line}", flush=True)
 
     report(f"loading {args.ckpt}" + (f" on {args.base}" if args.base else ""))
     checkpoint = load_checkpoint(args.ckpt, args.base)
@@ -76,6 +80,19 @@ def run(args: argparse.Namespace) -> None:
     report(f"wrote {args.out} ({size / 1e6:.0f} MB)")
 
 
+def run(args: argparse.Namespace) -> None:
+    """Export where there is a checkpoint, then build the engines asked for."""
+    start = time.monotonic()
+
+    def report(line: str) -> None:
+        print(f"[{time.monotonic() - start:6.1f} s] {line}", flush=True)
+
+    if args.ckpt:
+        export(args, report)
+    if args.engine:
+        engine_cli.build(args.bundle or args.out, args, report)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     try:
@@ -84,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"gd-export: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("gd-export: interrupted; nothing was written", file=sys.stderr)
+        print("gd-export: interrupted; what was finished is kept", file=sys.stderr)
         return 130
     return 0
 

@@ -1,19 +1,16 @@
-"""Build TensorRT engines into a bundle: `python -m grounded_diffusion.export.engine_cli bundle --sm 86,89`."""
+"""The options of gd-export that build TensorRT engines into a bundle, and the display of a build."""
 
 from __future__ import annotations
 
 import argparse
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from grounded_diffusion.bundle import GRAPHS, open_bundle
-from grounded_diffusion.errors import GroundedDiffusionError
-from grounded_diffusion.export.engines import Bucket, build_engines
-
-MODULE = "python -m grounded_diffusion.export.engine_cli"
+from grounded_diffusion.engine.engine_spec import OBJECTS, Bucket, load_module, target
 
 
 def whole_numbers(text: str) -> list[int]:
@@ -35,56 +32,63 @@ def image_size(text: str) -> tuple[int, int]:
     return int(parts[0]), int(parts[1])
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(MODULE, description=__doc__.split(":")[0] + ".")
-    parser.add_argument("bundle", type=Path, help="a bundle made by gd-export; engines go into its engines/ folder")
-    parser.add_argument(
-        "--engine", choices=["tensorrt", "tensorrt-rtx"], default="tensorrt-rtx",
-        help="tensorrt-rtx (default) builds without a GPU; tensorrt for the GPU at hand",
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of a build."""
+    group = parser.add_argument_group("engines")
+    group.add_argument(
+        "--engine", choices=["tensorrt", "tensorrt-rtx"],
+        help="also build engines into the bundle: tensorrt for the GPU at hand, tensorrt-rtx without one",
     )  # fmt: skip
-    parser.add_argument("--sm", type=whole_numbers, help="architectures to build for, such as 86,89,120 (tensorrt-rtx)")
-    parser.add_argument("--batch", type=whole_numbers, default=[1], help="images per call, such as 1,8,16 (default: 1)")
-    parser.add_argument("--objects", type=int, default=8, help="objects per image; fewer are padded (default: 8)")
-    parser.add_argument("--size", type=image_size, help="image size as HxW (default: the bundle's)")
-    parser.add_argument("--graph", choices=GRAPHS, action="append", help="build only this graph; may be repeated")
-    options = parser.parse_args(argv)
+    group.add_argument("--sm", type=whole_numbers, help="architectures to build for, such as 86,89,120 (tensorrt-rtx)")
+    group.add_argument("--batch", type=whole_numbers, default=[1], help="images per call, such as 1,8,16 (default: 1)")
+    group.add_argument(
+        "--objects", type=int, default=OBJECTS, help="objects per image; fewer are padded (default: %(default)s)"
+    )
+    group.add_argument("--size", type=image_size, help="image size as HxW (default: the bundle's)")
+    group.add_argument(
+        "--conditional", action="store_true", help="also the UNet without guidance, for gd-infer --guidance-interval"
+    )
+    group.add_argument("--graph", choices=GRAPHS, action="append", help="build only this graph; may be repeated")
+
+
+def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Refuse what cannot be built, before anything long is begun.
+
+    Raises:
+        SystemExit: options that do not fit together.
+        BackendError: a backend that is not installed, or a device it does not build for.
+    """
+    if not options.engine:
+        given = [name for name in ("sm", "size", "graph", "conditional") if getattr(options, name)]
+        if given:
+            parser.error(f"--{given[0]} needs --engine tensorrt or --engine tensorrt-rtx")
+        return
     if options.engine == "tensorrt-rtx" and not options.sm:
         parser.error("--engine tensorrt-rtx needs --sm, such as --sm 86,89,120")
-    return options
+    backend = options.engine.replace("-", "_")
+    for sm in options.sm or [None]:
+        target(load_module(backend), backend, sm)
 
 
-def run(options: argparse.Namespace, console: Console) -> None:
-    """Build what is missing, with the builder's phase on a terminal and plain lines elsewhere."""
-    bundle = open_bundle(options.bundle)
-    buckets = [Bucket(batch, options.objects, options.size) for batch in options.batch]
+def build(bundle: Path, options: argparse.Namespace, report: Callable[[str], None]) -> None:
+    """Build what the bundle lacks, with the builder's phase on a terminal and plain lines elsewhere."""
+    from grounded_diffusion.export.engines import build_engines
+
+    buckets = [
+        Bucket(batch, options.objects, options.size, guided)
+        for batch in options.batch
+        for guided in ([True, False] if options.conditional else [True])
+    ]
     columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    console = Console()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as display:
         task = display.add_task("", total=None)
         build_engines(
-            bundle,
+            open_bundle(bundle),
             options.engine.replace("-", "_"),
             sms=options.sm or [None],
             buckets=buckets,
             graphs=options.graph or GRAPHS,
             progress=lambda phase, done, steps: display.update(task, description=phase, completed=done, total=steps),
-            report=lambda line: console.print(line, highlight=False, soft_wrap=True, markup=False),
+            report=report,
         )
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
-    options = parse(argv)
-    try:
-        run(options, Console())
-    except GroundedDiffusionError as error:
-        print(f"engine_cli: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("engine_cli: interrupted; engines already built are kept", file=sys.stderr)
-        return 130
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,119 +7,26 @@ and fail at shapes off their optimum.
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import onnx
 
-from grounded_diffusion.bundle import GRAPH_IO, GRAPHS, Bundle, sha256
-from grounded_diffusion.engine.engine_file import BACKENDS, PLAN, SCHEMA, SIDECAR, EngineSpec, bundle_files, load_plan
-from grounded_diffusion.errors import BackendError, UsageError
-
-PACKAGES = {"tensorrt": "grounded-diffusion[tensorrt]", "tensorrt_rtx": "grounded-diffusion[rtx]"}
-# TF32 would round FP32 graphs to 10 bits of mantissa: far from the 1e-5 that exported graphs hold.
-FLAGS: dict[str, Any] = {"tf32": False}
+from grounded_diffusion.bundle import GRAPHS, UNET, Bundle, sha256
+from grounded_diffusion.engine.engine_file import PLAN, SCHEMA, SIDECAR, EngineSpec, bundle_files, load_plan
+from grounded_diffusion.engine.engine_spec import Bucket, engine_spec, load_module
+from grounded_diffusion.errors import BackendError
 
 Progress = Callable[[str, int, int], None]
 Report = Callable[[str], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Bucket:
-    """Sizes of one static profile.
-
-    Attributes:
-        batch: images (B); guided graphs take 2B rows.
-        objects: queries per image (O); fewer are padded as not valid.
-        image_size: (H, W) in pixels; None takes the bundle's own.
-    """
-
-    batch: int
-    objects: int = 8
-    image_size: tuple[int, int] | None = None
-
-    def __post_init__(self) -> None:
-        if self.batch < 1 or self.objects < 1:
-            raise UsageError(f"batch and objects must be at least 1, not {self.batch} and {self.objects}")
-
-
-def profile_shapes(bundle: Bundle, graph: str, bucket: Bucket) -> dict[str, list[int]]:
-    """Shape of every input of a graph in a bucket. Raises UsageError for an image size the model cannot take."""
-    manifest = bundle.manifest
-    height, width = bucket.image_size or manifest.image_size
-    if height % manifest.size_multiple or width % manifest.size_multiple or min(height, width) < 1:
-        raise UsageError(f"{height}x{width} is not a multiple of {manifest.size_multiple}, as this model needs")
-    size = {
-        "B": bucket.batch,
-        "N": 2 * bucket.batch,
-        "O": bucket.objects,
-        "L": manifest.context_length,
-        "D": manifest.context_dim,
-        "h": height // manifest.vae_scale_factor,
-        "w": width // manifest.vae_scale_factor,
-    }
-    inputs, _ = GRAPH_IO[graph]
-    return {name: [size[s] if s in size else int(s) for s in shape.split(",")] for name, shape in inputs.items()}
-
-
-def load_module(backend: str) -> ModuleType:
-    """The Python module `tensorrt` or `tensorrt_rtx`. Raises BackendError with the pip line when it is not there."""
-    if backend not in BACKENDS:
-        raise BackendError(f"there is no backend {backend}; choose one of {', '.join(BACKENDS)}")
-    try:
-        return importlib.import_module(backend)
-    except ImportError as error:
-        raise BackendError(f"{backend} cannot be imported ({error}); pip install '{PACKAGES[backend]}'") from None
-
-
-def target(trt: ModuleType, backend: str, sm: int | None) -> str:
-    """Name of the device to build for, as EngineSpec has it.
-
-    Raises:
-        BackendError: an architecture TensorRT-RTX does not list, or no GPU for TensorRT to build on.
-    """
-    if backend == "tensorrt_rtx":
-        known = sorted(int(name[2:]) for name in trt.ComputeCapability.__members__ if name.startswith("SM"))
-        if sm not in known:
-            raise BackendError(f"tensorrt_rtx {trt.__version__} builds for --sm {', '.join(map(str, known))}, not {sm}")
-        return f"sm_{sm}"
-    try:
-        from cuda.core import Device
-
-        device = Device(0)
-        name, arch = device.name, int(device.arch)
-    except Exception as error:  # ImportError, or cuda-core's own class for a missing driver or device
-        raise BackendError(
-            f"tensorrt builds on the GPU it is to run on, and there is none here ({error}); --engine tensorrt-rtx "
-            "builds without one"
-        ) from None
-    if sm not in (None, arch):
-        raise BackendError(f"tensorrt builds for the GPU at hand, {name} (--sm {arch}), not --sm {sm}")
-    return f"{name} (sm_{arch})"
-
-
-def engine_spec(bundle: Bundle, graph: str, backend: str, sm: int | None, bucket: Bucket) -> EngineSpec:
-    """What the engine of one graph, device and bucket would be; building nothing."""
-    trt = load_module(backend)
-    return EngineSpec(
-        graph=graph,
-        backend=backend,
-        version=trt.__version__,
-        device=target(trt, backend, sm),
-        shapes=profile_shapes(bundle, graph, bucket),
-        precision=bundle.manifest.precision,
-        flags=dict(FLAGS),
-        files=bundle_files(bundle, graph),
-    )
 
 
 def build_engines(
@@ -143,26 +50,28 @@ def build_engines(
         BackendError: the backend is not installed, knows no such device, or refuses a graph.
         UsageError: sizes the model cannot take.
     """
-    specs = [engine_spec(bundle, graph, backend, sm, bucket) for sm in sms for bucket in buckets for graph in graphs]
+    specs = [
+        engine_spec(bundle, graph, backend, sm, bucket)
+        for sm in sms
+        for bucket in buckets
+        for graph in graphs
+        if bucket.guided or graph == UNET  # the other graphs know no unguided form
+    ]
     tell = report or (lambda line: None)
     for spec in specs:
-        if _is_built(bundle.path, spec):
-            tell(f"already there: {spec}")
-            continue
+        if spec.directory(bundle.path).exists():
+            try:
+                load_plan(bundle.path, spec)
+                tell(f"already there: {spec}")
+                continue
+            except BackendError as error:  # damaged or another's: it is replaced
+                tell(f"refused: {error}")
         tell(f"building {spec}")
         start = time.monotonic()
         plan = build_plan(bundle, spec, progress)
         _install(bundle.path, spec, plan)
         tell(f"built in {time.monotonic() - start:.1f} s, {plan.nbytes / 1e6:.1f} MB")
     return specs
-
-
-def _is_built(bundle: Path, spec: EngineSpec) -> bool:
-    try:
-        load_plan(bundle, spec)
-    except BackendError:  # absent or damaged: either way it is built
-        return False
-    return True
 
 
 def build_plan(bundle: Bundle, spec: EngineSpec, progress: Progress | None = None) -> memoryview:
@@ -180,6 +89,8 @@ def build_plan(bundle: Bundle, spec: EngineSpec, progress: Progress | None = Non
     config = builder.create_builder_config()
     if not spec.flags["tf32"]:
         config.clear_flag(trt.BuilderFlag.TF32)
+    if spec.flags["user_allocation"] and hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # TensorRT-RTX alone
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     if spec.backend == "tensorrt_rtx":
         config.num_compute_capabilities = 1
         config.set_compute_capability(trt.ComputeCapability.__members__["SM" + spec.device.removeprefix("sm_")], 0)

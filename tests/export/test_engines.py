@@ -10,9 +10,10 @@ import pytest
 
 from grounded_diffusion.bundle import GRAPHS, TEXT_ENCODER, UNET, UNET_GROUNDED, open_bundle
 from grounded_diffusion.engine.engine_file import PLAN, SIDECAR, load_plan, read_sidecar
+from grounded_diffusion.engine.engine_spec import Bucket, engine_spec, load_module, profile_shapes
 from grounded_diffusion.errors import BackendError, UsageError
-from grounded_diffusion.export import engine_cli, engines
-from grounded_diffusion.export.engines import Bucket, build_engines, engine_spec, profile_shapes
+from grounded_diffusion.export import cli, engines
+from grounded_diffusion.export.engines import build_engines
 
 RTX = "tensorrt_rtx"
 
@@ -70,7 +71,9 @@ def test_a_changed_byte_is_refused_and_rebuilt(text_engine):
     plan = bytearray((directory / PLAN).read_bytes())
     plan[len(plan) // 2] ^= 1
     (directory / PLAN).write_bytes(plan)
-    with pytest.raises(BackendError, match=r"engine.plan has changed since it was built.*engine_cli"):
+    with pytest.raises(
+        BackendError, match=r"engine.plan has changed since it was built.*--bundle .* --engine tensorrt-rtx"
+    ):
         load_plan(path, spec)
     build_engines(open_bundle(path), RTX, sms=[86], buckets=[Bucket(2, objects=3)], graphs=[TEXT_ENCODER])
     assert load_plan(path, spec)
@@ -90,7 +93,7 @@ def test_a_changed_byte_is_refused_and_rebuilt(text_engine):
 def test_stale_and_foreign_engines_are_named(text_engine, change, says):
     path, spec, directory = text_engine
     wanted = dataclasses.replace(spec, **change)
-    with pytest.raises(BackendError, match=f"has no engine of .*nearest is stale or foreign: {says}"):
+    with pytest.raises(BackendError, match=f"has no engine of .*nearest is stale or foreign: {says}.*gd-export --b"):
         load_plan(path, wanted)
     directory.rename(wanted.directory(path))  # a copy put under the key asked for does not pass either
     with pytest.raises(BackendError, match=f"holds another engine: {says}"):
@@ -157,7 +160,7 @@ def test_devices_and_backends_that_are_not_there(tiny_bundle):
 def test_a_backend_not_installed_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
     with pytest.raises(BackendError, match=r"pip install 'grounded-diffusion\[tensorrt\]'"):
-        engines.load_module("tensorrt")
+        load_module("tensorrt")
 
 
 def test_sizes_the_model_cannot_take(tiny_bundle):
@@ -173,26 +176,48 @@ def test_sizes_the_model_cannot_take(tiny_bundle):
 
 
 def test_command_line(text_engine, capsys):
+    path, _, directory = text_engine
+    (directory / SIDECAR).write_text("{")
+    command = ["--bundle", str(path), "--engine", "tensorrt-rtx", "--sm", "86", "--batch", "2,4", "--objects", "3"]
+    assert cli.main([*command, "--graph", TEXT_ENCODER]) == 0
+    said = [line.split("] ", 1)[1] for line in capsys.readouterr().out.splitlines()]
+    assert [line.split()[0] for line in said] == ["refused:", "building", "built", "building", "built"]
+    assert said[3].startswith("building text_encoder.onnx for tensorrt_rtx") and "input_ids 4x77" in said[3]
+    assert cli.main([*command, "--graph", TEXT_ENCODER]) == 0
+    assert all("already there" in line for line in capsys.readouterr().out.splitlines())
+    assert cli.main([*command[:4], "--sm", "90"]) == 1
+    assert capsys.readouterr().err.startswith("gd-export: tensorrt_rtx") and len(list(path.glob("engines/*/*"))) == 2
+
+
+def test_the_conditional_unet_has_half_the_rows(text_engine, capsys):
     path, _, _ = text_engine
-    command = [str(path), "--sm", "86", "--batch", "2,4", "--objects", "3", "--graph", TEXT_ENCODER]
-    assert engine_cli.main(command) == 0
-    said = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in said] == ["already", "building", "built"]
-    assert said[1].startswith("building text_encoder.onnx for tensorrt_rtx") and "input_ids 4x77" in said[1]
-    assert engine_cli.main([str(path), "--sm", "90"]) == 1
-    assert capsys.readouterr().err.startswith("engine_cli: tensorrt_rtx") and len(list(path.glob("engines/*/*"))) == 2
+    command = ["--bundle", str(path), "--engine", "tensorrt-rtx", "--sm", "86", "--conditional", "--graph", UNET]
+    assert cli.main(command) == 0
+    built = [line for line in capsys.readouterr().out.splitlines() if "building" in line]
+    assert ["latents 2x4" in built[0], "latents 1x4" in built[1]] == [True, True]
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([], "needs --sm"),
-        (["--sm", "86", "--batch", "0"], "positive whole numbers"),
-        (["--sm", "eight"], "positive whole numbers"),
-        (["--sm", "86", "--size", "512"], "write height and width as 512x512"),
+        (["--engine", "tensorrt-rtx"], "needs --sm"),
+        (["--engine", "tensorrt-rtx", "--sm", "86", "--batch", "0"], "positive whole numbers"),
+        (["--engine", "tensorrt-rtx", "--sm", "eight"], "positive whole numbers"),
+        (["--engine", "tensorrt-rtx", "--sm", "86", "--size", "512"], "write height and width as 512x512"),
+        ([], "--bundle needs --engine"),
+        (["--ckpt", "model"], "not allowed with argument"),
     ],
 )
 def test_command_line_mistakes_are_named(arguments, says, capsys):
     with pytest.raises(SystemExit) as error:
-        engine_cli.main(["bundle", *arguments])
+        cli.main(["--bundle", "bundle", *arguments])
     assert error.value.code == 2 and says in capsys.readouterr().err
+
+
+def test_an_export_with_a_backend_that_is_missing_stops_before_it_begins(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
+    assert cli.main(["--ckpt", str(tmp_path), "--out", str(tmp_path / "out"), "--engine", "tensorrt"]) == 1
+    assert "pip install 'grounded-diffusion[tensorrt]'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["--ckpt", str(tmp_path), "--out", str(tmp_path / "out"), "--sm", "86"])
+    assert "--sm needs --engine" in capsys.readouterr().err
