@@ -11,7 +11,8 @@ constexpr int kVector = 4;
 template <typename T>
 __device__ __forceinline__ void step_element(const StepCoefficients& step, const T* output, const float* latents,
                                              float* history, const float* noise, float* out_latents, T* out_input,
-                                             long long i, long long count, bool guide, bool doubled) {
+                                             unsigned char* bad, int batch, long long i, long long count, bool guide,
+                                             bool doubled) {
     const float x = latents[i];
     float o = load(output[i]);
     if (guide) o = guided(o, load(output[count + i]), step.guidance);
@@ -22,6 +23,7 @@ __device__ __forceinline__ void step_element(const StepCoefficients& step, const
     // After the past was read: the slot to write may hold the oldest value.
     if (step.head >= 0) history[step.head * count + i] = m;
     out_latents[i] = next;
+    if (bad && !is_finite(next)) bad[step.row * batch + i / (count / batch)] = 1;
     store(out_input[i], next * step.next_scale);
     if (doubled) store(out_input[count + i], next * step.next_scale);
 }
@@ -29,7 +31,8 @@ __device__ __forceinline__ void step_element(const StepCoefficients& step, const
 template <typename T>
 __device__ __forceinline__ void step_range(const StepCoefficients* __restrict__ coefficients, const T* output,
                                            const float* latents, float* history, const float* noise, float* out_latents,
-                                           T* out_input, long long count, int guide, int doubled) {
+                                           T* out_input, unsigned char* bad, int batch, long long count, int guide,
+                                           int doubled) {
     const StepCoefficients& step = *coefficients;  // indexed in place: a copy would go to local memory
     const long long thread = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
     const long long stride = static_cast<long long>(gridDim.x) * blockDim.x;
@@ -39,8 +42,8 @@ __device__ __forceinline__ void step_range(const StepCoefficients* __restrict__ 
         for (int v = 0; v < kVector; ++v) {
             const long long i = base + v * stride;
             if (i < count) {
-                step_element(step, output, latents, history, noise, out_latents, out_input, i, count, guide != 0,
-                             doubled != 0);
+                step_element(step, output, latents, history, noise, out_latents, out_input, bad, batch, i, count,
+                             guide != 0, doubled != 0);
             }
         }
     }
@@ -50,12 +53,16 @@ __device__ __forceinline__ void step_range(const StepCoefficients* __restrict__ 
 
 extern "C" __global__ void cfg_step_f32(const gd::StepCoefficients* coefficients, const float* output,
                                         const float* latents, float* history, const float* noise, float* out_latents,
-                                        float* out_input, long long count, int guide, int doubled) {
-    gd::step_range(coefficients, output, latents, history, noise, out_latents, out_input, count, guide, doubled);
+                                        float* out_input, unsigned char* bad, int batch, long long count, int guide,
+                                        int doubled) {
+    gd::step_range(coefficients, output, latents, history, noise, out_latents, out_input, bad, batch, count, guide,
+                   doubled);
 }
 
 extern "C" __global__ void cfg_step_f16(const gd::StepCoefficients* coefficients, const gd::Half* output,
                                         const float* latents, float* history, const float* noise, float* out_latents,
-                                        gd::Half* out_input, long long count, int guide, int doubled) {
-    gd::step_range(coefficients, output, latents, history, noise, out_latents, out_input, count, guide, doubled);
+                                        gd::Half* out_input, unsigned char* bad, int batch, long long count, int guide,
+                                        int doubled) {
+    gd::step_range(coefficients, output, latents, history, noise, out_latents, out_input, bad, batch, count, guide,
+                   doubled);
 }

@@ -12,7 +12,7 @@ struct StepCoefficients {
     float guidance, cx, co, a, b0, n, next_scale;
     int head;   // slot of the history that receives m, or -1
     int terms;  // past values in use
-    int unused;
+    int row;    // of the schedule; says where a flag goes
     float weight[kMaxTerms];
     int slot[kMaxTerms];
 };

@@ -8,6 +8,14 @@
 #define GD_INLINE inline
 #endif
 
+namespace gd {
+
+GD_INLINE bool is_finite(float x) {
+    return x - x == 0.0f;
+}
+
+}  // namespace gd
+
 // The widest vector unit of the machine the wheel lands on, chosen when the extension loads.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__CUDACC__)
 #define GD_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))

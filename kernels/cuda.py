@@ -21,7 +21,7 @@ MAX_TERMS = 8  # kMaxTerms of cfg_step.cuh
 # struct StepCoefficients of cfg_step.cuh
 COEFFICIENTS = np.dtype(
     [(name, np.float32) for name in ("guidance", "cx", "co", "a", "b0", "n", "next_scale")]
-    + [(name, np.int32) for name in ("head", "terms", "unused")]
+    + [(name, np.int32) for name in ("head", "terms", "row")]
     + [("weight", np.float32, MAX_TERMS), ("slot", np.int32, MAX_TERMS)]
 )
 STATS_BYTES = 32  # struct Stats of mask_epilogue.cu, one per object
@@ -41,23 +41,26 @@ def pack_step(
     slots: int = 0,
     n: float = 0.0,
     next_scale: float = 1.0,
+    row: int = 0,
 ) -> np.ndarray:
     """One row of a schedule as the kernel reads it, [1] of COEFFICIENTS: concatenate the rows and upload them once.
 
-    Arguments are those of `kernels.cfg_step`; `slots` is the length of the history (0: none).
+    Arguments are those of `kernels.cfg_step`; `slots` is the length of the history (0: none), and `row` the one of
+    `bad` that latents which are not finite are reported in.
     """
     weights, past = history_terms(b, head, slots)
     if len(weights) > MAX_TERMS:
         raise ValueError(f"b reaches too many steps back; at most {MAX_TERMS} past terms are supported")
-    row = np.zeros(1, COEFFICIENTS)
+    packed = np.zeros(1, COEFFICIENTS)
     values = (1.0 if guidance_scale is None else guidance_scale, cx, co, a, b[0], n, next_scale)
     for name, value in zip(COEFFICIENTS.names, values, strict=False):
-        row[name] = value
-    row["head"] = head if slots else -1
-    row["terms"] = len(weights)
-    row["weight"][0, : len(weights)] = weights
-    row["slot"][0, : len(past)] = past
-    return row
+        packed[name] = value
+    packed["head"] = head if slots else -1
+    packed["terms"] = len(weights)
+    packed["row"] = row
+    packed["weight"][0, : len(weights)] = weights
+    packed["slot"][0, : len(past)] = past
+    return packed
 
 
 class CudaKernels:
@@ -107,6 +110,8 @@ class CudaKernels:
         guided: bool,
         doubled: bool,
         half: bool,
+        bad: int = 0,
+        batch: int = 1,
     ) -> None:
         """One sampler step. Pointers as in `kernels.cfg_step`; `history` and `noise` may be 0 where the row has none.
 
@@ -116,20 +121,24 @@ class CudaKernels:
             count: elements of the latents, B * 4 * h * w.
             guided: model_output holds 2B rows; `doubled`: out_input receives 2B rows.
             half: model_output and out_input are float16. Latents, history and noise are always float32.
+            bad: uint8 [rows, batch] or 0; byte (row, b) becomes 1 where a new latent of image b is not finite.
         """
         blocks = min(-(-count // (4 * _THREADS)), _MAX_BLOCKS)
         pointers = (coefficients, model_output, latents, history, noise, out_latents, out_input)
-        flags = (np.int64(count), np.int32(guided), np.int32(doubled))
+        flags = (bad, np.int32(batch), np.int64(count), np.int32(guided), np.int32(doubled))
         self._launch(stream, "cfg_step_f16" if half else "cfg_step_f32", blocks, _THREADS, *pointers, *flags)
 
     def image_epilogue(
-        self, stream: Any, image: int, out: int, *, batch: int, size: tuple[int, int], half: bool
+        self, stream: Any, image: int, out: int, *, batch: int, size: tuple[int, int], half: bool, bad: int = 0
     ) -> None:
-        """float32 or float16 [B, 3, H, W] in [-1, 1] to uint8 [B, H, W, 3]."""
+        """float32 or float16 [B, 3, H, W] in [-1, 1] to uint8 [B, H, W, 3].
+
+        `bad` is uint8 [B] or 0; byte b becomes 1 where a value of image b is not finite.
+        """
         pixels = size[0] * size[1]
         blocks = min(-(-batch * pixels // _THREADS), _MAX_BLOCKS)
         name = "image_epilogue_f16" if half else "image_epilogue_f32"
-        self._launch(stream, name, blocks, _THREADS, image, out, np.int32(batch), np.int64(pixels))
+        self._launch(stream, name, blocks, _THREADS, image, out, bad, np.int32(batch), np.int64(pixels))
 
     def mask_epilogue(
         self,
@@ -144,6 +153,7 @@ class CudaKernels:
         *,
         masks: int = 0,
         bits: int = 0,
+        bad: int = 0,
         shape: tuple[int, int, int, int],
         size: tuple[int, int],
         threshold: float = 0.5,
@@ -154,6 +164,7 @@ class CudaKernels:
         Args:
             masks: bool [B, O, H, W], or 0 to leave it out.
             bits: uint32 [B, O, H, ceil(W / 32)] as `reference.pack_bits`, an eighth of the bytes, or 0 to leave it out.
+            bad: uint8 [B] or 0; byte b becomes 1 where a logit of a valid object of image b is not finite.
             stats: scratch of B * O * STATS_BYTES bytes.
             shape: (B, O, h, w) of the logits; at most 255 objects.
             size: (H, W); at most 16384 a side.
@@ -169,6 +180,6 @@ class CudaKernels:
         grid = (-(-width // 32), -(-height // _SCAN_ROWS), batch)
         sizes = [np.int32(v) for v in (objects, low_h, low_w, height, width)]
         name = "mask_scan_f16" if half else "mask_scan_f32"
-        pointers = (logits, valid, labels, masks, bits, stats)
+        pointers = (logits, valid, labels, masks, bits, stats, bad)
         self._launch(stream, name, grid, (32, _SCAN_ROWS), *pointers, *sizes, np.float32(logit(threshold)))
         self._launch(stream, "mask_finish", few, _THREADS, stats, area, box, score, count)

@@ -37,8 +37,8 @@ __device__ __forceinline__ float sample(const T* logits, const Tap& row, const T
 // Block (32, kRows), grid (ceil(W / 32), ceil(H / kRows), B). `masks` and `bits` may each be null.
 template <typename T>
 __device__ __forceinline__ void scan(const T* logits, const bool* valid, unsigned char* labels, unsigned char* masks,
-                                     unsigned int* bits, Stats* stats, int objects, int low_h, int low_w, int height,
-                                     int width, float limit) {
+                                     unsigned int* bits, Stats* stats, unsigned char* bad, int objects, int low_h,
+                                     int low_w, int height, int width, float limit) {
     const int x = blockIdx.x * 32 + threadIdx.x;
     const int y = blockIdx.y * kRows + threadIdx.y;
     const int b = blockIdx.z;
@@ -55,6 +55,7 @@ __device__ __forceinline__ void scan(const T* logits, const bool* valid, unsigne
         if (valid[at]) {
             value = sample(logits + at * low_h * low_w, row, column, low_w);
             inside = within && value > limit;
+            if (bad && !is_finite(value)) bad[b] = 1;
         }
         const unsigned int word = __ballot_sync(0xffffffffu, inside);
         if (inside && value > best) {
@@ -86,15 +87,15 @@ extern "C" __global__ void mask_begin(gd::Stats* stats, int count) {
 }
 
 extern "C" __global__ void mask_scan_f32(const float* logits, const bool* valid, unsigned char* labels,
-                                         unsigned char* masks, unsigned int* bits, gd::Stats* stats, int objects,
-                                         int low_h, int low_w, int height, int width, float limit) {
-    gd::scan(logits, valid, labels, masks, bits, stats, objects, low_h, low_w, height, width, limit);
+                                         unsigned char* masks, unsigned int* bits, gd::Stats* stats, unsigned char* bad,
+                                         int objects, int low_h, int low_w, int height, int width, float limit) {
+    gd::scan(logits, valid, labels, masks, bits, stats, bad, objects, low_h, low_w, height, width, limit);
 }
 
 extern "C" __global__ void mask_scan_f16(const gd::Half* logits, const bool* valid, unsigned char* labels,
-                                         unsigned char* masks, unsigned int* bits, gd::Stats* stats, int objects,
-                                         int low_h, int low_w, int height, int width, float limit) {
-    gd::scan(logits, valid, labels, masks, bits, stats, objects, low_h, low_w, height, width, limit);
+                                         unsigned char* masks, unsigned int* bits, gd::Stats* stats, unsigned char* bad,
+                                         int objects, int low_h, int low_w, int height, int width, float limit) {
+    gd::scan(logits, valid, labels, masks, bits, stats, bad, objects, low_h, low_w, height, width, limit);
 }
 
 extern "C" __global__ void mask_finish(const gd::Stats* stats, long long* area, int* box, float* score, int count) {
