@@ -79,10 +79,7 @@ def denoise(
     """
     batch, rows = len(noise), schedule.rows
     names = names or [f"sample {i}" for i in range(batch)]
-    start, end = guidance_interval
-    scales = [guidance_scale if start <= p <= end else 1.0 for p in schedule.progress]
-    both = [scale != 1 or i == capture for i, scale in enumerate(scales)]  # which calls run both halves
-    both.append(both[-1])  # no call follows the last row
+    scales, both = guided_calls(schedule, guidance_scale, guidance_interval, capture)
     slots = schedule.history
     history = np.empty((slots, *noise.shape), np.float32) if slots else None  # ring buffer of past m
     latents = noise * np.float32(schedule.init_noise_sigma)
@@ -124,11 +121,25 @@ def denoise(
     return Denoised(latents, mask_logits, rows[capture].timestep)
 
 
+def guided_calls(
+    schedule: Schedule, guidance_scale: float, interval: tuple[float, float], capture: int
+) -> tuple[list[float], list[bool]]:
+    """The guidance of every call, and which calls run both halves; the second has one entry more than there are rows."""
+    start, end = interval
+    scales = [guidance_scale if start <= p <= end else 1.0 for p in schedule.progress]
+    both = [scale != 1 or i == capture for i, scale in enumerate(scales)]
+    return scales, [*both, both[-1]]  # no call follows the last row
+
+
+def not_finite(name: str, stage: str) -> NumericsError:
+    """The error for a sample that holds a NaN or an infinity."""
+    return NumericsError(
+        f"{name}: the {stage} are not finite; try a smaller guidance scale or more steps, or export the model in fp32"
+    )
+
+
 def check_finite(values: np.ndarray, names: Sequence[str], stage: str) -> None:
     """Raise NumericsError for the first sample of [B,...] that holds a NaN or an infinity."""
     finite = np.isfinite(values).reshape(len(values), -1).all(1)
     if not finite.all():
-        raise NumericsError(
-            f"{names[int(np.argmin(finite))]}: the {stage} are not finite; "
-            "try a smaller guidance scale or more steps, or export the model in fp32"
-        )
+        raise not_finite(names[int(np.argmin(finite))], stage)
