@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import NoReturn
@@ -15,10 +16,12 @@ from typing import NoReturn
 from grounded_diffusion import __version__
 from grounded_diffusion.engine.dataset import FolderDataset
 from grounded_diffusion.engine.dataset_tools import merge, split, statistics
-from grounded_diffusion.engine.dataset_verify import verify
-from grounded_diffusion.engine.formats import WRITERS, open_writer
-from grounded_diffusion.engine.formats.common import Classes, Settings, fresh_folder, write_marker
-from grounded_diffusion.engine.vocabulary import VOC_NAMES, read_names
+from grounded_diffusion.engine.dataset_verify import MARKER, verify
+from grounded_diffusion.engine.files import fresh_folder
+from grounded_diffusion.engine.formats import FORMATS, WITHOUT_CLASSES, open_format
+from grounded_diffusion.engine.formats.options import add_format_options, settings_of
+from grounded_diffusion.engine.shards import Rows, finished_shards, read_shard, write_shards
+from grounded_diffusion.engine.storage_local import LocalStorage
 from grounded_diffusion.errors import GroundedDiffusionError, UsageError
 
 SHOWN = 20  # problems that verify lists
@@ -84,50 +87,38 @@ def add_out(command: argparse.ArgumentParser) -> None:
 def add_convert(commands) -> None:
     command = commands.add_parser("convert", help="write the data set in another format")
     command.add_argument("dir", type=Path, metavar="SRC", help="folder that gd-infer wrote")
-    command.add_argument("--format", required=True, choices=WRITERS, help="what to write: %(choices)s", metavar="NAME")
+    formats = [name for name in FORMATS if name not in WITHOUT_CLASSES]
+    command.add_argument("--format", required=True, choices=formats, help="what to write: %(choices)s", metavar="NAME")
     add_out(command)
-    command.add_argument(
-        "--names", metavar="FILE", help="class names, one a line, ids by order; voc takes VOC's (default: sorted names)"
-    )
-    image = command.add_mutually_exclusive_group()
-    image.add_argument("--jpeg-quality", type=int, default=95, metavar="N", help="1 to 100 (default: 95)")
-    image.add_argument("--png", action="store_true", help="write images as PNG, without loss")
-    command.add_argument(
-        "--void-border", type=int, default=0, metavar="PX", help="mark this many pixels on either side of edges as 255"
-    )
-    command.add_argument("--polygons", action="store_true", help="coco: polygons instead of run lengths")
     command.add_argument(
         "--shard-size", type=int, default=1000, metavar="N", help="samples in a tar or Parquet file (default: 1000)"
     )
+    add_format_options(command, band=False)
     command.set_defaults(run=run_convert)
 
 
 def run_convert(args: argparse.Namespace) -> int:
+    if not 1 <= args.shard_size <= 1_000_000:
+        raise UsageError(f"--shard-size must be from 1 to 1000000, not {args.shard_size}")
     data = FolderDataset(args.dir)
     inside(args.out, [args.dir])
-    names = args.names
-    classes = data.names if names is None else VOC_NAMES if names == "voc" else read_names(names)
-    quality = None if args.png else args.jpeg_quality
-    settings = Settings(Classes(tuple(classes)), quality, args.void_border, args.polygons, args.shard_size)
-    check_classes(data, settings.classes)
-    with fresh_folder(args.out, args.overwrite) as folder:
-        writer = open_writer(args.format, folder, settings)
-        for record in data:
-            writer.put(record)
-        writer.close()
-        write_marker(folder, args.format, settings, len(data))
-    if losses := getattr(writer, "losses", ""):
+    settings = settings_of(args, args.format, data.names)
+    format = open_format(args.format, settings)
+    for row in data.rows():
+        names = [thing["name"] for thing in row["objects"]]
+        settings.classes.check(names, f"the record {row['id']} of {data.path}")
+    with fresh_folder(args.out, args.overwrite, is_ours=MARKER) as folder:
+        storage = LocalStorage(folder)
+        shards = write_shards(storage, format, data.parts(), format.encode, args.shard_size, {})
+        losses = format.losses(Rows(storage, shards))
+        content = {"format": args.format, "samples": len(data), **asdict(settings)}
+        content["classes"] = {name: k for k, name in settings.classes.items()}
+        storage.put(MARKER, json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
+        storage.clean()
+    if losses:
         note(losses)
-    print(f"{len(data)} images with {len(classes)} classes as {args.format} in {args.out}")
+    print(f"{len(data)} images with {len(settings.classes.names)} classes as {args.format} in {args.out}")
     return 0
-
-
-def check_classes(data: FolderDataset, classes: Classes) -> None:
-    """Raise UsageError, before anything is written, for an object without a class or two of one class in a record."""
-    for row in data.rows:
-        ids = [classes.id(thing["name"]) for thing in row["objects"]]
-        if len(set(ids)) < len(ids):
-            raise UsageError(f"the record {row['id']} of {data.path} has two objects of one class; use other --names")
 
 
 def inside(out: Path, sources: list[Path]) -> None:
@@ -147,8 +138,14 @@ def run_verify(args: argparse.Namespace) -> int:
     if rest := sum(1 for _ in problems):
         print(f"and {rest} more")
     if not shown:
-        print(f"{args.dir}: {len(FolderDataset(args.dir))} records, no problems")
+        print(f"{args.dir}: {count_samples(args.dir)} records, no problems")
     return int(bool(shown))
+
+
+def count_samples(path: Path) -> int:
+    """Accepted samples of all shards."""
+    storage = LocalStorage(path)
+    return sum(read_shard(storage, shard)["accepted"] for shard in finished_shards(storage))
 
 
 def run_stats(args: argparse.Namespace) -> int:

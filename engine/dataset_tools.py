@@ -4,71 +4,99 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from itertools import combinations, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from grounded_diffusion.engine.dataset import SPLITS, FolderDataset
+from grounded_diffusion.engine.dataset import RUN, FolderDataset
 from grounded_diffusion.engine.dataset_verify import verify
-from grounded_diffusion.engine.formats.common import fresh_folder
-from grounded_diffusion.engine.gallery import render_gallery
-from grounded_diffusion.engine.writer import FOLDERS, FORMAT, INDEX, METADATA, RUN, replace_file, slug
+from grounded_diffusion.engine.files import fresh_folder, readable_errors
+from grounded_diffusion.engine.formats.common import Encoded, Settings
+from grounded_diffusion.engine.formats.folder import FolderFormat, file_paths, record_files
+from grounded_diffusion.engine.record import SPLITS, sample_id
+from grounded_diffusion.engine.shards import write_shards
+from grounded_diffusion.engine.storage_local import LocalStorage
 from grounded_diffusion.errors import UsageError
+
+MERGED_SHARD = 1000  # samples in a shard of a merged data set
+BINS = 10  # of the histograms
+
+
+@dataclass(slots=True)
+class Tally:
+    """Numbers between 0 and 1, as they come: how many, their sum, extremes and histogram of BINS equal bins."""
+
+    count: int = 0
+    total: float = 0.0
+    least: float = 1.0
+    most: float = 0.0
+    bins: list[int] = field(default_factory=lambda: [0] * BINS)
+
+    def add(self, value: float) -> None:
+        self.count += 1
+        self.total += value
+        self.least, self.most = min(self.least, value), max(self.most, value)
+        self.bins[min(int(value * BINS), BINS - 1)] += 1
+
+    @property
+    def mean(self) -> float:
+        """0 of nothing."""
+        return self.total / self.count if self.count else 0.0
 
 
 def statistics(data: FolderDataset) -> dict[str, Any]:
     """Counts and areas per class and overlaps per pair of classes, as JSON takes them.
 
     `classes`: by name, how many images ask for it (`images`), how many of these masks are empty (`empty`), the others'
-    smallest, mean and largest share of the image, and their mean score. `overlaps`: by pair, images where both masks
-    share pixels, of how many that ask for both, and the mean intersection over union where they do.
+    smallest, mean and largest share of the image and how many have each tenth (`areas`), their mean score and how many
+    have each tenth (`scores`). `overlaps`: by pair, images where both masks share pixels, of how many that ask for
+    both, and the mean intersection over union where they do.
     """
-    shares: dict[str, list[float]] = {name: [] for name in data.names}
-    scores: dict[str, list[float]] = {name: [] for name in data.names}
-    pairs: dict[tuple[str, str], list[float]] = {}
+    asked: dict[str, int] = dict.fromkeys(data.names, 0)
+    shares, scores = ({name: Tally() for name in data.names} for _ in range(2))
+    pairs: dict[tuple[str, str], tuple[Tally, Tally]] = {}  # of all images, and of those that overlap
     for record in data:
         for thing in record.objects:
-            shares[thing.name].append(thing.area / (record.width * record.height))
-            scores[thing.name].append(thing.score)
+            asked[thing.name] += 1
+            if thing.area:
+                shares[thing.name].add(thing.area / (record.width * record.height))
+                scores[thing.name].add(thing.score)
         masks = {thing.name: thing.mask for thing in record.objects} if len(record.objects) > 1 else {}
-        for first, second in combinations(sorted(masks), 2):
-            shared, either = masks[first] & masks[second], masks[first] | masks[second]
-            pairs.setdefault((first, second), []).append(float(shared.sum() / max(either.sum(), 1)))
+        for pair in combinations(sorted(masks), 2):
+            shared, either = (
+                int(join(masks[pair[0]], masks[pair[1]]).sum()) for join in (np.logical_and, np.logical_or)
+            )
+            every, overlapping = pairs.setdefault(pair, (Tally(), Tally()))
+            every.add(shared / max(either, 1))
+            if shared:
+                overlapping.add(shared / either)
     return {
         "images": len(data),
-        "objects": sum(map(len, shares.values())),
-        "classes": {name: class_statistics(shares[name], scores[name]) for name in data.names},
+        "objects": sum(asked.values()),
+        "classes": {name: class_statistics(asked[name], shares[name], scores[name]) for name in data.names},
         "overlaps": [
-            {
-                "classes": list(pair),
-                "images": len(values),
-                "overlapping": sum(value > 0 for value in values),
-                "mean_iou": mean([value for value in values if value > 0]),
-            }
-            for pair, values in sorted(pairs.items())
+            {"classes": list(pair), "images": every.count, "overlapping": some.count, "mean_iou": some.mean}
+            for pair, (every, some) in sorted(pairs.items())
         ],
     }
 
 
-def class_statistics(shares: list[float], scores: list[float]) -> dict[str, Any]:
+def class_statistics(asked: int, shares: Tally, scores: Tally) -> dict[str, Any]:
     """A class's entry."""
-    seen = [share for share in shares if share > 0]
     return {
-        "images": len(shares),
-        "empty": len(shares) - len(seen),
-        "min_area": min(seen, default=0.0),
-        "mean_area": mean(seen),
-        "max_area": max(seen, default=0.0),
-        "mean_score": mean([score for share, score in zip(shares, scores, strict=True) if share > 0]),
+        "images": asked,
+        "empty": asked - shares.count,
+        "min_area": shares.least if shares.count else 0.0,
+        "mean_area": shares.mean,
+        "max_area": shares.most,
+        "mean_score": scores.mean,
+        "areas": shares.bins,
+        "scores": scores.bins,
     }
-
-
-def mean(values: list[float]) -> float:
-    """The mean; 0 of nothing."""
-    return float(np.mean(values)) if values else 0.0
 
 
 def in_val(id: str, share: float) -> bool:
@@ -80,15 +108,17 @@ def split(data: FolderDataset, share: float) -> dict[str, int]:
     """Write train.txt and val.txt into the data set; returns their lengths. Raises UsageError for an empty one."""
     if not 0 < share < 1:
         raise UsageError(f"--val must lie between 0 and 1, not {share:g}")
-    lists: dict[str, list[str]] = {name: [] for name in SPLITS}
-    for row in data.rows:
-        lists[SPLITS[in_val(row["id"], share)]].append(row["id"])
-    for name, ids in lists.items():
-        if not ids:
+    ids = map(sample_id, data.indices.tolist())
+    val = np.fromiter((in_val(id, share) for id in ids), np.bool_, len(data))
+    counts = {SPLITS[0]: len(data) - int(val.sum()), SPLITS[1]: int(val.sum())}
+    for name, count in counts.items():
+        if not count:
             raise UsageError(f"{name} would be empty with --val {share:g} of {len(data)} images; choose another share")
-    for name, ids in lists.items():
-        replace_file(data.path / f"{name}.txt", "".join(f"{id}\n" for id in ids).encode())
-    return {name: len(ids) for name, ids in lists.items()}
+    storage = LocalStorage(data.path)
+    for name, indices in zip(SPLITS, (data.indices[~val], data.indices[val]), strict=True):
+        storage.put(f"{name}.txt", "".join(f"{sample_id(index)}\n" for index in indices.tolist()).encode())
+    storage.clean()
+    return counts
 
 
 def merge(sources: list[Path], out: Path, overwrite: bool = False) -> int:
@@ -101,35 +131,46 @@ def merge(sources: list[Path], out: Path, overwrite: bool = False) -> int:
     for data in sets:
         for problem in islice(verify(data.path), 1):
             raise UsageError(f"{problem}; gd-dataset verify {data.path} lists all problems; repair them before merging")
-    settings = {"merged": [data.settings for data in sets]}
-    rows, seen = [], {}
+    check_different(sets)
+    count, run = sum(map(len, sets)), {"merged": [data.settings for data in sets]}
+    everything = ((data.path, row) for data in sets for row in data.rows())
+    items = ((path, row, index) for index, (path, row) in enumerate(everything))
     with fresh_folder(out, overwrite, is_ours=RUN) as folder:
-        for name in FOLDERS:
-            (folder / name).mkdir()
-        for data in sets:
-            for row in data.rows:
-                image = data.path / row["image"]
-                digest = hashlib.sha256(image.read_bytes()).digest()
-                if digest in seen:
-                    raise UsageError(f"{image} is the same picture as {seen[digest]}; a merged data set has each once")
-                seen[digest] = image
-                rows.append(copy_row(data.path, row, folder, len(rows)))
-        page = render_gallery(folder, rows, {}, settings)
-        replace_file(folder / INDEX, page.encode())
-        replace_file(folder / RUN, json.dumps({"format": FORMAT, "settings": settings}, indent=1).encode())
-        replace_file(folder / METADATA, "".join(json.dumps(row) + "\n" for row in rows).encode())
-    return len(rows)
+        storage = LocalStorage(folder)
+        storage.put(RUN, json.dumps({"format": "folder", "settings": run}, indent=1).encode())
+        write_shards(storage, FolderFormat(Settings()), [(count, items)], lambda item: copy(*item), MERGED_SHARD, run)
+    return count
 
 
-def copy_row(source: Path, row: dict[str, Any], folder: Path, index: int) -> dict[str, Any]:
-    """Copy a record's files under the names of sample `index`; returns its new record."""
-    id = f"{index:06d}"
-    new = {**row, "id": id, "index": index, "image": f"images/{id}.png", "mask": f"masks/{id}.png"}
-    new["objects"] = [
-        {**thing, "mask": f"objects/{id}_{k}_{slug(thing['name'])}.png"} for k, thing in enumerate(row["objects"])
-    ]
-    shutil.copyfile(source / row["image"], folder / new["image"])
-    shutil.copyfile(source / row["mask"], folder / new["mask"])
-    for old, thing in zip(row["objects"], new["objects"], strict=True):
-        shutil.copyfile(source / old["mask"], folder / thing["mask"])
-    return new
+def copy(source: Path, row: dict[str, Any], index: int) -> Encoded:
+    """A sample with the files that it has, under the names of sample `index`."""
+    old = record_files(row)
+    new = file_paths(index, [thing["name"] for thing in row["objects"]], row["image"].rpartition(".")[2])
+    with readable_errors(source):
+        files = {path: (source / file).read_bytes() for path, file in zip(new, old, strict=True)}
+    objects = [{**thing, "mask": path} for thing, path in zip(row["objects"], new[2:], strict=True)]
+    return Encoded(files, {**row, "id": sample_id(index), "index": index, "image": new[0], "mask": new[1],
+                           "objects": objects})  # fmt: skip
+
+
+def check_different(sets: list[FolderDataset]) -> None:
+    """Raise UsageError where an image occurs twice. Of each image, sixteen bytes are kept."""
+    digests = bytearray()
+    for _, digest in image_digests(sets):
+        digests += digest
+    values, counts = np.unique(np.frombuffer(digests, "V16"), return_counts=True)
+    twice = {value.tobytes() for value in values[counts > 1]}
+    places: dict[bytes, Path] = {}
+    for image, digest in image_digests(sets) if twice else ():
+        if digest in places:
+            raise UsageError(f"{image} is the same picture as {places[digest]}; a merged data set has each once")
+        if digest in twice:
+            places[digest] = image
+
+
+def image_digests(sets: list[FolderDataset]) -> Iterator[tuple[Path, bytes]]:
+    """(file, 16 bytes of its SHA-256) of every image."""
+    for data in sets:
+        for row in data.rows():
+            with (data.path / row["image"]).open("rb") as stream:
+                yield data.path / row["image"], hashlib.file_digest(stream, "sha256").digest()[:16]

@@ -1,86 +1,199 @@
-"""Checking a folder data set: every file against its record, every record against its files."""
+"""Checking a data set: every file against its SHA-256, every id once, and in the format "folder" every mask against
+its record and every line of the metadata against the shards."""
 
 from __future__ import annotations
 
-import json
+import hashlib
+import os
+from array import array
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from grounded_diffusion.engine.dataset import check_row, read_array, read_splits
-from grounded_diffusion.engine.formats.common import mask_box
-from grounded_diffusion.engine.writer import FOLDERS, JOURNAL, METADATA, RUN, record_files
-from grounded_diffusion.errors import UsageError
+from grounded_diffusion.engine.dataset import RUN, check_row, read_array, read_settings, read_splits
+from grounded_diffusion.engine.formats.common import VOID, mask_box
+from grounded_diffusion.engine.formats.folder import FOLDERS, METADATA, record_files, to_line
+from grounded_diffusion.engine.record import sample_id
+from grounded_diffusion.engine.shards import finished_shards, read_shard
+from grounded_diffusion.engine.storage import SHARDS, Storage, open_storage, record_path
+from grounded_diffusion.errors import StorageError, UsageError
+
+MARKER = "gd-dataset.json"  # in every converted folder: what it is, so that --overwrite removes nothing else
 
 
 def verify(path: str | Path) -> Iterator[str]:
-    """Problems of a folder data set, each in one line that names the file. Yields nothing when all is well."""
+    """Problems of a data set, each in one line that names the file. Yields nothing when all is well. Raises UsageError.
+
+    Args:
+        path: what gd-infer, gd-dataset convert or gd-dataset merge wrote.
+    """
     path = Path(path)
-    if (path / JOURNAL).is_file():
-        yield f"{path / JOURNAL}: the run is not finished; the same gd-infer command with --resume finishes it"
-    try:
-        if not isinstance(json.loads((path / RUN).read_text(encoding="utf-8"))["settings"], dict):
-            raise ValueError
-    except (OSError, ValueError, KeyError, TypeError):
-        yield f"{path / RUN}: missing or damaged"
-    rows: list[dict[str, Any]] = []
-    yield from verify_metadata(path / METADATA, rows)
-    if not rows:
-        return
-    try:
-        read_splits(path, [row["id"] for row in rows])
-    except UsageError as error:
-        yield str(error)
-    for row in rows:
-        yield from verify_row(path, row)
-    known = {file for row in rows for file in record_files(row)}
-    for folder in FOLDERS:
-        for file in sorted((path / folder).glob("*")):
-            if f"{folder}/{file.name}" not in known:
-                yield f"{file}: belongs to no record"
-
-
-def verify_metadata(file: Path, rows: list[dict[str, Any]]) -> Iterator[str]:
-    """Problems of metadata.jsonl; its usable records are appended to `rows`."""
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        yield f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}"
-        return
-    if not lines:
-        yield f"{file}: has no records"
-    ids: dict[str, int] = {}
-    used: dict[str, str] = {}
-    for number, line in enumerate(lines, 1):
+    storage = open_storage(path)
+    shards = finished_shards(storage)
+    if not shards:
+        raise UsageError(f"{path} has no finished shard in {SHARDS}/; it is not a data set of gd-infer, or just begun")
+    converted = (path / MARKER).is_file()
+    if not converted:
         try:
-            row = json.loads(line)
-            check_row(row)
-        except (ValueError, RecursionError) as error:
-            yield f"{file}:{number}: {error}"
-            continue
-        if row["id"] in ids:
-            yield f"{file}:{number}: the id {row['id']} is that of line {ids[row['id']]} too"
-            continue
-        if f"{row['index']:06d}" != row["id"]:
-            yield f"{file}:{number}: the id {row['id']} does not belong to index {row['index']}"
-        for name in record_files(row):
-            if name in used:
-                yield f"{file}:{number}: the file {name} is used twice, first by {used[name]}"
-            used[name] = row["id"]
-        ids[row["id"]] = number
-        rows.append(row)
+            read_settings(path)
+        except UsageError:
+            yield f"{path / RUN}: missing or damaged"
+    for shard in sorted(set(range(shards[-1])) - set(shards)):
+        yield f"{path / record_path(shard)}: is missing; the same gd-infer command makes the shard"
+    yield from Check(path, storage, shards, converted).problems()
 
 
-def verify_row(path: Path, row: dict[str, Any]) -> Iterator[str]:
-    """Problems of one record's files."""
+class Check:
+    """What is kept while a data set is gone through: a number a sample, and a count a folder."""
+
+    def __init__(self, path: Path, storage: Storage, shards: list[int], converted: bool):
+        self.path, self.storage, self.shards, self.converted = path, storage, shards, converted
+        self.indices = array("q")
+        self.folders: Counter[str] = Counter()
+        self.lines: Iterator[bytes] | None = None
+        self.line = 0
+
+    def problems(self) -> Iterator[str]:
+        with ThreadPoolExecutor(os.cpu_count(), "verify") as pool:
+            for shard in self.shards:
+                try:
+                    record = read_shard(self.storage, shard)
+                except StorageError as error:
+                    yield str(error)
+                    continue
+                yield from self.check_counts(record)
+                yield from chain.from_iterable(pool.map(self.check_file, record["files"].items()))
+                yield from self.check_folder(record, pool)
+        yield from self.check_metadata_end()
+        yield from self.check_ids()
+        yield from self.check_foreign()
+
+    def check_counts(self, record: dict[str, Any]) -> Iterator[str]:
+        """That a shard's samples are all accounted for."""
+        name, rows = self.path / record_path(record["shard"]), record["rows"]
+        self.indices.extend(row["index"] for row in rows)
+        self.folders.update(folder_of(file) for file in record["files"])
+        others = [*record["rejected"], *record["quarantined"]]
+        if len(rows) + len(others) != record["samples"]:
+            yield f"{name}: {len(rows)} accepted and {len(others)} other samples are not {record['samples']}"
+        elif not self.converted:
+            first = record["first"]
+            if sorted(one["index"] for one in [*rows, *others]) != list(range(first, first + record["samples"])):
+                yield f"{name}: its samples are not {first} to {first + record['samples'] - 1}, each once"
+
+    def check_file(self, item: tuple[str, str]) -> list[str]:
+        """That a file is what was written."""
+        file, digest = self.path / item[0], item[1]
+        try:
+            with file.open("rb") as stream:
+                same = hashlib.file_digest(stream, "sha256").hexdigest() == digest
+        except FileNotFoundError:
+            return [f"{file} is missing"]
+        except OSError as error:
+            return [f"{file}: cannot be read: {error.strerror or error}"]
+        return [] if same else [f"{file}: has changed since it was written (SHA-256 differs)"]
+
+    def check_folder(self, record: dict[str, Any], pool: ThreadPoolExecutor) -> Iterator[str]:
+        """In the format "folder", records against metadata and masks."""
+        sound = []
+        for row in record["rows"]:
+            if "image" not in row:
+                return
+            try:
+                check_row(row)
+            except ValueError as error:
+                yield f"{self.path / record_path(record['shard'])}: {error}"
+                continue
+            if unknown := [file for file in record_files(row) if file not in record["files"]]:
+                yield f"{self.path / record_path(record['shard'])}: has no SHA-256 of {unknown[0]}"
+            yield from self.check_metadata(row)
+            sound.append(row)
+        yield from chain.from_iterable(pool.map(self.check_row, sound))
+
+    def check_metadata(self, row: dict[str, Any]) -> Iterator[str]:
+        """That the metadata's next line is a row."""
+        if self.lines is None:
+            self.lines = read_lines(self.path / METADATA)
+            if not (self.path / METADATA).is_file():
+                yield f"{self.path / METADATA}: is missing; the run is not finished, the same gd-infer command does it"
+        if (line := next(self.lines, None)) is None:
+            self.lines = iter(())
+            return
+        self.line += 1
+        if line != to_line(row):
+            yield f"{self.path / METADATA}:{self.line}: is not the record of {row['id']} that {SHARDS}/ has"
+
+    def check_metadata_end(self) -> Iterator[str]:
+        """That the metadata has as many lines as there are samples."""
+        if self.lines is None or not (self.path / METADATA).is_file():
+            return
+        rest = sum(1 for _ in self.lines)
+        if self.line + rest != len(self.indices):
+            yield f"{self.path / METADATA}: has {self.line + rest} lines, {SHARDS}/ has {len(self.indices)} samples"
+
+    def check_ids(self) -> Iterator[str]:
+        """That every id occurs once, in the records and in the lists of the splits."""
+        indices = np.sort(np.frombuffer(self.indices, np.int64))
+        for index in np.unique(indices[1:][indices[1:] == indices[:-1]]).tolist():
+            yield f"{self.path / SHARDS}: the id {sample_id(index)} occurs more than once"
+        if not self.converted:
+            try:
+                read_splits(self.path, np.unique(indices))
+            except UsageError as error:
+                yield str(error)
+
+    def check_row(self, row: dict[str, Any]) -> list[str]:
+        """Problems of one record's arrays."""
+        return list(check_arrays(self.path, row))
+
+    def check_foreign(self) -> Iterator[str]:
+        """That the samples' folders hold nothing else. The files' names are only gathered where a count differs."""
+        folders = set(self.folders) - {""}
+        if self.lines is not None:
+            for top in FOLDERS:
+                folders |= {os.path.relpath(found, self.path) for found, _, _ in os.walk(self.path / top)}
+        for folder in sorted(folders):
+            names = self.storage.list(folder)
+            if len(names) <= self.folders[folder]:
+                continue
+            known = {
+                file.rpartition("/")[2]
+                for shard in self.shards
+                for file in read_shard(self.storage, shard)["files"]
+                if folder_of(file) == folder
+            }
+            for name in sorted(set(names) - known):
+                yield f"{self.path / folder / name}: belongs to no record"
+
+
+def folder_of(file: str) -> str:
+    """The folder of a path; "" for none."""
+    return file.rpartition("/")[0]
+
+
+def read_lines(file: Path) -> Iterator[bytes]:
+    """Lines of a file; none if it cannot be read."""
+    try:
+        with file.open("rb") as lines:
+            yield from lines
+    except OSError:
+        return
+
+
+def check_arrays(path: Path, row: dict[str, Any]) -> Iterator[str]:
+    """A record's areas, boxes and label map against its masks."""
     size = row["height"], row["width"]
     arrays: dict[str, np.ndarray] = {}
     expected = {row["image"]: ("RGB",), row["mask"]: ("P", "L"), **{o["mask"]: ("1", "L") for o in row["objects"]}}
     for file, modes in expected.items():
         try:
-            arrays[file] = read_array(path / file, modes, size)
+            if (path / file).exists():  # a missing one has been told
+                arrays[file] = read_array(path / file, modes, size)
         except UsageError as error:
             yield str(error)
     labels, union = arrays.get(row["mask"]), np.zeros(size, np.bool_)
@@ -98,7 +211,8 @@ def verify_row(path: Path, row: dict[str, Any]) -> Iterator[str]:
             yield f"{path / row['mask']}: {stray} pixels of {thing['name']!r} lie outside {thing['mask']}"
     if labels is None:
         return
-    if int(labels.max()) > len(row["objects"]):
-        yield f"{path / row['mask']}: has the label {int(labels.max())}, the record has {len(row['objects'])} objects"
+    highest = int(labels[labels != VOID].max(initial=0))
+    if highest > len(row["objects"]):
+        yield f"{path / row['mask']}: has the label {highest}, the record has {len(row['objects'])} objects"
     if lost := int((union & (labels == 0)).sum()):
         yield f"{path / row['mask']}: {lost} pixels of the objects' masks are background"

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from grounded_diffusion import __version__
+from grounded_diffusion.engine.files import readable_errors, replace_file
 from grounded_diffusion.engine.prompts import MAX_COUNT, Prompt
 from grounded_diffusion.engine.vocabulary import Vocabulary, built_in, read_lines, read_names, read_pairs
-from grounded_diffusion.engine.writer import readable_errors, replace_file
 from grounded_diffusion.errors import GroundedDiffusionError, UsageError
 
 TEMPLATES = ("a photograph of a {}", "a photograph of a {} and a {}")  # the paper's, for one name and for two
@@ -51,7 +51,7 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"gd-prompts {__version__}")
     words = parser.add_mutually_exclusive_group(required=True)
-    words.add_argument("--vocabulary", metavar="NAME", help="voc, or emoji-64 (the names of the shipped model)")
+    words.add_argument("--vocabulary", metavar="NAME", help="voc, coco, or emoji-64 (the names of the shipped model)")
     words.add_argument("--names", type=Path, metavar="FILE", help="your own names")
     parser.add_argument("--pairs", type=Path, metavar="FILE", help="your own pairs (default: the vocabulary's)")
     parser.add_argument("--per-name", type=int, default=500, metavar="N", help="images of each name (default: 500)")

@@ -13,16 +13,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
-from grounded_diffusion.engine.formats.common import Format
-from grounded_diffusion.engine.record import Record
+from grounded_diffusion.engine.formats.common import Encoded, Format
 from grounded_diffusion.engine.storage import SHARDS, Storage, record_path
 from grounded_diffusion.errors import StorageError
 
+Item = TypeVar("Item")
 FIELDS = {"shard": int, "first": int, "samples": int, "accepted": int, "rejected": list, "quarantined": list,
           "files": dict, "rows": list}  # fmt: skip
 
@@ -79,30 +80,31 @@ class Rows:
             yield from read_shard(self.storage, shard)["rows"]
 
 
-def write_records(
+def write_shards(
     storage: Storage,
     format: Format,
-    parts: Iterable[tuple[int, Iterable[Record]]],
+    parts: Iterable[tuple[int, Iterable[Item]]],
+    encode: Callable[[Item], Encoded],
     shard_size: int,
     run: Mapping[str, Any],
-    threads: int = 2,
-) -> int:
-    """Write a data set from records: what gd-infer does, without making the samples. Returns how many there are.
+) -> list[int]:
+    """Write a whole data set from what is there already. Returns its shards.
 
     Args:
-        parts: number of records and the records, of each split that has any.
+        parts: number of samples and the samples, of each split that has any.
+        encode: makes files and row of a sample; called from several threads.
         run: what `Format.finish` is told of the run.
-        threads: that encode.
     """
     shard = written = 0
-    with ThreadPoolExecutor(threads, "encode") as pool:
-        for count, records in parts:
-            records, of = iter(records), -(-count // shard_size)
+    with ThreadPoolExecutor(os.cpu_count(), "encode") as pool:
+        for count, items in parts:
+            items, of = iter(items), -(-count // shard_size)
             for number in range(of):
-                samples = list(pool.map(format.encode, islice(records, shard_size)))
+                samples = list(pool.map(encode, islice(items, shard_size)))
                 files = list(format.pack(number, of, samples))
                 rows = [sample.row for sample in samples]
                 storage.commit(shard, files, encode_shard(shard, written, rows, files))
                 shard, written = shard + 1, written + len(samples)
     format.finish(storage, Rows(storage, range(shard)), run)
-    return written
+    storage.clean()
+    return list(range(shard))

@@ -67,15 +67,18 @@ def annotations(rows: Iterable[dict[str, Any]]) -> Iterator[tuple[str, dict[str,
             if not thing["area"]:
                 continue
             number += 1
-            yield row["split"], {
-                "id": number,
-                "image_id": row["index"] + 1,
-                "category_id": thing["label"],
-                "bbox": thing["box"],
-                "area": thing["area"],
-                "iscrowd": 0,
-                "segmentation": thing["segmentation"],
-            }
+            yield (
+                row["split"],
+                {
+                    "id": number,
+                    "image_id": row["index"] + 1,
+                    "category_id": thing["label"],
+                    "bbox": thing["box"],
+                    "area": thing["area"],
+                    "iscrowd": 0,
+                    "segmentation": thing["segmentation"],
+                },
+            )
 
 
 def polygon_lists(mask: np.ndarray) -> list[list[int]]:

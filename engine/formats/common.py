@@ -127,7 +127,7 @@ class Settings:
         UsageError: a value outside its range.
     """
 
-    classes: Classes = Classes(())  # noqa: RUF009 - frozen
+    classes: Classes = Classes(())
     jpeg_quality: int | None = None
     void_border: int = 0
     void_band: tuple[float, float] | None = None

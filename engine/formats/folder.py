@@ -1,10 +1,10 @@
 """What gd-infer writes unless asked for another format, and what gd-dataset reads.
 
-    images/003/003072.png           the image; a thousand samples share a folder (.jpg with --jpeg-quality)
-    masks/003/003072.png            palette label map: 0 background, k the k-th object of the record, 255 void
-    objects/003/003072_0_dog.png    one binary mask an object; these may overlap
-    index.html, preview/            a page to look at it
-    metadata.jsonl                  one record a line; written last, so that it is there when all is
+images/003/003072.png           the image; a thousand samples share a folder (.jpg with --jpeg-quality)
+masks/003/003072.png            palette label map: 0 background, k the k-th object of the record, 255 void
+objects/003/003072_0_dog.png    one binary mask an object; these may overlap
+index.html, preview/            a page to look at it
+metadata.jsonl                  one record a line; written last, so that it is there when all is
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any, BinaryIO
 
@@ -26,9 +26,7 @@ def write_lines(storage: Storage, lines: Entries, path: Callable[[str], str]) ->
     return counts
 
 
-def write_tables(
-    storage: Storage, head: dict[str, Any], lists: dict[str, Entries], path: Callable[[str], str]
-) -> None:
+def write_tables(storage: Storage, head: dict[str, Any], lists: dict[str, Entries], path: Callable[[str], str]) -> None:
     """JSON objects by split: the fields of `head`, then each list. A split that the first list does not have gets no
     file; without any, the first split's is empty."""
     with ExitStack() as stack:

@@ -51,13 +51,18 @@ class Blobs:
 
     def write(self, path, indices):
         """Write samples as a folder data set without split lists."""
-        from grounded_diffusion.engine.writer import FolderWriter
+        import json
 
-        writer = FolderWriter(path)
-        writer.start({"seed": 7})
-        for index in indices:
-            writer.put(self.sample(index))
-        writer.close()
+        from grounded_diffusion.engine.formats.common import Settings
+        from grounded_diffusion.engine.formats.folder import FolderFormat
+        from grounded_diffusion.engine.record import Record
+        from grounded_diffusion.engine.shards import write_shards
+        from grounded_diffusion.engine.storage import open_storage
+
+        storage, format, settings = open_storage(path), FolderFormat(Settings()), {"seed": 7}
+        storage.put("run.json", json.dumps({"format": "folder", "settings": settings}).encode())
+        records = [Record.from_sample(self.sample(index)) for index in indices]
+        write_shards(storage, format, [(len(records), records)], format.encode, 4, settings)
         return path
 
     def convert(self, out, format, *options):
