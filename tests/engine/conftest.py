@@ -1,6 +1,6 @@
 """A small folder data set with awkward masks, for the tests of gd-dataset."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +50,7 @@ class Blobs:
         return "train" if index < 6 else "val"
 
     def write(self, path, indices):
-        """Write samples as a folder data set without split lists."""
+        """Write samples, numbered anew, as a folder data set without split lists, four to a shard."""
         import json
 
         from grounded_diffusion.engine.formats.common import Settings
@@ -61,7 +61,7 @@ class Blobs:
 
         storage, format, settings = open_storage(path), FolderFormat(Settings()), {"seed": 7}
         storage.put("run.json", json.dumps({"format": "folder", "settings": settings}).encode())
-        records = [Record.from_sample(self.sample(index)) for index in indices]
+        records = [Record.from_sample(replace(self.sample(index), index=k)) for k, index in enumerate(indices)]
         write_shards(storage, format, [(len(records), records)], format.encode, 4, settings)
         return path
 

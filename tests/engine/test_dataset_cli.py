@@ -38,12 +38,27 @@ def problems(capsys, data):
     return capsys.readouterr().out.splitlines()
 
 
-def edit(data, line, change):
-    """Change a record of the metadata in place."""
+def edit(data, index, change):
+    """Change a sample's record in place, in its shard of four and in the metadata."""
+    file = data / "shards" / f"{index // 4:06d}.json"
+    shard = json.loads(file.read_text())
+    change(shard["rows"][index % 4])
+    file.write_text(json.dumps(shard))
+    edit_metadata(data, index, change)
+
+
+def edit_metadata(data, line, change):
     file = data / "metadata.jsonl"
     rows = [json.loads(text) for text in file.read_text().splitlines()]
     change(rows[line])
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def edit_shard(data, shard, change):
+    file = data / "shards" / f"{shard:06d}.json"
+    record = json.loads(file.read_text())
+    change(record)
+    file.write_text(json.dumps(record))
 
 
 def test_verify_finds_nothing_in_a_sound_data_set(data, capsys):
@@ -51,35 +66,53 @@ def test_verify_finds_nothing_in_a_sound_data_set(data, capsys):
     assert "9 records, no problems" in capsys.readouterr().out
 
 
+def resave(file):
+    """The same pixels in other bytes."""
+    with Image.open(file) as image:
+        image.load()
+    image.save(file, compress_level=9)
+
+
 DAMAGES = {
-    "missing image": (lambda d: (d / "images/000002.png").unlink(), "images/000002.png is missing"),
+    "missing image": (lambda d: (d / "images/000/000002.png").unlink(), "images/000/000002.png is missing"),
+    "other bytes": (lambda d: resave(d / "images/000/000002.png"), "images/000/000002.png: has changed since"),
     "truncated mask": (
-        lambda d: (d / "masks/000002.png").write_bytes((d / "masks/000002.png").read_bytes()[:70]),
-        "masks/000002.png cannot be read",
+        lambda d: (d / "masks/000/000002.png").write_bytes((d / "masks/000/000002.png").read_bytes()[:70]),
+        "masks/000/000002.png cannot be read",
     ),
-    "empty file": (lambda d: (d / "images/000003.png").write_bytes(b""), "images/000003.png cannot be read"),
-    "other size": (lambda d: Image.new("RGB", (8, 8)).save(d / "images/000001.png"), "has 8x8 pixels instead of 56x40"),
-    "other mode": (lambda d: Image.new("L", (56, 40)).save(d / "images/000001.png"), "has mode L instead of RGB"),
+    "empty file": (lambda d: (d / "images/000/000003.png").write_bytes(b""), "images/000/000003.png cannot be read"),
+    "other size": (lambda d: Image.new("RGB", (8, 8)).save(d / "images/000/000001.png"), "has 8x8 pixels instead of"),
+    "other mode": (lambda d: Image.new("L", (56, 40)).save(d / "images/000/000001.png"), "has mode L instead of RGB"),
     "other area": (lambda d: edit(d, 1, lambda r: r["objects"][0].update(area=5)), "000001 says 5"),
     "other box": (lambda d: edit(d, 1, lambda r: r["objects"][0].update(box=[0, 0, 1, 1])), "says [0, 0, 1, 1]"),
-    "id and index": (lambda d: edit(d, 4, lambda r: r.update(index=40)), "metadata.jsonl:5: the id 000004 does not"),
-    "id twice": (lambda d: edit(d, 4, lambda r: r.update(id="000003")), "metadata.jsonl:5: the id 000003"),
-    "file twice": (lambda d: edit(d, 4, lambda r: r.update(image="images/000003.png")), "used twice"),
+    "id and index": (lambda d: edit(d, 4, lambda r: r.update(index=40)), "the id '000004' does not belong to index 40"),
+    "id twice": (lambda d: edit(d, 4, lambda r: r.update(id="000003", index=3)), "the id 000003 occurs more than once"),
+    "not its ids": (lambda d: edit(d, 4, lambda r: r.update(id="000009", index=9)), "its samples are not 4 to 7, each"),
+    "file twice": (lambda d: edit(d, 4, lambda r: r.update(image="images/000/000003.png")), "has no SHA-256 of images"),
     "file outside": (lambda d: edit(d, 4, lambda r: r.update(image="../x.png")), "lies outside the data set"),
-    "field missing": (lambda d: edit(d, 0, lambda r: r.pop("seed")), "metadata.jsonl:1: the record has no usable"),
-    "labels": (lambda d: edit(d, 0, lambda r: r["objects"][0].update(label=2)), "metadata.jsonl:1: the labels"),
+    "field missing": (lambda d: edit(d, 0, lambda r: r.pop("seed")), "000000.json: the record has no usable"),
+    "labels": (lambda d: edit(d, 0, lambda r: r["objects"][0].update(label=2)), "000000.json: the labels"),
     "not JSON": (
         lambda d: (d / "metadata.jsonl").write_text("{\n" + (d / "metadata.jsonl").read_text()),
-        "metadata.jsonl:1: ",
+        "metadata.jsonl:1: is not the record of 000000",
     ),
-    "no metadata": (lambda d: (d / "metadata.jsonl").unlink(), "metadata.jsonl: cannot be read"),
-    "no records": (lambda d: (d / "metadata.jsonl").write_text(""), "has no records"),
-    "foreign file": (lambda d: (d / "images/old.png").write_bytes(b"x"), "old.png: belongs to no record"),
-    "unfinished": (lambda d: (d / "metadata.jsonl.part").write_text(""), "the run is not finished"),
+    "edited metadata": (
+        lambda d: edit_metadata(d, 4, lambda r: r.update(prompt="x")),
+        "metadata.jsonl:5: is not the record of 000004 that shards/ has",
+    ),
+    "no metadata": (lambda d: (d / "metadata.jsonl").unlink(), "metadata.jsonl: is missing; the run is not finished"),
+    "no records": (lambda d: (d / "metadata.jsonl").write_text(""), "has 0 lines, shards/ has 9 samples"),
+    "foreign file": (lambda d: (d / "images/000/old.png").write_bytes(b"x"), "old.png: belongs to no record"),
+    "foreign folder": (
+        lambda d: shutil.copytree(d / "masks/000", d / "masks/001"), "masks/001/000003.png: belongs to no record",
+    ),
     "no settings": (lambda d: (d / "run.json").write_text("[]"), "run.json: missing or damaged"),
+    "missing shard": (lambda d: (d / "shards/000001.json").unlink(), "000001.json: is missing; the same gd-infer"),
+    "damaged shard": (lambda d: (d / "shards/000001.json").write_text("{"), "000001.json is damaged; remove it"),
+    "lost sample": (lambda d: edit_shard(d, 1, lambda s: s.update(samples=5)), "000001.json is damaged; remove it"),
     "split": (lambda d: (d / "val.txt").write_text("000000\n"), "val.txt: 000000 is listed twice"),
     "split short": (lambda d: (d / "val.txt").write_text("000006\n"), "do not fit the records (000007)"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -90,26 +123,42 @@ def test_verify_names_what_is_damaged(data, capsys, damage):
 
 
 def test_verify_compares_label_map_and_masks(data, capsys):
-    file = data / "masks/000001.png"
+    file = data / "masks/000/000001.png"
     labels = np.asarray(Image.open(file)).copy()
     y, x = (int(axis[0]) for axis in np.nonzero(labels))
     labels[y, x] = 0
     Image.fromarray(labels).save(file)
-    assert problems(capsys, data) == [f"{file}: 1 pixels of the objects' masks are background"]
+    assert problems(capsys, data) == [
+        f"{file}: has changed since it was written (SHA-256 differs)",
+        f"{file}: 1 pixels of the objects' masks are background",
+    ]
     labels[:] = 7
     Image.fromarray(labels).save(file)
     assert any("has the label 7, the record has 2 objects" in line for line in problems(capsys, data))
     labels[:] = 1
     Image.fromarray(labels).save(file)
-    assert any("lie outside objects/000001_0_dog.png" in line for line in problems(capsys, data))
+    assert any("lie outside objects/000/000001_0_dog.png" in line for line in problems(capsys, data))
 
 
 def test_verify_shows_twenty_problems(data, capsys):
+    files = sum(1 + len(record.objects) for record in FolderDataset(data))
     shutil.rmtree(data / "objects")
     shutil.rmtree(data / "images")
     lines = problems(capsys, data)
-    files = sum(2 + len(record.objects) for record in FolderDataset(data)) - 9
     assert len(lines) == 21 and lines[-1] == f"and {files - 20} more"
+
+
+@pytest.mark.parametrize("format", ["voc", "coco-panoptic", "webdataset", "hf-parquet", "yolo-seg"])
+def test_verify_of_what_was_converted(blobs, tmp_path, capsys, format):
+    out = blobs.convert(tmp_path / "out", format, "--shard-size", 4)
+    assert run("verify", out) == 0
+    assert "9 records, no problems" in capsys.readouterr().out
+    record = json.loads((out / "shards/000001.json").read_text())
+    file = out / next(iter(record["files"]))
+    file.write_bytes(file.read_bytes()[:-1])
+    assert problems(capsys, out) == [f"{file}: has changed since it was written (SHA-256 differs)"]
+    file.unlink()
+    assert problems(capsys, out) == [f"{file} is missing"]
 
 
 def test_stats(blobs, data, capsys):
@@ -128,6 +177,7 @@ def test_stats(blobs, data, capsys):
     ious = [(a & b).sum() / (a | b).sum() for a, b in both]
     assert (pair["images"], pair["overlapping"]) == (5, 5) and pair["mean_iou"] == pytest.approx(np.mean(ious))
     assert run("stats", data) == 0
+    assert sum(result["classes"]["cat"]["areas"]) == sum(1 for sample in samples if sample.areas.get("cat"))
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("9 images") and lines[3].startswith("cat ") and "tv monitor" in lines[5]
 
@@ -171,7 +221,8 @@ def test_merge(blobs, tmp_path, capsys):
         assert (record.prompt, record.draw) == (sample.prompt, index) and np.array_equal(record.image, sample.image)
         assert all(np.array_equal(thing.mask, sample.masks[thing.name]) for thing in record.objects)
     assert json.loads((out / "run.json").read_text())["settings"]["merged"] == [{"seed": 7}] * 2
-    assert "000004" in (out / "index.html").read_text()
+    assert json.loads((out / "shards/000000.json").read_text())["accepted"] == 5
+    assert "000004" in (out / "preview/000000.js").read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
 
 
@@ -182,7 +233,7 @@ def test_merge_refuses_the_same_picture_twice(blobs, tmp_path, capsys):
 
 
 def test_merge_refuses_damaged_sources(blobs, data, tmp_path, capsys):
-    (data / "images/000000.png").unlink()
+    (data / "images/000/000000.png").unlink()
     other = blobs.write(tmp_path / "b", [1])
     assert "000000.png is missing" in refused(capsys, "merge", other, data, "--out", tmp_path / "c")
 
@@ -226,7 +277,7 @@ def test_convert_refuses_names(data, tmp_path, capsys, names, said):
 
 
 def test_two_objects_of_one_class(data, tmp_path, capsys):
-    edit(data, 1, lambda row: row["objects"][0].update(name="tvmonitor"))
+    edit_metadata(data, 1, lambda row: row["objects"][0].update(name="tvmonitor"))
     (tmp_path / "names").write_text("cat\ndog\ntv monitor\n")
     arguments = ("convert", data, "--format", "coco", "--out", tmp_path / "out", "--names", tmp_path / "names")
     assert "000001" in (said := refused(capsys, *arguments)) and "two objects of one class" in said
@@ -234,16 +285,16 @@ def test_two_objects_of_one_class(data, tmp_path, capsys):
 
 @pytest.mark.parametrize("format", ["voc", "coco", "webdataset", "hf-parquet"])
 def test_a_failure_leaves_nothing(data, tmp_path, capsys, format):
-    (data / "images/000007.png").write_bytes(b"broken")
+    (data / "images/000/000007.png").write_bytes(b"broken")
     said = refused(capsys, "convert", data, "--format", format, "--out", tmp_path / "deep" / "out")
-    assert "images/000007.png cannot be read" in said
+    assert "images/000/000007.png cannot be read" in said
     assert not list((tmp_path / "deep").iterdir())
 
 
 def test_a_failure_keeps_what_was_there(data, tmp_path, capsys):
     out = tmp_path / "out"
     assert run("convert", data, "--format", "coco", "--out", out) == 0
-    (data / "images/000007.png").write_bytes(b"broken")
+    (data / "images/000/000007.png").write_bytes(b"broken")
     before = sorted(out.rglob("*"))
     refused(capsys, "convert", data, "--format", "voc", "--out", out, "--overwrite")
     assert sorted(out.rglob("*")) == before and {p.name for p in tmp_path.iterdir()} == {"data", "out"}
@@ -256,7 +307,7 @@ def test_overwrite_replaces_only_our_own(data, tmp_path, capsys):
     assert run(*convert, "coco") == 0  # an empty folder is fine
     assert "--overwrite replaces it" in refused(capsys, *convert, "voc")
     assert run(*convert, "voc", "--overwrite") == 0
-    assert sorted(path.name for path in out.iterdir()) == ["VOCdevkit", "gd-dataset.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["VOCdevkit", "gd-dataset.json", "shards"]
     foreign = tmp_path / "home"
     foreign.mkdir()
     (foreign / "thesis.txt").write_text("mine")
@@ -273,10 +324,26 @@ def test_out_is_a_file_or_lies_in_the_source(data, tmp_path, capsys):
 
 def test_not_a_data_set(tmp_path, capsys):
     assert "is not a data set of gd-infer" in refused(capsys, "stats", tmp_path)
-    (tmp_path / "metadata.jsonl.part").write_text("")
-    assert "--resume" in refused(capsys, "stats", tmp_path)
+    (tmp_path / "shards").mkdir()
+    assert "the same gd-infer command finishes it" in refused(capsys, "stats", tmp_path)
+    assert "has no finished shard" in refused(capsys, "verify", tmp_path)
     assert "there is no folder" in refused(capsys, "verify", tmp_path / "nowhere")
     assert "COMMAND" in refused(capsys)
+
+
+LINES = [
+    (lambda row: row.pop("seed"), "metadata.jsonl:5: the record has no usable field 'seed'"),
+    (lambda row: row.update(id="000003", index=3), "metadata.jsonl:5: the id 000003 does not come after 000003"),
+    (lambda row: row.update(id="../x"), "metadata.jsonl:5: the id '../x' does not belong to index 4"),
+    (lambda row: row.update(mask="/etc/passwd"), "metadata.jsonl:5: the file /etc/passwd lies outside the data set"),
+    (lambda row: row["objects"][0].update(box=[1, 2]), "metadata.jsonl:5: the box of 'cat' is not four whole numbers"),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), LINES)
+def test_a_damaged_line_is_named(data, capsys, change, said):
+    edit_metadata(data, 4, change)
+    assert said in refused(capsys, "stats", data)
 
 
 def test_parquet_without_pyarrow(data, tmp_path, capsys, monkeypatch):

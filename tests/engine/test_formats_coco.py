@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from grounded_diffusion.engine.formats.common import mask_box
-from grounded_diffusion.engine.formats.panoptic import class_colour, colour_id
+from grounded_diffusion.engine.formats.common import class_colour, mask_box, voc_palette
+from grounded_diffusion.engine.formats.panoptic import colour_id
 from grounded_diffusion.engine.formats.polygons import contours, solid_polygons
 from grounded_diffusion.engine.formats.rle import encode_rle
-from grounded_diffusion.engine.writer import voc_palette
 
 
 @pytest.mark.parametrize("seed", range(6))
