@@ -19,11 +19,12 @@ FORMATS = {
     "webdataset": ("webdataset", "WebDatasetFormat"),
     "hf-imagefolder": ("imagefolder", "ImageFolderFormat"),
     "hf-parquet": ("parquet", "ParquetFormat"),
-    "yolo-seg": ("yolo", "YoloFormat"),
+    "yolo": ("yolo", "YoloFormat"),
+    "yolo-seg": ("yolo", "YoloSegFormat"),
     "null": ("null", "NullFormat"),
 }
 WITHOUT_CLASSES = ("folder", "null")
-WITHOUT_VOID = ("coco", "coco-panoptic", "yolo-seg", "null")
+WITHOUT_VOID = ("coco", "yolo", "yolo-seg", "null")
 
 
 def default_quality(name: str) -> int | None:
