@@ -1,29 +1,35 @@
 """gd-infer: prompts in, images with masks out.
 
-Exit status: 0 done, 2 a prompt, option or folder cannot be used, 1 any other failure, 130 interrupted.
+Exit status: 0 complete; 3 complete, but for samples that were rejected or failed; 75 interrupted or out of disk space,
+and the same command goes on; 2 an option, prompt or output cannot be used; 1 any other failure.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
+import functools
 import re
 import sys
-import time
 import warnings
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
 from grounded_diffusion import __version__
-from grounded_diffusion.bundle import MANIFEST, sha256
+from grounded_diffusion.engine.estimate import print_estimate
+from grounded_diffusion.engine.filters import add_filter_options
+from grounded_diffusion.engine.formats import FORMATS
+from grounded_diffusion.engine.formats.options import add_format_options
+from grounded_diffusion.engine.monitor import Monitor, add_monitor_options, open_monitor
+from grounded_diffusion.engine.opening import open_run
 from grounded_diffusion.engine.options import Options
-from grounded_diffusion.engine.pipeline import GroundedPipeline, plan
-from grounded_diffusion.engine.prompts import Prompt, as_prompts, read_prompts
+from grounded_diffusion.engine.run import SUMMARY, Run
 from grounded_diffusion.engine.schedule import SAMPLERS
-from grounded_diffusion.engine.writer import FolderWriter
-from grounded_diffusion.errors import GroundedDiffusionError, UsageError
+from grounded_diffusion.engine.shards import finished_shards, read_shard
+from grounded_diffusion.engine.stop import Stop
+from grounded_diffusion.errors import GroundedDiffusionError, Interrupted, UsageError
+
+ATTEMPTS = 4
+LOST = 3  # exit status of a run that is complete without some of its samples
 
 EXAMPLES = """\
 prompt files:
@@ -34,8 +40,12 @@ prompt files:
 examples:
   gd-infer --prompts prompts.txt --out out/
   gd-infer --prompt "a photograph of a [unicorn]" --images-per-prompt 16 --out out/ --sampler dpmpp-2m --steps 20
+  gd-infer --prompts prompts.txt --out s3://bucket/train --format webdataset --require-masks --shard 3/8
 
-exit status: 0 done; 2 a prompt, option or folder cannot be used; 1 any other failure; 130 interrupted
+The same command given again makes what is missing. Several at once share the work, shard by shard.
+
+exit status: 0 complete; 3 complete, but for samples that were rejected or failed; 75 interrupted or out of disk
+space, and the same command goes on; 2 an option, prompt or output cannot be used; 1 any other failure
 """
 
 
@@ -66,14 +76,22 @@ def build_parser() -> Parser:
     what = parser.add_argument_group("what to make")
     what.add_argument("--prompts", type=Path, metavar="FILE", help="prompt file")
     what.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be given repeatedly")
-    what.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to")
+    what.add_argument(
+        "--out", required=True, metavar="DIR", help="folder to write to, or a URL such as s3://bucket/name"
+    )
+    what.add_argument(
+        "--format", choices=FORMATS, default="folder", metavar="NAME", help="%(choices)s (default: folder)"
+    )
     what.add_argument(
         "--images-per-prompt", type=int, default=1, metavar="N", help="images of each prompt (default: 1)"
     )
     what.add_argument("--seed", type=int, default=default.seed, help=f"seed of the data set (default: {default.seed})")
-    old = what.add_mutually_exclusive_group()
-    old.add_argument("--resume", action="store_true", help="finish what an interrupted run left in --out")
-    old.add_argument("--overwrite", action="store_true", help="remove what an earlier run left in --out")
+    what.add_argument(
+        "--overwrite", action="store_true", help="remove all that is in --out, if a run of ours, and start anew"
+    )
+    what.add_argument(
+        "--dry-run", action="store_true", help="tell what would be made, how long it takes and how much it is"
+    )
     how = parser.add_argument_group("how to make it")
     how.add_argument("--model", type=Path, metavar="BUNDLE", help="exported model (default: the shipped one)")
     how.add_argument("--steps", type=int, default=default.steps, help=f"denoising steps (default: {default.steps})")
@@ -89,69 +107,36 @@ def build_parser() -> Parser:
     )  # fmt: skip
     how.add_argument("--batch", type=int, metavar="N", help="images to one call of the network (default: by size)")
     how.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
+    how.add_argument(
+        "--attempts", type=int, default=ATTEMPTS, metavar="N",
+        help=f"noises to try for a sample that fails or is rejected (default: {ATTEMPTS})",
+    )  # fmt: skip
+    add_format_options(parser, band=True)
+    add_filter_options(parser)
+    add_sharing_options(parser)
+    add_monitor_options(parser)
     return parser
 
 
-def collect_prompts(args: argparse.Namespace) -> list[Prompt]:
-    """The prompts of the file, then those of the command line."""
-    if args.prompts is None and not args.prompt:
-        raise UsageError("no prompts; give --prompts FILE or --prompt TEXT")
-    prompts = read_prompts(args.prompts) if args.prompts else []
-    return prompts + (as_prompts(args.prompt) if args.prompt else [])
-
-
-def fingerprint(pipe: GroundedPipeline, prompts: list[Prompt], options: Options) -> dict[str, Any]:
-    """The settings that decide what is made. Batch and threads do not."""
-    settings = {"model": sha256(pipe.bundle.file(MANIFEST))}
-    text = json.dumps([asdict(prompt) for prompt in prompts], sort_keys=True)
-    settings["prompts"] = hashlib.sha256(text.encode()).hexdigest()
-    settings |= {key: value for key, value in asdict(options).items() if key != "batch"}
-    return settings | {"size": list(options.image_size(pipe.bundle.manifest))}
-
-
-class Progress:
-    """Images done, images per second and time left: a bar on a terminal, a line now and then elsewhere."""
-
-    EVERY = 10.0  # seconds between lines
-
-    def __init__(self, total: int, done: int):
-        from rich.console import Console
-
-        self.console = Console(stderr=True)
-        self.total, self.first, self.done = total, done, done
-        self.started = self.told = time.monotonic()
-        self.bar = None
-        if self.console.is_terminal and total > done:
-            from rich import progress
-
-            self.bar = progress.Progress(
-                progress.TextColumn("[bold]generating"),
-                progress.BarColumn(bar_width=None),
-                progress.MofNCompleteColumn(),
-                progress.TextColumn("{task.fields[rate]}"),
-                progress.TimeRemainingColumn(),
-                console=self.console,
-            )
-            self.task = self.bar.add_task("", total=total, completed=done, rate="")
-            self.bar.start()
-
-    @property
-    def rate(self) -> float:
-        """Images per second of this run."""
-        return (self.done - self.first) / max(time.monotonic() - self.started, 1e-9)
-
-    def advance(self) -> None:
-        self.done += 1
-        if self.bar:
-            self.bar.update(self.task, completed=self.done, rate=f"{self.rate:.2f} images/s")
-        elif time.monotonic() - self.told >= self.EVERY:
-            self.told = time.monotonic()
-            left = round((self.total - self.done) / self.rate)
-            note(f"{self.done} of {self.total} images, {self.rate:.2f} images/s, {left // 60}:{left % 60:02} left")
-
-    def close(self) -> None:
-        if self.bar:
-            self.bar.stop()
+def add_sharing_options(parser: argparse.ArgumentParser) -> None:
+    """How work is cut up, and who does it."""
+    group = parser.add_argument_group(
+        "shards", "a shard is made as a whole: what a killed worker loses, and one archive"
+    )
+    group.add_argument("--shard-size", type=int, metavar="N", help="samples of a shard (default: 16 batches or more)")
+    group.add_argument(
+        "--shard",
+        metavar="I/N",
+        help="make only the shards of worker I of N, from 0; auto asks Slurm, Kubernetes, torchrun",
+    )
+    group.add_argument(
+        "--ray",
+        nargs="?",
+        const="",
+        metavar="ADDRESS",
+        help="hand the shards to Ray's workers (default: start it here)",
+    )
+    group.add_argument("--workers", type=int, metavar="N", help="workers of --ray (default: one a GPU, or a CPU)")
 
 
 def note(line: str) -> None:
@@ -159,68 +144,116 @@ def note(line: str) -> None:
     print(f"gd-infer: {line}", file=sys.stderr, flush=True)
 
 
-def run(args: argparse.Namespace) -> None:
-    prompts = collect_prompts(args)
-    names = ("steps", "guidance_scale", "sampler", "seed", "images_per_prompt", "batch", "threshold", "size")
-    options = Options(**{name: getattr(args, name) for name in names})
-    if args.threads is not None and not 1 <= args.threads <= 1024:
-        raise UsageError(f"--threads must be from 1 to 1024, not {args.threads}")
-    writer = FolderWriter(args.out, resume=args.resume, overwrite=args.overwrite)
-    model = args.model
-    if model is None:
-        from grounded_diffusion.engine.shipped import shipped_bundle
-
-        model = shipped_bundle(note)
-    pipe = GroundedPipeline.open(model, threads=args.threads)
-    pipe.generate(prompts, options)  # checks everything, makes nothing, before the folder is touched
-    total = len(plan(prompts, options))
-    done = writer.start(fingerprint(pipe, prompts, options))
+def run(args: argparse.Namespace, stop: Stop) -> int:
+    """The whole command; returns the exit status."""
+    if args.workers is not None and args.ray is None:
+        raise UsageError("--workers is for --ray; give --threads for the threads of this process")
+    run = open_run(args, note, stop)
+    if args.dry_run:
+        print_estimate(run)
+        return 0
+    monitor = open_monitor(args, note)
+    stop.last = functools.partial(last_words, monitor)
+    status = "failed"
     try:
-        generate(pipe, prompts, options, writer, done, total)
-    finally:
-        writer.close()
-    masks = sum(len(record["objects"]) for record in writer.records.values())
-    print(f"{total} images with {masks} masks in {args.out}; look at {args.out / 'index.html'}")
-
-
-def generate(
-    pipe: GroundedPipeline, prompts, options: Options, writer: FolderWriter, done: set[int], total: int
-) -> None:
-    """The run itself, with its progress."""
-    if done:
-        note(f"{len(done)} of {total} images are there already")
-    schedule, trained = pipe.schedule(options), pipe.bundle.manifest.capture_timestep
-    capture = schedule.capture_index(trained)
-    note(
-        f"{total - len(done)} images with {options.sampler}; masks are read at step {capture + 1} of "
-        f"{len(schedule.rows)}, timestep {schedule.rows[capture].timestep:g} (the head was trained at {trained})"
-    )
-    progress = Progress(total, len(done))
-    try:
-        for sample in pipe.generate(prompts, options, skip=done):
-            writer.put(sample)
-            progress.advance()
-    except KeyboardInterrupt:
-        note(f"interrupted with {progress.done} of {total} images made; the same command with --resume goes on")
+        run.start(args.overwrite)
+        missing = run.missing()
+        if missing and run.storage.exists(SUMMARY):
+            run.storage.remove(SUMMARY)
+        make = functools.partial(make_with_ray, args, run, monitor) if args.ray is not None else run.worker(monitor).run
+        monitor.begin(run.samples(run.shards), run.samples(run.shards) - run.samples(missing))
+        if missing:
+            announce(run, missing)
+            make(missing)
+        summary = run.finish(make)
+        status = "complete" if summary else "share complete"
+    except Interrupted:
+        status = "interrupted"
         raise
     finally:
-        progress.close()
-    note(f"{progress.rate:.2f} images/s")
+        monitor.close(status)
+    return report(run, summary)
+
+
+def last_words(monitor: Monitor, name: str) -> None:
+    """Said before the program is ended while it is busy."""
+    note(f"interrupted by {name}; what is not finished is dropped, and the same command goes on")
+    monitor.close("interrupted")
+
+
+def announce(run: Run, missing: list[int]) -> None:
+    """Say what is about to be made."""
+    total, left = run.samples(run.shards), run.samples(missing)
+    if left < total:
+        note(f"{total - left} of {total} images are there already")
+    schedule, trained = run.pipe.schedule(run.options), run.pipe.bundle.manifest.capture_timestep
+    capture = schedule.capture_index(trained)
+    note(
+        f"{left} images with {run.options.sampler}{f', {run.share}' if run.share else ''}; masks are read at step "
+        f"{capture + 1} of {len(schedule.rows)}, timestep {schedule.rows[capture].timestep:g} (the head was trained at "
+        f"{trained})"
+    )
+
+
+def report(run: Run, summary: dict[str, Any] | None) -> int:
+    """Say what came of it; returns the exit status."""
+    if summary is None:
+        there = len(finished_shards(run.storage))
+        print(f"{run.share}: all of its {len(run.shards)} shards are made; {there} of the run's {run.plan.shards} are")
+        lost = sum(len(read_shard(run.storage, shard)["rows"]) for shard in run.shards) < run.samples(run.shards)
+        return LOST if lost else 0
+    samples, accepted = summary["samples"], summary["accepted"]
+    of = "" if accepted == samples else f" of {samples}"
+    look = f"; look at {run.storage.root}/index.html" if run.storage.exists("index.html") else ""
+    print(f"{accepted}{of} images with {summary['masks']} masks in {run.storage.root}{look}")
+    if accepted == samples:
+        return 0
+    reasons = ", ".join(f"{reason} {n}" for reason, n in summary["reasons"].items())
+    note(
+        f"{summary['rejected']} rejected and {summary['quarantined']} failed, see {run.storage.root}/shards: {reasons}"
+    )
+    return LOST
+
+
+class Maker:
+    """What a Ray worker does. See ray_run.ShardMaker."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.run = open_run(args, note, Stop())
+        self.worker = self.run.worker(Monitor())
+
+    def make(self, shard: int) -> dict[str, Any]:
+        self.worker.run([shard])
+        record = read_shard(self.run.storage, shard)
+        return {key: record[key] for key in ("accepted", "rejected", "quarantined")}
+
+
+def make_with_ray(args: argparse.Namespace, run: Run, monitor: Monitor, shards: list[int]) -> None:
+    """Have Ray's workers make shards, and tell the monitor of them."""
+    from grounded_diffusion.engine.ray_run import Crew, ray_cluster
+
+    theirs = argparse.Namespace(**{**vars(args), "overwrite": False, "threads": args.threads or 1})
+    with ray_cluster(args.ray) as ray:
+        crew = Crew(ray, functools.partial(Maker, theirs), workers=args.workers, threads=args.threads, say=note)
+        for shard, made in crew.run(shards, lambda: bool(run.stop)):
+            monitor.accepted(made["accepted"])
+            for kind, tell in (("rejected", monitor.rejected), ("quarantined", monitor.quarantined)):
+                for entry in made[kind]:
+                    tell(entry["reason"], index=entry["index"])
+            monitor.shard(shard)
+    run.stop.check()
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     try:
-        with warnings.catch_warnings():
+        with Stop() as stop, warnings.catch_warnings():
             warnings.simplefilter("once", UserWarning)
             warnings.showwarning = lambda message, *_, **__: note(f"warning: {message}")
-            run(build_parser().parse_args(argv))
+            return run(build_parser().parse_args(argv), stop)
     except GroundedDiffusionError as error:
         note(str(error))
         return error.exit_code
-    except KeyboardInterrupt:
-        return 130
-    return 0
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def check_whole(value: Any, name: str, low: int, high: int) -> None:
 def clean(text: str, what: str) -> str:
     """`text` with single spaces. Raises UsageError for control characters and lone surrogates."""
     text = " ".join(text.split())
-    for character in text:
+    for character in "" if text.isprintable() else text:
         if unicodedata.category(character) in ("Cc", "Cs"):
             raise UsageError(f"{what} contains the control character U+{ord(character):04X}; remove it")
     return text
@@ -139,33 +139,23 @@ def parse_prompt(line: str) -> Prompt:
     return parse_json(line) if line.startswith("{") else Prompt(*split_brackets(line))
 
 
+def parse_line(raw: bytes, where: str) -> Prompt:
+    """A prompt from a line of a file. Raises UsageError that begins with `where`."""
+    try:
+        if b"\0" in raw:
+            raise UsageError("contains a NUL byte, so this is not a text file (or UTF-16; save as UTF-8)")
+        return parse_prompt(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{where}: not UTF-8 (byte 0x{raw[error.start]:02x}); save the file as UTF-8") from None
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from None
+
+
 def read_prompts(path: str | Path) -> list[Prompt]:
     """All prompts of a file. Raises UsageError, with file and line, at the first one that cannot be used."""
-    path = Path(path)
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        raise UsageError(f"there is no prompt file {path}") from None
-    except OSError as error:
-        raise UsageError(f"cannot read the prompt file {path}: {error.strerror}") from None
-    if b"\0" in raw:
-        line = raw[: raw.index(b"\0")].count(b"\n") + 1
-        raise UsageError(f"{path}:{line}: contains a NUL byte, so this is not a text file (or UTF-16; save as UTF-8)")
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        raise UsageError(f"{path}:{line}: not UTF-8 (byte 0x{raw[error.start]:02x}); save the file as UTF-8") from None
-    prompts = []
-    for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1):
-        if line.strip() and not line.lstrip().startswith("#"):
-            try:
-                prompts.append(parse_prompt(line))
-            except UsageError as error:
-                raise UsageError(f"{path}:{number}: {error}") from None
-    if not prompts:
-        raise UsageError(f"{path} has no prompts; write one a line, {HOW_TO_MARK}")
-    return prompts
+    from grounded_diffusion.engine.prompt_file import PromptFile
+
+    return [prompt for _, prompt in PromptFile(path)]
 
 
 def as_prompts(prompts: str | Prompt | Iterable[str | Prompt]) -> list[Prompt]:

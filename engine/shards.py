@@ -28,6 +28,10 @@ FIELDS = {"shard": int, "first": int, "samples": int, "accepted": int, "rejected
           "files": dict, "rows": list}  # fmt: skip
 
 
+class DamagedShard(StorageError):  # noqa: N818 - a state, not a failure
+    """The record of a shard cannot be used; the shard is to be made again."""
+
+
 def encode_shard(
     shard: int,
     first: int,
@@ -50,16 +54,19 @@ def encode_shard(
     return json.dumps(record, ensure_ascii=False).encode() + b"\n"
 
 
-def read_shard(storage: Storage, shard: int) -> dict[str, Any]:
-    """The record of a shard. Raises StorageError where it is damaged, FileNotFoundError where there is none."""
+def read_shard(storage: Storage, shard: int, samples: range | None = None) -> dict[str, Any]:
+    """The record of a shard, which must be about these samples. Raises DamagedShard, or FileNotFoundError."""
     path = record_path(shard)
     try:
         record = json.loads(storage.read(path))
-        wrong = [name for name, kind in FIELDS.items() if not isinstance(record[name], kind)]
+        good = all(isinstance(record[name], kind) for name, kind in FIELDS.items()) and record["shard"] == shard
+        indices = [entry["index"] for name in ("rows", "rejected", "quarantined") for entry in record[name]]
+        good = good and record["accepted"] == len(record["rows"]) and record["samples"] == len(indices)
+        good = good and (samples is None or sorted(indices) == list(samples))
     except (ValueError, KeyError, TypeError, RecursionError):
-        wrong = [path]
-    if wrong or record["shard"] != shard or record["accepted"] != len(record["rows"]):
-        raise StorageError(f"{storage.root}/{path} is damaged; remove it, and the same command makes the shard again")
+        good = False
+    if not good:
+        raise DamagedShard(f"{storage.root}/{path} is damaged; remove it, and the same command makes the shard again")
     return record
 
 

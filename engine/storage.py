@@ -71,6 +71,10 @@ class Storage(Protocol):
         """Write a shard: its files, and when all are safe its record. `files` is iterated once."""
         ...
 
+    def clear(self) -> None:
+        """Remove everything, the records first and run.json last."""
+        ...
+
     def clean(self) -> None:
         """Remove .partial/ with what dead workers left in it. For the last to write: who holds FINISH, at its end."""
         ...

@@ -139,6 +139,11 @@ class LocalStorage:
             with self._stream(record_path(shard)) as stream:
                 stream.write(record)
 
+    def clear(self) -> None:
+        with readable_errors(self.folder, what="what is there"):
+            for path in sorted(self.folder.iterdir(), key=lambda path: (path.name == "run.json", path.name != SHARDS)):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
     def clean(self) -> None:
         shutil.rmtree(self.folder / PARTIAL, ignore_errors=True)
 

@@ -160,6 +160,13 @@ class FsspecStorage:
         with self._errors("write", f"shard {shard}"):
             self.fs.pipe(group)
 
+    def clear(self) -> None:
+        with self._errors("remove", ""):
+            found = self.fs.find(self.prefix)
+            order = lambda key: (key == self._key("run.json"), not key.startswith(self._key(SHARDS)))
+            for key in sorted(found, key=order):
+                self.fs.rm_file(key)
+
     def clean(self) -> None:
         """Nothing is left half written that could be seen."""
 

@@ -41,3 +41,9 @@ class DiskFullError(StorageError):
     """The output's disk or quota is full; the same command goes on once there is room."""
 
     exit_code = 75
+
+
+class Interrupted(GroundedDiffusionError):  # noqa: N818 - nothing went wrong
+    """The run was asked to stop; the same command goes on."""
+
+    exit_code = 75

@@ -1,0 +1,88 @@
+"""Stopping when asked to: SIGTERM and SIGINT end a command within seconds, whatever it is doing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable
+
+from grounded_diffusion.errors import Interrupted
+
+GRACE = 6.0  # seconds to end by itself; Kubernetes, Slurm and we promise more
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Stop:
+    """A wish to stop, which a program looks at where it can.
+
+    As a context manager it takes the wish from SIGTERM and SIGINT. A program that has not ended GRACE seconds after
+    the first signal, or at the second one, is ended on the spot: nothing that matters is ever there by half. A thread
+    reads the signals, as Python's own handlers wait for a long call of a library to return.
+
+    Args:
+        last: called before the program is ended on the spot, with the name of the signal; has a second.
+    """
+
+    def __init__(self, last: Callable[[str], None] = lambda name: None):
+        self.last, self.name = last, ""
+        self._asked = threading.Event()
+
+    def ask(self, name: str) -> None:
+        """Wish to stop; `name` says who does."""
+        self.name = name
+        self._asked.set()
+
+    def __bool__(self) -> bool:
+        return self._asked.is_set()
+
+    def check(self) -> None:
+        """Raise Interrupted where stopping is wished."""
+        if self:
+            raise Interrupted(f"interrupted by {self.name}; the same command goes on")
+
+    def wait(self, seconds: float) -> None:
+        """Sleep. Raises Interrupted as soon as stopping is wished."""
+        self._asked.wait(seconds)
+        self.check()
+
+    def __enter__(self) -> Stop:
+        if threading.current_thread() is threading.main_thread():
+            self._reader, self._writer = socket.socketpair()
+            self._writer.setblocking(False)
+            self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+            self._before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+            self._watcher = threading.Thread(target=self._watch, name="stop", daemon=True)
+            self._watcher.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(self._wakeup)
+            self._writer.send(b"\0")
+            self._watcher.join()
+            self._reader.close()
+            self._writer.close()
+
+    def _watch(self) -> None:
+        if number := self._signal(None):
+            name = signal.Signals(number).name
+            self.ask(name)
+            if self._signal(GRACE) != 0:
+                ending = threading.Thread(target=self.last, args=(name,), daemon=True)
+                ending.start()
+                ending.join(1)
+                os._exit(Interrupted.exit_code)
+
+    def _signal(self, seconds: float | None) -> int | None:
+        """The next signal that asks to stop; 0 once it is over, None when the time is up."""
+        self._reader.settimeout(seconds)
+        try:
+            while (number := self._reader.recv(1)[0]) not in (0, *SIGNALS):
+                pass
+            return number
+        except TimeoutError:
+            return None
