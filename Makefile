@@ -8,7 +8,7 @@ SOURCES := pyproject.toml CMakeLists.txt constraints.txt \
 	$(shell git ls-files grounded_diffusion kernels engine training export bench models)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format gpu-test clean
+.PHONY: help demo test test-slow lint format bench gpu-test gpu-bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,8 +40,14 @@ format: $(READY) ## repair style
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cuh' '*.cu')
 
+bench: $(READY) ## measure this machine's CPU against what one would use instead: under 10 minutes
+	$(BIN)/gd-bench speed --out bench/results
+
 gpu-test: $(READY) ## check the CUDA kernels against the host's; says so where there is no GPU
 	$(BIN)/python -P tests/gpu/run.py
+
+gpu-bench: $(READY) ## the same on a GPU; says so where there is none
+	$(BIN)/gd-bench speed --device cuda --out bench/results
 
 clean: ## remove what the other targets made
 	rm -rf $(VENV) build out

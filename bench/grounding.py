@@ -1,7 +1,7 @@
 """What grounding adds to a generation, at sizes for which there may be no trained weights: random ones cost the same.
 
-The head runs once an image. Its share is that of one run of the head in all of a generation's guided UNet calls; decoder
-and text encoder are left out, which makes the share larger than it is.
+The head runs once an image. Its share is that of one run of the head in all of a generation's guided UNet calls.
+Decoder and text encoder are left out, which makes the share larger than it is.
 """
 
 from __future__ import annotations

@@ -1,0 +1,203 @@
+"""gd-bench: how fast the engine is, beside what one would use instead, and what faster settings cost in quality."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from grounded_diffusion.bench.environment import environment, has_gpu
+from grounded_diffusion.bench.report import (
+    environment_line,
+    quality_chart,
+    speed_chart,
+    speed_report,
+    write_results,
+)
+from grounded_diffusion.bench.systems import PEERS, missing_packages, open_pipeline
+from grounded_diffusion.engine import GroundedPipeline, Options
+from grounded_diffusion.engine.calibrate import Placement, placement
+from grounded_diffusion.engine.onnxruntime_backend import usable_cores
+from grounded_diffusion.engine.shipped import shipped_bundle, shipped_checkpoint
+from grounded_diffusion.errors import GroundedDiffusionError, UsageError
+
+DEFAULT_STEPS, DEFAULT_SAMPLER = 20, "dpmpp-2m"
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Options of the command line."""
+    parser = argparse.ArgumentParser(prog="gd-bench", description=__doc__)
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--model", type=Path, help="bundle (default: the shipped model, exported at first use)")
+    common.add_argument("--ckpt", type=Path, help="the checkpoint it was exported from (default: the shipped one)")
+    common.add_argument("--threads", type=int, default=usable_cores(), help="CPU threads (default: all cores)")
+    common.add_argument("--batch", type=int, help="images to a call of the engine (default: by calibration)")
+    common.add_argument("--lanes", type=int, help="calls of the engine at once (default: by calibration)")
+    common.add_argument("--out", type=Path, help="write JSON, Markdown and SVG into this folder")
+
+    speed = kinds.add_parser("speed", parents=[common], help="stages, and systems end to end, taking turns")
+    speed.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    speed.add_argument("--peers", default=",".join(PEERS), help=f"of {', '.join(PEERS)} (default: all); '' for none")
+    speed.add_argument("--sampler", default=DEFAULT_SAMPLER)
+    speed.add_argument("--steps", type=int, default=DEFAULT_STEPS)
+    speed.add_argument("--guidance-scale", type=float, default=7.5)
+    speed.add_argument("--rounds", type=int, default=7, help="timed turns of every system (default 7)")
+    speed.add_argument("--repeats", type=int, default=15, help="timed calls of every stage (default 15)")
+    speed.add_argument("--images", type=int, default=32, help="images to a turn, at least (default 32)")
+    speed.add_argument("--peer-batch", type=int, help="images to a call of a peer (default: eager's fastest)")
+    speed.add_argument("--no-memory", action="store_true", help="skip the measurement of peak memory")
+
+    quality = kinds.add_parser("quality", parents=[common], help="price and quality of settings, judged by an oracle")
+    quality.add_argument("--oracle", type=Path, required=True, help="oracle.pt of a training run")
+    about = "fields of Options, name, system, capture; repeatable; the first is what the others are compared with"
+    quality.add_argument("--setting", action="append", default=[], metavar="'key=value ...'", help=about)
+    quality.add_argument("--settings", type=Path, help="JSON file with a list of such settings as objects")
+    quality.add_argument("--images", type=int, default=336, help="images of every setting (default 336)")
+    quality.add_argument("--objects", type=int, choices=(1, 2), default=1, help="objects to a prompt (default 1)")
+
+    grounding = kinds.add_parser("grounding", help="what grounding adds, with random weights")
+    grounding.add_argument("--size", default="sd15", help="sd15 or tiny (default sd15)")
+    grounding.add_argument("--rounds", type=int, default=3, help="timed rounds (default 3)")
+    grounding.add_argument("--threads", type=int, default=usable_cores(), help="CPU threads (default: all cores)")
+    grounding.add_argument("--out", type=Path, help="write JSON and Markdown into this folder")
+    return parser.parse_args(argv)
+
+
+def open_model(args: argparse.Namespace, options: Options, device: str = "cpu") -> tuple[GroundedPipeline, Placement]:
+    """The engine at its best placement on this machine, or at the one that was asked for."""
+    model = args.model or shipped_bundle(say)
+    if device != "cpu":
+        pipe = open_pipeline(model, device, args.threads)
+        return pipe, Placement(args.batch or 16, 1)
+    pipe = open_pipeline(model, device, args.threads, args.lanes or 1)
+    if args.batch and args.lanes:
+        return pipe, Placement(args.batch, args.lanes)
+    found = placement(pipe.bundle, options, args.threads, say)
+    found = Placement(args.batch or found.batch, args.lanes or found.lanes)
+    return open_pipeline(model, device, args.threads, found.lanes), found
+
+
+def checkpoint_of(args: argparse.Namespace) -> Path | None:
+    """The checkpoint the peers load: the shipped one goes with the shipped bundle only."""
+    return args.ckpt or (None if args.model else shipped_checkpoint())
+
+
+def emit(args: argparse.Namespace, stem: str, record: Any, lines: list[str], chart: str = "") -> None:
+    """Print the table; write the files where asked."""
+    print("\n".join(lines))
+    if args.out:
+        write_results(args.out, stem, record, lines, chart)
+        say(f"wrote {args.out}/{stem}.json, .md" + (", .svg" if chart else ""))
+
+
+def run_speed(args: argparse.Namespace) -> None:
+    """gd-bench speed."""
+    from grounded_diffusion.bench.speed import Plan, measure_speed
+
+    if args.device == "cuda" and not has_gpu():
+        print("skipped: no NVIDIA GPU")
+        return
+    peers = tuple(peer for peer in args.peers.split(",") if peer)
+    if unknown := [peer for peer in peers if peer not in PEERS]:
+        raise UsageError(f"there is no peer {unknown[0]!r}; choose from {', '.join(PEERS)}")
+    options = Options(sampler=args.sampler, steps=args.steps, guidance_scale=args.guidance_scale, batch=args.batch)
+    pipe, found = open_model(args, options, args.device)
+    options = Options(sampler=args.sampler, steps=args.steps, guidance_scale=args.guidance_scale, batch=found.batch)
+    checkpoint, peer_batch = checkpoint_of(args), args.peer_batch or found.batch
+    if not args.peer_batch and checkpoint and not missing_packages("eager"):
+        from grounded_diffusion.bench.peers import fastest_batch
+
+        tries = sorted({max(1, found.batch // 2), found.batch, 2 * found.batch})
+        peer_batch = fastest_batch(checkpoint, pipe.latent_shape(options), tries, args.device, args.threads)
+    together = math.lcm(found.batch * found.lanes, peer_batch)
+    with tempfile.TemporaryDirectory() as folder:
+        plan = Plan(
+            options=options, threads=args.threads, peers=peers, peer_batch=peer_batch,
+            images=-(-args.images // together) * together, rounds=args.rounds, repeats=args.repeats,
+            device=args.device, checkpoint=checkpoint, folder=Path(folder), memory=not args.no_memory,
+        )  # fmt: skip
+        result = measure_speed(pipe, plan, say)
+    emit(args, f"speed-{args.device}", result, speed_report(result), speed_chart(result))
+
+
+def run_quality(args: argparse.Namespace) -> None:
+    """gd-bench quality."""
+    import torch
+
+    from grounded_diffusion.bench.quality import DEFAULT, measure_quality, parse_setting, quality_table
+
+    torch.set_num_threads(args.threads)
+    settings = [parse_setting(text) for text in args.setting]
+    if args.settings:
+        settings += read_settings(args.settings)
+    checkpoint = checkpoint_of(args)
+    if checkpoint is None:
+        raise UsageError("--model needs --ckpt, the checkpoint it was exported from")
+    pipe, found = open_model(args, Options(batch=args.batch))
+    results = measure_quality(
+        pipe, checkpoint, args.oracle, settings or DEFAULT, images=args.images, batch=found.batch,
+        turn=found.batch * found.lanes, objects=args.objects, report=say,
+    )  # fmt: skip
+    about = environment(pipe.bundle, args.threads)
+    lines = quality_table(results)
+    lines += ["", f"{args.images} images each. Measured on {environment_line(about)}."]
+    stem = "quality" if args.objects == 1 else "quality-pairs"
+    emit(args, stem, {"environment": about, "settings": results}, lines, quality_chart(results))
+
+
+def read_settings(file: Path) -> list[dict[str, Any]]:
+    """Settings of a JSON file. Raises UsageError."""
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read the settings {file}: {error}") from None
+    if not isinstance(settings, list) or not all(isinstance(setting, dict) for setting in settings):
+        raise UsageError(f"{file} must hold a list of objects, one a setting")
+    return settings
+
+
+def run_grounding(args: argparse.Namespace) -> None:
+    """gd-bench grounding."""
+    import torch
+
+    from grounded_diffusion.bench.grounding import grounding_table, measure_grounding
+
+    torch.set_num_threads(args.threads)
+    result = measure_grounding(args.size, args.rounds, say)
+    result["environment"] = environment(None, args.threads)
+    lines = [*grounding_table(result), "", f"Measured on {environment_line(result['environment'])}."]
+    emit(args, f"grounding-{args.size}", result, lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status of gd-bench: 0, or 1 and 2 as GroundedDiffusionError has them."""
+    args = parse(argv)
+    runs = {"speed": run_speed, "quality": run_quality, "grounding": run_grounding}
+    try:
+        if args.kind == "quality" and (missing := missing_packages("eager")):
+            raise UsageError(f"gd-bench quality needs {', '.join(missing)}: pip install 'grounded-diffusion[export]'")
+        if not missing_packages("eager"):
+            from grounded_diffusion.export.cli import quiet_libraries
+
+            quiet_libraries()
+        warnings.filterwarnings("ignore", module="torch|diffusers|transformers|onnxscript")
+        runs[args.kind](args)
+    except GroundedDiffusionError as error:
+        print(f"gd-bench: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,251 @@
+"""What settings cost and what they give: images a second beside what an oracle says of the images and masks.
+
+The oracle is a segmenter of the model's world (training/oracle.py). Of every image it is asked whether the prompted
+objects are there, and where; the head's masks are compared with its own. All settings start from the same noise and
+take turns batch by batch, so that both prices and qualities are compared pair by pair. The first setting is what the
+others are compared with.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from grounded_diffusion.bench.systems import Engine, Output, System, Work, open_peer
+from grounded_diffusion.bench.timing import Timing
+from grounded_diffusion.engine import GroundedPipeline, Options, Prompt
+from grounded_diffusion.engine.noise import batch_normal
+from grounded_diffusion.errors import UsageError
+from grounded_diffusion.export.verify import psnr
+from grounded_diffusion.training.evaluate import found, pooled_iou
+from grounded_diffusion.training.grounding import object_masks
+from grounded_diffusion.training.oracle import Segmenter, load_oracle
+
+SEED = 41
+OPTIONS = tuple(field.name for field in fields(Options))
+RECIPE = {"name": "released recipe", "system": "eager", "sampler": "ddim", "steps": 50}
+DEFAULT = (  # the recipe in diffusers, the same in the engine, and what is faster
+    RECIPE,
+    {"name": "the same, engine", "sampler": "ddim", "steps": 50},
+    {"sampler": "ddim", "steps": 25},
+    {"sampler": "dpmpp-2m", "steps": 25},
+    {"sampler": "dpmpp-2m", "steps": 20},
+    {"sampler": "dpmpp-2m", "steps": 15},
+    {"sampler": "dpmpp-2m", "steps": 20, "guidance_interval": (0.0, 0.75)},
+    {"sampler": "dpmpp-2m", "steps": 15, "guidance_interval": (0.0, 0.75)},
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One way to run.
+
+    Attributes:
+        name: for the table.
+        system: "engine", or a peer.
+        options: of the run.
+        capture: training timestep at which the head reads; None for the model's own.
+    """
+
+    name: str
+    system: str
+    options: Options
+    capture: int | None = None
+
+
+def parse_setting(text: str) -> dict[str, Any]:
+    """ "sampler=dpmpp-2m steps=20 guidance_interval=[0,0.8] capture=21 name=fast" -> a dict. Raises UsageError."""
+    result = {}
+    for part in text.split():
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise UsageError(f"setting {text!r}: {part!r} is not of the form key=value")
+        try:
+            result[key] = json.loads(value)
+        except ValueError:
+            result[key] = value
+    return result
+
+
+def make_setting(given: Mapping[str, Any], batch: int) -> Setting:
+    """A setting of a dict whose keys are Options' fields, name, system and capture. Raises UsageError."""
+    own = {"name", "system", "capture"}
+    if unknown := sorted(given.keys() - own - set(OPTIONS)):
+        raise UsageError(f"unknown key {unknown[0]} in a setting; known: {', '.join((*sorted(own), *OPTIONS))}")
+    chosen = {key: value for key, value in given.items() if key not in own}
+    shown = chosen | ({"capture": given["capture"]} if "capture" in given else {})
+    told = " ".join(f"{k}={'-'.join(map(str, v)) if isinstance(v, list | tuple) else v}" for k, v in shown.items())
+    options = Options(**{"batch": batch} | chosen)
+    return Setting(str(given.get("name", told)), given.get("system", "engine"), options, given.get("capture"))
+
+
+def with_capture(pipe: GroundedPipeline, capture: int | None) -> GroundedPipeline:
+    """The same pipeline, reading the features at another training timestep."""
+    if capture is None:
+        return pipe
+    manifest = replace(pipe.bundle.manifest, capture_timestep=capture)
+    return GroundedPipeline(replace(pipe.bundle, manifest=manifest), pipe.backend)
+
+
+def open_setting(setting: Setting, pipe: GroundedPipeline, checkpoint: Path) -> System:
+    """What runs a setting. Raises UsageError for a sampler, step count or system that does not exist."""
+    pipe = with_capture(pipe, setting.capture)
+    capture = pipe.schedule(setting.options).capture_index(pipe.bundle.manifest.capture_timestep)
+    if setting.system == "engine":
+        return Engine(pipe, setting.options)
+    size = pipe.latent_shape(setting.options)[1:]
+    return open_peer(setting.system, checkpoint, setting.options, capture, setting.options.batch, size=size)
+
+
+class Judge:
+    """The oracle and what has been measured of one setting."""
+
+    def __init__(self, oracle: Segmenter):
+        self.oracle, self.seconds = oracle, []
+        self.columns: dict[str, list[torch.Tensor]] = {}
+
+    def add(self, output: Output, objects: torch.Tensor, first: Output, seconds: float) -> None:
+        """A batch: prompted names' indices [B,O] in the oracle's list, and what the first setting made of it."""
+        images = torch.from_numpy(output.images).permute(0, 3, 1, 2).float() / 127.5 - 1
+        masks, before = torch.from_numpy(output.masks), torch.from_numpy(first.masks)
+        pairs = zip(output.images, first.images, strict=True)
+        classes = self.oracle.segment(images)
+        truth = object_masks(classes, objects)
+        made = {
+            "objects": objects,
+            "found": found(classes, truth),
+            "masks": masks,
+            "truth": truth,
+            "iou": iou(masks, truth),
+            "iou_first": iou(masks, before),
+            "psnr_first": torch.tensor([min(99.0, psnr(a, b)) for a, b in pairs]),
+        }
+        for name, value in made.items():
+            self.columns.setdefault(name, []).append(value)
+        self.seconds.append(seconds)
+
+    def result(self, seen: Sequence[str]) -> dict[str, Any]:
+        """Everything in the table; `per_image` holds what pairs of settings are compared by."""
+        whole = {name: torch.cat(values) for name, values in self.columns.items()}
+        hit, names = whole["found"], self.oracle.names
+        per_class = pooled_iou(whole["masks"][hit], whole["truth"][hit], whole["objects"][hit], len(names))
+        known = torch.tensor([name in seen for name in names])
+        return {
+            "images": len(hit),
+            "found": hit.all(1).float().mean().item(),
+            "miou": per_class.nanmean().item(),
+            "miou_seen": per_class[known].nanmean().item(),
+            "miou_unseen": per_class[~known].nanmean().item(),
+            "iou_per_image": whole["iou"][hit].mean().item(),
+            "mask_iou_to_first": whole["iou_first"].mean().item(),
+            "psnr_to_first": whole["psnr_first"].mean().item(),
+            "per_image": {"found": hit.all(1).tolist(), "iou": whole["iou"].mean(1).tolist()},
+            **Timing(tuple(self.seconds)).record(),
+        }
+
+
+def iou(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Intersection over union of masks [B,O,H,W] -> [B,O]; 1 where both are empty."""
+    either = (a | b).sum((2, 3))
+    return torch.where(either > 0, (a & b).sum((2, 3)) / either.clamp(min=1), 1.0)
+
+
+def compare(result: dict[str, Any], first: dict[str, Any]) -> dict[str, float]:
+    """Difference of the mean IoU on images where both settings drew the objects, and its standard error."""
+    mine, other = result["per_image"], first["per_image"]
+    both = [m and o for m, o in zip(mine["found"], other["found"], strict=True)]
+    gaps = np.array([m - o for m, o, ok in zip(mine["iou"], other["iou"], both, strict=True) if ok])
+    error = float(gaps.std(ddof=1) / math.sqrt(len(gaps))) if len(gaps) > 1 else math.nan
+    return {"iou_gap": float(gaps.mean()) if len(gaps) else math.nan, "iou_gap_error": error}
+
+
+def make_work(names: Sequence[str], shape: tuple[int, ...], count: int, objects: int) -> tuple[Work, torch.Tensor]:
+    """`count` images: one-object prompts go through all names in turn; others draw theirs. And the names' indices."""
+    rng = np.random.default_rng(SEED)
+    draw = lambda i: [i % len(names)] if objects == 1 else rng.choice(len(names), objects, replace=False).tolist()
+    rows = [draw(i) for i in range(count)]
+    told = [tuple(names[k] for k in row) for row in rows]
+    prompts = tuple(Prompt("a photograph of a " + " and a ".join(asked), asked) for asked in told)
+    return Work(prompts, batch_normal([(SEED, i) for i in range(count)], shape)), torch.tensor(rows)
+
+
+def measure_quality(
+    pipe: GroundedPipeline,
+    checkpoint: Path,
+    oracle_file: Path,
+    settings: Sequence[Mapping[str, Any]],
+    *,
+    images: int,
+    batch: int,
+    turn: int,
+    objects: int = 1,
+    report: Callable[[str], None] = lambda line: None,
+) -> list[dict[str, Any]]:
+    """Run every setting on the same `images` prompts and noises and judge them.
+
+    Args:
+        batch: images to a call of the network, unless a setting says otherwise.
+        turn: images that a setting makes before the next one's turn: as many as the engine's lanes need.
+
+    Raises:
+        UsageError: a setting that cannot be run, or fewer images than a turn has.
+        CheckpointError: no oracle there.
+    """
+    if images < turn:
+        raise UsageError(f"{images} images are fewer than the {turn} of a turn; ask for more, or for a smaller batch")
+    oracle = load_oracle(oracle_file)
+    chosen = [make_setting(setting, batch) for setting in settings]
+    systems = [open_setting(setting, pipe, checkpoint) for setting in chosen]
+    work, rows = make_work(oracle.names, pipe.latent_shape(chosen[0].options), images, objects)
+    cut = lambda low, high: Work(work.prompts[low:high], work.noise[low:high])
+    judges = [Judge(oracle) for _ in chosen]
+    for system in systems:
+        system.run(cut(0, turn))  # opens sessions, warms up
+    for low in range(0, images, turn):
+        outputs, seconds = [], []
+        for system in systems:
+            start = time.perf_counter()
+            outputs.append(system.run(cut(low, low + turn)))
+            seconds.append(time.perf_counter() - start)
+        for judge, output, spent in zip(judges, outputs, seconds, strict=True):
+            judge.add(output, rows[low : low + turn], outputs[0], spent)
+        report(f"{min(low + turn, images)}/{images} images: " + ", ".join(f"{s:.1f} s" for s in seconds))
+    seen = pipe.bundle.manifest.names.get("seen", [])
+    results = [judge.result(seen) for judge in judges]
+    for result, setting in zip(results, chosen, strict=True):
+        result |= {
+            "name": setting.name,
+            "system": setting.system,
+            "options": {name: getattr(setting.options, name) for name in OPTIONS},
+            "capture": setting.capture,
+            "images_per_s": turn / Timing(tuple(result["seconds"][: images // turn])).median,  # of whole turns
+            **compare(result, results[0]),
+        }
+    return [{k: v for k, v in result.items() if k != "per_image"} for result in results]
+
+
+def quality_table(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Price and quality of all settings as a Markdown table."""
+    first = results[0]
+    lines = [
+        "| settings | images/s | times the first | found | head mIoU (seen / unseen) | IoU an image, against the first "
+        "| masks' IoU with the first's |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in results:
+        gap = "" if row is first else f" ({100 * row['iou_gap']:+.1f} ± {100 * row['iou_gap_error']:.1f})"
+        name = row["name"] if row["system"] == "engine" else f"{row['name']} ({row['system']})"
+        lines.append(
+            f"| {name} | {row['images_per_s']:.2f} | {row['images_per_s'] / first['images_per_s']:.2f} "
+            f"| {row['found']:.1%} | {row['miou']:.1%} ({row['miou_seen']:.1%} / {row['miou_unseen']:.1%}) "
+            f"| {row['iou_per_image']:.1%}{gap} | {row['mask_iou_to_first']:.1%} |"
+        )
+    return lines

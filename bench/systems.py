@@ -1,0 +1,174 @@
+"""The systems that a bench compares, and the work it gives them. Nothing here needs torch: peers are opened on demand.
+
+Every system gets the same prompts, noise, sampler, steps and guidance, and gives back images and masks.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections import Counter
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from grounded_diffusion.bundle import UNET, UNET_GROUNDED, Manifest
+from grounded_diffusion.engine import GroundedPipeline, Options, Prompt
+from grounded_diffusion.engine.formats import Settings, open_format
+from grounded_diffusion.engine.noise import batch_normal
+from grounded_diffusion.engine.record import Record
+from grounded_diffusion.engine.shards import encode_shard
+from grounded_diffusion.engine.storage import open_storage
+from grounded_diffusion.errors import BackendError, UsageError
+
+ENGINE, FOLDER = "engine", "engine, folder writer"
+PEERS = ("eager", "compile", "onnxruntime")
+NEEDED = ("torch", "diffusers", "transformers")
+FALLBACK_NAMES = ("dog", "cat")
+OBJECTS = 2  # to a prompt
+SEED = 31
+WRITER_THREADS = 2
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Work:
+    """One round: n prompts of OBJECTS objects each, and noise [n,4,h,w] to start from."""
+
+    prompts: tuple[Prompt, ...]
+    noise: np.ndarray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Output:
+    """images uint8 [n,H,W,3], masks bool [n,O,H,W]."""
+
+    images: np.ndarray
+    masks: np.ndarray
+
+
+class System(Protocol):
+    """One way of making images with masks."""
+
+    name: str
+
+    def run(self, work: Work) -> Output:
+        """All images of a round with the masks of their objects."""
+        ...
+
+
+def all_names(manifest: Manifest) -> list[str]:
+    """Names the model was trained to draw, at least two."""
+    names = [name for group in manifest.names.values() for name in group]
+    return names if len(names) >= OBJECTS else [*FALLBACK_NAMES]
+
+
+def make_work(manifest: Manifest, shape: tuple[int, ...], count: int, number: int) -> Work:
+    """Round `number`: pairs of names of its own, so that no system has their prompts encoded from the round before."""
+    rng, names = np.random.default_rng([SEED, number]), all_names(manifest)
+    pairs = [[names[i] for i in rng.choice(len(names), OBJECTS, replace=False)] for _ in range(count)]
+    prompts = tuple(Prompt("a photograph of a " + " and a ".join(pair), tuple(pair)) for pair in pairs)
+    return Work(prompts, batch_normal([(SEED + number, i) for i in range(count)], shape))
+
+
+def open_pipeline(model: Path | None, device: str, threads: int, lanes: int = 1) -> GroundedPipeline:
+    """The engine on a device. Raises BackendError where there is no backend for it."""
+    if device == "cpu":
+        return GroundedPipeline.open(model, threads=threads, lanes=lanes)
+    raise BackendError(f"the engine has no backend for {device}")
+
+
+class Engine:
+    """Our own engine; samples are dropped as they come."""
+
+    name = ENGINE
+
+    def __init__(self, pipe: GroundedPipeline, options: Options):
+        self.pipe, self.options = pipe, options
+
+    def run(self, work: Work) -> Output:
+        samples = list(self.pipe.generate(work.prompts, self.options, noise=work.noise))
+        masks = [np.stack([sample.masks[name] for name in sample.objects]) for sample in samples]
+        return Output(np.stack([sample.image for sample in samples]), np.stack(masks))
+
+
+class FolderEngine:
+    """Our own engine with the default writer: every round becomes a shard of a data set below `out`, safe on disk.
+
+    Samples are encoded in threads while the next are made, as a run's are.
+    """
+
+    name = FOLDER
+
+    def __init__(self, pipe: GroundedPipeline, options: Options, out: Path):
+        self.pipe, self.options = pipe, options
+        self.storage, self.format, self._rounds = open_storage(out), open_format("folder", Settings()), 0
+
+    def run(self, work: Work) -> None:
+        with ThreadPoolExecutor(WRITER_THREADS) as pool:
+            samples = self.pipe.generate(work.prompts, self.options, noise=work.noise)
+            encoding = [pool.submit(self.format.encode, Record.from_sample(sample)) for sample in samples]
+            encoded = [future.result() for future in encoding]
+        files = list(self.format.pack(self._rounds, self._rounds + 1, encoded))
+        record = encode_shard(self._rounds, 0, [sample.row for sample in encoded], files)
+        self.storage.commit(self._rounds, files, record)
+        self._rounds += 1
+
+
+class TimedBackend:
+    """A backend that notes the seconds spent in every graph."""
+
+    def __init__(self, backend: Any):
+        self._backend, self.seconds = backend, Counter()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def run(self, graph: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        start = time.perf_counter()
+        try:
+            return self._backend.run(graph, inputs)
+        finally:
+            self.seconds[graph] += time.perf_counter() - start
+
+
+def unet_share(pipe: GroundedPipeline, options: Options, work: Work) -> float:
+    """Share of a round's time that the engine spends inside the UNet's graphs, averaged over the backend's lanes."""
+    timed = TimedBackend(pipe.backend)
+    twin = GroundedPipeline(pipe.bundle, timed)
+    start = time.perf_counter()
+    for _ in twin.generate(work.prompts, options, noise=work.noise):
+        pass
+    elapsed = time.perf_counter() - start
+    return (timed.seconds[UNET] + timed.seconds[UNET_GROUNDED]) / (elapsed * pipe.backend.lanes)
+
+
+def missing_packages(peer: str) -> list[str]:
+    """Packages a peer needs that are not installed."""
+    needed = (*NEEDED, "onnxscript") if peer == "onnxruntime" else NEEDED
+    return [name for name in needed if importlib.util.find_spec(name) is None]
+
+
+def open_peer(name: str, checkpoint: Path, options: Options, capture: int, batch: int, **more: Any) -> System:
+    """A peer on a checkpoint directory.
+
+    Args:
+        name: one of PEERS.
+        capture: index of the UNet call at which the head reads.
+        more: `device`; and for onnxruntime `folder`, `objects`, `size` and `threads`.
+
+    Raises:
+        UsageError: an unknown name, or settings that peers do not have.
+        CheckpointError: the checkpoint cannot be loaded.
+    """
+    if name not in PEERS:
+        raise UsageError(f"there is no peer {name!r}; choose from {', '.join(PEERS)}")
+    from grounded_diffusion.bench.peers import KINDS
+    from grounded_diffusion.training.checkpoint import load_checkpoint
+
+    if name != "onnxruntime":
+        more = {key: value for key, value in more.items() if key == "device"}
+    return KINDS[name](load_checkpoint(checkpoint), options, capture, batch, **more)
