@@ -17,7 +17,7 @@ from typing import NoReturn
 from grounded_diffusion import __version__
 from grounded_diffusion.engine.files import readable_errors, replace_file
 from grounded_diffusion.engine.prompts import MAX_COUNT, Prompt
-from grounded_diffusion.engine.vocabulary import Vocabulary, built_in, read_lines, read_names, read_pairs
+from grounded_diffusion.engine.vocabulary import BUILT_IN, Vocabulary, built_in, read_lines, read_names, read_pairs
 from grounded_diffusion.errors import GroundedDiffusionError, UsageError
 
 TEMPLATES = ("a photograph of a {}", "a photograph of a {} and a {}")  # the paper's, for one name and for two
@@ -52,7 +52,9 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"gd-prompts {__version__}")
     words = parser.add_mutually_exclusive_group(required=True)
     words.add_argument("--vocabulary", metavar="NAME", help="voc, coco, or emoji-64 (the names of the shipped model)")
-    words.add_argument("--names", type=Path, metavar="FILE", help="your own names")
+    words.add_argument(
+        "--names", metavar="NAMES", help="your own names, in a file; or as --vocabulary"
+    )
     parser.add_argument("--pairs", type=Path, metavar="FILE", help="your own pairs (default: the vocabulary's)")
     parser.add_argument("--per-name", type=int, default=500, metavar="N", help="images of each name (default: 500)")
     parser.add_argument("--per-pair", type=int, default=71, metavar="N", help="images of each pair (default: 71)")
@@ -102,7 +104,8 @@ def to_line(prompt: Prompt) -> str:
 
 def choose_vocabulary(args: argparse.Namespace) -> Vocabulary:
     """The vocabulary of the options."""
-    known = built_in(args.vocabulary) if args.vocabulary else Vocabulary(read_names(args.names))
+    name = args.vocabulary or args.names
+    known = built_in(name) if args.vocabulary or name in BUILT_IN else Vocabulary(read_names(name))
     return Vocabulary(known.names, read_pairs(args.pairs, known.names)) if args.pairs else known
 
 

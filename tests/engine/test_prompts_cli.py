@@ -10,7 +10,15 @@ from grounded_diffusion.engine.options import Options
 from grounded_diffusion.engine.pipeline import plan
 from grounded_diffusion.engine.prompts import read_prompts
 from grounded_diffusion.engine.prompts_cli import main
-from grounded_diffusion.engine.vocabulary import EMOJI_NAMES, VOC_NAMES, VOC_PAIRS, built_in
+from grounded_diffusion.engine.vocabulary import (
+    COCO_IDS,
+    COCO_NAMES,
+    COCO_PAIRS,
+    EMOJI_NAMES,
+    VOC_NAMES,
+    VOC_PAIRS,
+    built_in,
+)
 
 
 def make(tmp_path, *options, out="prompts.jsonl"):
@@ -49,6 +57,17 @@ def test_the_papers_counts(tmp_path, capsys):
 def test_vocs_pairs_are_pairs_of_its_names_in_order():
     assert len(VOC_PAIRS) == len(set(VOC_PAIRS)) == 142 and set(VOC_PAIRS) <= set(combinations(VOC_NAMES, 2))
     assert sum("person" in pair for pair in VOC_PAIRS) == 19
+
+
+def test_cocos_names_and_ids(tmp_path, capsys):
+    assert len(set(COCO_NAMES)) == len(set(COCO_IDS)) == 80 and list(COCO_IDS) == sorted(COCO_IDS)
+    assert set(range(1, 91)) - set(COCO_IDS) == {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}  # COCO's gaps
+    ids = dict(zip(COCO_NAMES, COCO_IDS, strict=True))
+    assert (ids["person"], ids["stop sign"], ids["dining table"], ids["toothbrush"]) == (1, 13, 67, 90)
+    assert set(COCO_PAIRS) <= set(combinations(COCO_NAMES, 2)) and ("person", "toothbrush") in COCO_PAIRS
+    assert ("cup", "pizza") in COCO_PAIRS and ("elephant", "microwave") not in COCO_PAIRS
+    make(tmp_path, "--names", "coco", "--per-name", 2, "--per-pair", 1)
+    assert f"160 images of 80 names and {len(COCO_PAIRS)} of {len(COCO_PAIRS)} pairs" in capsys.readouterr().out
 
 
 def test_the_shipped_worlds_names():
