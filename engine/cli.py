@@ -160,7 +160,11 @@ def run(args: argparse.Namespace, stop: Stop) -> int:
         missing = run.missing()
         if missing and run.storage.exists(SUMMARY):
             run.storage.remove(SUMMARY)
-        make = functools.partial(make_with_ray, args, run, monitor) if args.ray is not None else run.worker(monitor).run
+        make = run.worker(monitor).run
+        if args.ray is not None:
+            from grounded_diffusion.engine.ray_run import make_with_ray
+
+            make = functools.partial(make_with_ray, args, run, monitor)
         monitor.begin(run.samples(run.shards), run.samples(run.shards) - run.samples(missing))
         if missing:
             announce(run, missing)
@@ -213,35 +217,6 @@ def report(run: Run, summary: dict[str, Any] | None) -> int:
         f"{summary['rejected']} rejected and {summary['quarantined']} failed, see {run.storage.root}/shards: {reasons}"
     )
     return LOST
-
-
-class Maker:
-    """What a Ray worker does. See ray_run.ShardMaker."""
-
-    def __init__(self, args: argparse.Namespace):
-        self.run = open_run(args, note, Stop())
-        self.worker = self.run.worker(Monitor())
-
-    def make(self, shard: int) -> dict[str, Any]:
-        self.worker.run([shard])
-        record = read_shard(self.run.storage, shard)
-        return {key: record[key] for key in ("accepted", "rejected", "quarantined")}
-
-
-def make_with_ray(args: argparse.Namespace, run: Run, monitor: Monitor, shards: list[int]) -> None:
-    """Have Ray's workers make shards, and tell the monitor of them."""
-    from grounded_diffusion.engine.ray_run import Crew, ray_cluster
-
-    theirs = argparse.Namespace(**{**vars(args), "overwrite": False, "threads": args.threads or 1})
-    with ray_cluster(args.ray) as ray:
-        crew = Crew(ray, functools.partial(Maker, theirs), workers=args.workers, threads=args.threads, say=note)
-        for shard, made in crew.run(shards, lambda: bool(run.stop)):
-            monitor.accepted(made["accepted"])
-            for kind, tell in (("rejected", monitor.rejected), ("quarantined", monitor.quarantined)):
-                for entry in made[kind]:
-                    tell(entry["reason"], index=entry["index"])
-            monitor.shard(shard)
-    run.stop.check()
 
 
 def main(argv: list[str] | None = None) -> int:
