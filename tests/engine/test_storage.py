@@ -259,3 +259,10 @@ def test_a_lock_file_is_what_status_reads(storage):
     with storage.claim(12):
         lock = json.loads(Path(storage.root, "shards/000012.lock").read_text())
     assert set(lock) == {"host", "pid", "started"}
+
+
+def test_clearing_leaves_nothing(storage):
+    make_all(storage)
+    storage.put("run.json", b"{}")
+    storage.clear()
+    assert list(storage.folder.iterdir()) == []

@@ -168,3 +168,12 @@ def test_a_url_of_a_file_is_a_folder(tmp_path):
     storage = open_storage(f"file://{tmp_path}/run")
     storage.put("run.json", b"{}")
     assert (tmp_path / "run" / "run.json").read_bytes() == b"{}"
+
+
+def test_clearing_leaves_nothing_but_what_is_beside(s3):
+    beside = open_storage(f"{s3.root}-beside")
+    for storage in (s3, beside):
+        storage.commit(0, [("images/0.png", b"0")], b"{}")
+        storage.put("run.json", b"{}")
+    s3.clear()
+    assert objects(s3) == {} and len(objects(beside)) == 3
