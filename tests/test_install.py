@@ -35,7 +35,7 @@ def test_commands_explain_themselves(command, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "file", ["models/emoji-64/model_index.json", "models/emoji-64.toml", "engine/gallery.html", "training/glyphs.png"]
+    "file", ["models/emoji-64/model_index.json", "models/emoji-64.toml", "engine/preview.html", "training/glyphs.png"]
 )
 def test_data_files_are_installed(file):
     engine = importlib.import_module("grounded_diffusion.engine")

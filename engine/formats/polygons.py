@@ -6,8 +6,6 @@ from itertools import pairwise
 
 import numpy as np
 
-from grounded_diffusion.engine.outline import boundary_edges
-
 Points = list[tuple[int, int]]
 
 
@@ -53,3 +51,21 @@ def solid_polygons(mask: np.ndarray) -> list[Points]:
     cuts = sorted({0, mask.shape[1], *(min(x for x, _ in points) + 1 for points in holes)})
     strips = [(left, contours(mask[:, left:right])[0]) for left, right in pairwise(cuts)]
     return [[(x + left, y) for x, y in points] for left, outlines in strips for points in outlines]
+
+
+def boundary_edges(mask: np.ndarray) -> dict[tuple[int, int], list[tuple[int, int]]]:
+    """Unit steps around the set cells, clockwise: from each corner (x, y) the directions (dx, dy) that leave it."""
+    inside = np.pad(mask, 1)
+    core = inside[1:-1, 1:-1]
+    sides = (  # neighbour on that side, corner the edge starts at, direction
+        (inside[:-2, 1:-1], (0, 0), (1, 0)),
+        (inside[1:-1, 2:], (1, 0), (0, 1)),
+        (inside[2:, 1:-1], (1, 1), (-1, 0)),
+        (inside[1:-1, :-2], (0, 1), (0, -1)),
+    )
+    edges: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for neighbour, (cx, cy), direction in sides:
+        ys, xs = np.nonzero(core & ~neighbour)
+        for corner in zip((xs + cx).tolist(), (ys + cy).tolist(), strict=True):
+            edges.setdefault(corner, []).append(direction)
+    return edges
