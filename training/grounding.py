@@ -119,38 +119,25 @@ def generate_examples(base: BaseModel, config: TrainConfig, folder: Path, seed: 
     return {key: torch.cat([chunk[key] for chunk in chunks]) for key in chunks[0]}
 
 
-def grounding_loss(
-    logits: torch.Tensor, masks: torch.Tensor, valid: torch.Tensor, absent_weight: float
-) -> torch.Tensor:
-    """Binary cross-entropy of logits [B,O,H,W] against masks.
+def grounding_loss(logits: torch.Tensor, masks: torch.Tensor, absent: torch.Tensor | None = None) -> torch.Tensor:
+    """Binary cross-entropy of logits [B,O,H,W] against masks, averaged over the objects.
 
-    The all-zero mask of an object that the oracle did not find says nothing and is left out (section 3.3.3). The last
-    object of every image is a name that is not in it: its empty mask is true, and keeps the head from masking
-    whatever stands out, for any query.
+    An all-zero mask means that the oracle did not find the object; it says nothing and is left out (section 3.3.3).
 
     Args:
-        valid: [B,O], the queries that were asked.
-        absent_weight: of the last object's term, where a found object's is 1.
+        absent: weight [B,O] of the terms whose empty mask is true, since the name is not in the image.
     """
     weight = masks.flatten(2).any(2).float()  # [B,O]
-    weight[:, -1] = absent_weight
-    weight = weight * valid
+    if absent is not None:
+        weight = weight + absent
     per_object = F.binary_cross_entropy_with_logits(logits, masks.float(), reduction="none").mean(dim=(2, 3))
     return (per_object * weight).sum() / weight.sum().clamp(min=1)
 
 
-def with_absent(objects: torch.Tensor, masks: torch.Tensor, names: int, generator: torch.Generator):
-    """Objects [B,O] and masks [B,O,H,W] with a last object that is not among them, and which to ask for [B,O+1].
-
-    Every query is left out now and then, so that none can rely on the others' company.
-    """
+def absent_names(objects: torch.Tensor, names: int, generator: torch.Generator) -> torch.Tensor:
+    """For every row of name indices [B,O] (-1: none), the index [B,1] of a name that is not in it."""
     allowed = torch.ones(len(objects), names + 1).scatter_(1, objects + 1, 0.0)[:, 1:]
-    absent = torch.multinomial(allowed, 1, generator=generator)
-    ask = torch.rand(len(objects), objects.shape[1] + 1, generator=generator) < 0.75
-    objects = torch.cat([objects, absent], 1)
-    there = objects >= 0
-    ask = torch.where((ask & there).any(1, keepdim=True), ask & there, there)
-    return objects, F.pad(masks, (0, 0, 0, 0, 0, 1)), ask
+    return torch.multinomial(allowed, 1, generator=generator)
 
 
 def train_head(config: TrainConfig, world: World, folder: Path) -> GroundingHead:
@@ -191,12 +178,15 @@ def train_head(config: TrainConfig, world: World, folder: Path) -> GroundingHead
             latents, objects, masks = batch(generator)
             names = [[seen[i] for i in row if i >= 0] for row in objects.tolist()]
             prompts = ["a photograph of " + " and ".join(f"a {name}" for name in row) for row in names]
-            objects, masks, ask = with_absent(objects, masks, len(seen), generator)
+            absent = None
+            if config.absent_weight:
+                objects = torch.cat([objects, absent_names(objects, len(seen), generator)], 1)
+                masks = F.pad(masks, (0, 0, 0, 0, 0, 1))
+                absent = torch.zeros(objects.shape).index_fill_(1, torch.tensor([2]), config.absent_weight).to(device)
             latents, timesteps = renoise(latents, generator)
             features = base.features(latents, prompts, taps, timesteps)
-            logits = head(features, queries[objects.clamp(min=0)], ask.to(device))
-            logits = upsample_logits(logits, masks.shape[-2:])
-            return grounding_loss(logits, masks.to(device), ask.to(device), config.absent_weight)
+            logits = head(features, queries[objects.clamp(min=0)], (objects >= 0).to(device))
+            return grounding_loss(upsample_logits(logits, masks.shape[-2:]), masks.to(device), absent)
 
         head = train("head", head, stage, folder, loss)
     torch.save(dict(weights=head.state_dict()), folder / "head.pt")

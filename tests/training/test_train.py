@@ -12,7 +12,7 @@ from grounded_diffusion.training.base import build_tokenizer
 from grounded_diffusion.training.checkpoint import load_checkpoint
 from grounded_diffusion.training.config import StageConfig, load_config
 from grounded_diffusion.training.evaluate import grid_ceiling, pooled_iou
-from grounded_diffusion.training.grounding import draw_prompts, grounding_loss, object_masks, with_absent
+from grounded_diffusion.training.grounding import absent_names, draw_prompts, grounding_loss, object_masks
 from grounded_diffusion.training.loop import step_generator, train
 from grounded_diffusion.training.optim import orthogonalise
 from grounded_diffusion.training.world import COLOURS, NAMES
@@ -120,21 +120,16 @@ def test_zero_masks_are_left_out_of_the_loss_but_an_absent_names_is_not():
     masks = torch.zeros(1, 3, 4, 4, dtype=torch.bool)
     masks[:, 0] = True
     term = lambda o: F.binary_cross_entropy_with_logits(logits[:, o], masks[:, o].float())
-    asked = torch.ones(1, 3, dtype=torch.bool)
-    assert grounding_loss(logits, masks, asked, 0.0).item() == pytest.approx(term(0).item())
-    assert grounding_loss(logits, masks, asked, 0.5).item() == pytest.approx((term(0) + term(2) / 2).item() / 1.5)
-    assert grounding_loss(logits, torch.zeros_like(masks), asked, 0.0).item() == 0
-    asked[:, 2] = False
-    assert grounding_loss(logits, masks, asked, 0.5).item() == pytest.approx(term(0).item())
+    absent = torch.tensor([[0.0, 0.0, 0.5]])
+    assert grounding_loss(logits, masks).item() == pytest.approx(term(0).item())
+    assert grounding_loss(logits, masks, absent).item() == pytest.approx((term(0) + term(2) / 2).item() / 1.5)
+    assert grounding_loss(logits, torch.zeros_like(masks)).item() == 0
 
 
-def test_an_absent_name_is_none_of_the_image_and_every_image_asks_for_something():
+def test_an_absent_name_is_none_of_the_image():
     objects = torch.tensor([[0, -1], [1, 2], [2, 0]]).repeat(40, 1)
-    masks = torch.ones(len(objects), 2, 4, 4, dtype=torch.bool)
-    queried, padded, ask = with_absent(objects, masks, 4, step_generator(0, 0))
-    assert (queried[:, 2:] != objects).all() and set(queried[:, 2].tolist()) == {0, 1, 2, 3}
-    assert not padded[:, 2].any() and padded[:, :2].all()
-    assert ask.any(1).all() and not ask[objects[:, 1] < 0, 1].any() and not ask.all(0).any()
+    absent = absent_names(objects, 4, step_generator(0, 0))
+    assert (absent != objects).all() and set(absent.flatten().tolist()) == {0, 1, 2, 3}
 
 
 def test_prompts_name_one_or_two_different_seen_names():
