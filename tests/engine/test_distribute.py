@@ -4,6 +4,7 @@ from itertools import chain
 
 import pytest
 
+from grounded_diffusion.engine.cli import main
 from grounded_diffusion.engine.distribute import Worker, parse_shard, shard_of_environment
 from grounded_diffusion.errors import UsageError
 
@@ -76,3 +77,22 @@ def test_every_shard_has_one_worker(count):
     workers = [list(Worker(index, count).shards(12)) for index in range(count)]
     assert sorted(chain.from_iterable(workers)) == list(range(12))
     assert max(map(len, workers)) - min(map(len, workers)) <= 1
+
+
+def test_workers_of_an_indexed_job_make_one_data_set(tiny_bundle, tmp_path, monkeypatch, capsys):
+    given = f"--model={tiny_bundle} --images-per-prompt=10 --steps=2 --batch=2 --shard-size=2 --threads=1".split()
+    options = [*given, "--prompt", "a photograph of a [dog]", "--out"]
+    assert main([*options, str(tmp_path / "alone")]) == 0
+    monkeypatch.setenv("GD_COMPLETIONS", "3")
+    shared = [*options, str(tmp_path / "shared"), "--shard", "auto"]
+    for index, made in (("2", [2]), ("0", [0, 2, 3]), ("0", [0, 2, 3]), ("1", [0, 1, 2, 3, 4])):
+        monkeypatch.setenv("JOB_COMPLETION_INDEX", index)
+        assert main(shared) == 0
+        there = sorted(path.name for path in (tmp_path / "shared/shards").iterdir())
+        assert there == [f"{shard:06d}.json" for shard in made]
+    trees = [
+        {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        for out in (tmp_path / "alone", tmp_path / "shared")
+    ]
+    assert trees[0] == trees[1]
+    assert "worker 0 of 3: all of its 2 shards are made; 3 of the run's 5 are" in capsys.readouterr().out

@@ -2,12 +2,16 @@
 
 import hashlib
 import json
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
 
 from grounded_diffusion.engine import storage_remote
+from grounded_diffusion.engine.cli import main
+from grounded_diffusion.engine.shards import finished_shards
 from grounded_diffusion.engine.storage import FINISH, open_storage, record_path
 from grounded_diffusion.engine.storage_remote import FsspecStorage
 from grounded_diffusion.errors import StorageError, UsageError
@@ -177,3 +181,20 @@ def test_clearing_leaves_nothing_but_what_is_beside(s3):
         storage.put("run.json", b"{}")
     s3.clear()
     assert objects(s3) == {} and len(objects(beside)) == 3
+
+
+def test_a_run_whose_first_worker_was_killed(s3, tiny_bundle, tmp_path):
+    given = f"--model={tiny_bundle} --images-per-prompt=24 --steps=4 --batch=2 --shard-size=4 --threads=1".split()
+    options = [*given, "--prompt", "a photograph of a [dog]", "--out"]
+    assert main([*options, str(tmp_path)]) == 0
+    expected = {str(path.relative_to(tmp_path)): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    process = subprocess.Popen([sys.executable, "-m", "grounded_diffusion.engine.cli", *options, s3.root])
+    deadline = time.monotonic() + 60
+    while not s3.exists(record_path(1)):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    process.wait(10)
+    assert len(finished_shards(s3)) < 6
+    assert main([*options, s3.root]) == 0
+    assert objects(s3) == expected
