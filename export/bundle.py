@@ -73,7 +73,7 @@ def write_bundle(checkpoint: Checkpoint, folder: Path, precision: str, report: R
     store = WeightStore(folder)
     for graph in (TEXT_ENCODER, VAE_DECODER, UNET_GROUNDED):
         report(f"tracing {graph}")
-        model = trace(checkpoint, graph)
+        model = trace(checkpoint, graph, precision)
         store.move(model)
         onnx_ir.save(model, folder / graph)
         if graph == UNET_GROUNDED:
@@ -99,7 +99,7 @@ def export_bundle(
     Args:
         checkpoint: what to export.
         out: the bundle's directory; must be absent or empty, or hold a bundle where `overwrite` is true.
-        precision: "fp32".
+        precision: "fp32" or "fp16"; see export/half.py.
         verify: called with the checkpoint and the finished directory before it appears at `out`; what it raises
             leaves no bundle.
         report: told, in one line each, what is going on.

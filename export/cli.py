@@ -27,7 +27,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--base", help="for a .pth: its Stable Diffusion 1.x model, a diffusers-format directory or a hub name"
     )
     parser.add_argument("--out", type=Path, help="the bundle's directory, made by this command")
-    parser.add_argument("--precision", choices=["fp32"], default="fp32", help="type of the weights (default: fp32)")
+    parser.add_argument(
+        "--precision",
+        choices=["fp32", "fp16"],
+        default="fp32",
+        help="type of the weights; fp16 is for GPUs (default: fp32)",
+    )
     parser.add_argument(
         "--statistics",
         choices=["per_image", "stored"],

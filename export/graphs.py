@@ -23,6 +23,7 @@ from torch import nn
 from torch.export import Dim
 
 from grounded_diffusion.bundle import GRAPH_IO, TEXT_ENCODER, UNET, UNET_GROUNDED, VAE_DECODER
+from grounded_diffusion.export.half import to_half
 from grounded_diffusion.training.checkpoint import Checkpoint
 from grounded_diffusion.training.folded import fold
 from grounded_diffusion.training.taps import Taps
@@ -196,15 +197,15 @@ def quiet():
             logger.setLevel(level)
 
 
-def trace(checkpoint: Checkpoint, graph: str) -> onnx_ir.Model:
-    """One graph as an ONNX model in memory; its weights are still the torch tensors."""
+def trace(checkpoint: Checkpoint, graph: str, precision: str = "fp32") -> onnx_ir.Model:
+    """One graph as an ONNX model in memory; in FP32 its weights are still the torch tensors."""
     multiple = 2 * latent_multiple(checkpoint)
     inputs = example_inputs(
         checkpoint, graph, Sizes(EXAMPLE_BATCH, EXAMPLE_OBJECTS, multiple, multiple + multiple // 2)
     )
     names_in, names_out = GRAPH_IO[graph]
     module = MODULES[graph](checkpoint).eval()
-    if graph == VAE_DECODER:  # the one graph at full image size; a few more passes are lost among its convolutions
+    if graph == VAE_DECODER and precision == "fp32":  # the one graph at full image size: a few more passes are lost
         module = with_rowwise_norms(module)
     with torch.no_grad(), quiet():
         program = torch.onnx.export(
@@ -218,7 +219,8 @@ def trace(checkpoint: Checkpoint, graph: str) -> onnx_ir.Model:
             verbose=False,
             optimize=False,
         )
-        return tidy(program.model, graph)
+        model = tidy(program.model, graph)
+    return to_half(model, graph) if precision == "fp16" else model
 
 
 def tidy(model: onnx_ir.Model, graph: str) -> onnx_ir.Model:

@@ -27,7 +27,8 @@ GRAPHS = (TEXT_ENCODER, UNET, UNET_GROUNDED, VAE_DECODER)
 
 # Names and shapes of every graph's inputs and outputs. B images, N = 2B guided rows
 # [unconditional x B; conditional x B], O objects, L tokens, D text width. input_ids are int64, query_valid is bool,
-# everything else is floating point. B, N, O, h and w are free; the plain UNet takes any N.
+# everything else is floating point: float32, or float16 in a bundle of that precision, where timestep and mask_logits
+# stay float32. B, N, O, h and w are free; the plain UNet takes any N.
 GRAPH_IO: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     TEXT_ENCODER: ({"input_ids": "B,L"}, {"context": "B,L,D"}),
     UNET: ({"latents": "N,4,h,w", "timestep": "N", "context": "N,L,D"}, {"model_output": "N,4,h,w"}),
