@@ -19,6 +19,8 @@ from grounded_diffusion.errors import DiskFullError, StorageError, UsageError
 
 SYNCS = 16  # files synced at the same time, which ext4 gathers into few journal commits: 20 times faster than in turn
 
+BLOCK = 4096  # bytes in which most file systems give space
+
 
 class LocalStorage:
     """A folder. Files are written under .partial/, synced to the disk and renamed; claims are flock(2) locks, which the
@@ -35,7 +37,7 @@ class LocalStorage:
         return self.folder / parts
 
     def put(self, path: str, content: bytes) -> None:
-        with readable_errors(self.folder, need=len(content), what=path), self._stream(path) as stream:
+        with readable_errors(self.folder, need=on_disk(content), what=path), self._stream(path) as stream:
             stream.write(content)
 
     @contextlib.contextmanager
@@ -116,11 +118,11 @@ class LocalStorage:
     def commit(self, shard: int, files: Iterable[tuple[str, bytes]], record: bytes) -> None:
         folder = self.folder / PARTIAL / f"{shard:06d}"
         paths: list[str] = []
-        need, rest = len(record), iter(files)
-        with readable_errors(self.folder, need=lambda: need + sum(len(content) for _, content in rest),
+        need, rest = on_disk(record), iter(files)
+        with readable_errors(self.folder, need=lambda: need + sum(on_disk(content) for _, content in rest),
                              what=f"shard {shard}", folder=folder):  # fmt: skip
             for path, content in rest:
-                need += len(content)
+                need += on_disk(content)
                 temporary = folder / self._file(path).relative_to(self.folder)
                 temporary.parent.mkdir(parents=True, exist_ok=True)
                 temporary.write_bytes(content)
@@ -241,5 +243,10 @@ def full(root: Path, what: str, need: int, code: int) -> str:
 
 
 def megabytes(size: int) -> str:
-    """12345678 -> "12.3 MB"."""
-    return f"{size / 1e6:.1f} MB"
+    """12345678 -> "12.3 MB", 12345 -> "12 kB"."""
+    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"
+
+
+def on_disk(content: bytes) -> int:
+    """Bytes that a file takes."""
+    return -(-len(content) // BLOCK) * BLOCK
