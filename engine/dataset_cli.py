@@ -20,7 +20,7 @@ from grounded_diffusion.engine.dataset_verify import MARKER, verify
 from grounded_diffusion.engine.files import fresh_folder
 from grounded_diffusion.engine.formats import FORMATS, WITHOUT_CLASSES, open_format
 from grounded_diffusion.engine.formats.options import add_format_options, settings_of
-from grounded_diffusion.engine.shards import Rows, finished_shards, read_shard, write_shards
+from grounded_diffusion.engine.shards import finished_shards, read_shard, write_shards
 from grounded_diffusion.engine.storage_local import LocalStorage
 from grounded_diffusion.errors import GroundedDiffusionError, UsageError
 
@@ -109,8 +109,7 @@ def run_convert(args: argparse.Namespace) -> int:
         settings.classes.check(names, f"the record {row['id']} of {data.path}")
     with fresh_folder(args.out, args.overwrite, is_ours=MARKER) as folder:
         storage = LocalStorage(folder)
-        shards = write_shards(storage, format, data.parts(), format.encode, args.shard_size, {})
-        losses = format.losses(Rows(storage, shards))
+        losses = write_shards(storage, format, data.parts(), format.encode, args.shard_size, {})
         content = {"format": args.format, "samples": len(data), **asdict(settings)}
         content["classes"] = {name: k for k, name in settings.classes.items()}
         storage.put(MARKER, json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")

@@ -1,15 +1,16 @@
 """Checking a data set: every file against its SHA-256, every id once, and in the format "folder" every mask against
-its record and every line of the metadata against the shards."""
+its record."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from array import array
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ import numpy as np
 
 from grounded_diffusion.engine.dataset import RUN, check_row, read_array, read_settings, read_splits
 from grounded_diffusion.engine.formats.common import VOID, mask_box
-from grounded_diffusion.engine.formats.folder import FOLDERS, METADATA, record_files, to_line
+from grounded_diffusion.engine.formats.folder import FOLDERS, record_files
 from grounded_diffusion.engine.record import sample_id
-from grounded_diffusion.engine.shards import finished_shards, read_shard
+from grounded_diffusion.engine.shards import FINISHED, finished_shards, read_shard
 from grounded_diffusion.engine.storage import SHARDS, Storage, open_storage, record_path
 from grounded_diffusion.errors import StorageError, UsageError
 
@@ -55,8 +56,7 @@ class Check:
         self.path, self.storage, self.shards, self.converted = path, storage, shards, converted
         self.indices = array("q")
         self.folders: Counter[str] = Counter()
-        self.lines: Iterator[bytes] | None = None
-        self.line = 0
+        self.is_folder = False
 
     def problems(self) -> Iterator[str]:
         with ThreadPoolExecutor(os.cpu_count(), "verify") as pool:
@@ -69,8 +69,10 @@ class Check:
                     continue
                 yield from self.check_counts(record)
                 yield from chain.from_iterable(pool.map(self.check_file, record["files"].items()))
-                yield from self.check_folder(record, pool)
-        yield from self.check_metadata_end()
+                rows = [row for row in record["rows"] if "image" in row]  # those of the format "folder"
+                yield from chain.from_iterable(pool.map(self.check_row, rows, repeat(record)))
+                self.is_folder |= bool(rows)
+        yield from self.check_finish()
         yield from self.check_ids()
         yield from self.check_foreign()
 
@@ -97,43 +99,26 @@ class Check:
             return [f"{file}: cannot be read: {error.strerror or error}"]
         return [] if same else [f"{file}: has changed since it was written (SHA-256 differs)"]
 
-    def check_folder(self, record: dict[str, Any], pool: ThreadPoolExecutor) -> Iterator[str]:
-        """In the format "folder", records against metadata and masks."""
-        sound = []
-        for row in record["rows"]:
-            if "image" not in row:
-                return
-            try:
-                check_row(row)
-            except ValueError as error:
-                yield f"{self.path / record_path(record['shard'])}: {error}"
-                continue
-            if unknown := [file for file in record_files(row) if file not in record["files"]]:
-                yield f"{self.path / record_path(record['shard'])}: has no SHA-256 of {unknown[0]}"
-            yield from self.check_metadata(row)
-            sound.append(row)
-        yield from chain.from_iterable(pool.map(self.check_row, sound))
+    def check_row(self, row: dict[str, Any], record: dict[str, Any]) -> list[str]:
+        """That a row of the format "folder" fits its files."""
+        name = self.path / record_path(record["shard"])
+        try:
+            check_row(row)
+        except ValueError as error:
+            return [f"{name}: {error}"]
+        unknown = [f"{name}: has no SHA-256 of {file}" for file in record_files(row) if file not in record["files"]]
+        return unknown or list(check_arrays(self.path, row))
 
-    def check_metadata(self, row: dict[str, Any]) -> Iterator[str]:
-        """That the metadata's next line is a row."""
-        if self.lines is None:
-            self.lines = read_lines(self.path / METADATA)
-            if not (self.path / METADATA).is_file():
-                yield f"{self.path / METADATA}: is missing; the run is not finished, the same gd-infer command does it"
-        if (line := next(self.lines, None)) is None:
-            self.lines = iter(())
-            return
-        self.line += 1
-        if line != to_line(row):
-            yield f"{self.path / METADATA}:{self.line}: is not the record of {row['id']} that {SHARDS}/ has"
-
-    def check_metadata_end(self) -> Iterator[str]:
-        """That the metadata has as many lines as there are samples."""
-        if self.lines is None or not (self.path / METADATA).is_file():
-            return
-        rest = sum(1 for _ in self.lines)
-        if self.line + rest != len(self.indices):
-            yield f"{self.path / METADATA}: has {self.line + rest} lines, {SHARDS}/ has {len(self.indices)} samples"
+    def check_finish(self) -> Iterator[str]:
+        """Lists and tables of the whole data set."""
+        try:
+            files = json.loads(self.storage.read(FINISHED))["files"].items()
+        except FileNotFoundError:
+            yield f"{self.path / FINISHED}: is missing; the run is not finished, and the same gd-infer command does it"
+        except (ValueError, TypeError, KeyError, AttributeError):
+            yield f"{self.path / FINISHED}: is damaged"
+        else:
+            yield from chain.from_iterable(map(self.check_file, files))
 
     def check_ids(self) -> Iterator[str]:
         """That every id occurs once, in the records and in the lists of the splits."""
@@ -146,19 +131,14 @@ class Check:
             except UsageError as error:
                 yield str(error)
 
-    def check_row(self, row: dict[str, Any]) -> list[str]:
-        """Problems of one record's arrays."""
-        return list(check_arrays(self.path, row))
-
     def check_foreign(self) -> Iterator[str]:
         """That the samples' folders hold nothing else. The files' names are only gathered where a count differs."""
         folders = set(self.folders) - {""}
-        if self.lines is not None:
+        if self.is_folder:
             for top in FOLDERS:
                 folders |= {os.path.relpath(found, self.path) for found, _, _ in os.walk(self.path / top)}
         for folder in sorted(folders):
-            names = self.storage.list(folder)
-            if len(names) <= self.folders[folder]:
+            if count_files(self.path / folder) <= self.folders[folder]:
                 continue
             known = {
                 file.rpartition("/")[2]
@@ -166,22 +146,22 @@ class Check:
                 for file in read_shard(self.storage, shard)["files"]
                 if folder_of(file) == folder
             }
-            for name in sorted(set(names) - known):
+            for name in sorted(set(self.storage.list(folder)) - known):
                 yield f"{self.path / folder / name}: belongs to no record"
+
+
+def count_files(folder: Path) -> int:
+    """Number of files directly under a folder."""
+    try:
+        with os.scandir(folder) as entries:
+            return sum(entry.is_file() for entry in entries)
+    except OSError:  # its files have been told as missing
+        return 0
 
 
 def folder_of(file: str) -> str:
     """The folder of a path; "" for none."""
     return file.rpartition("/")[0]
-
-
-def read_lines(file: Path) -> Iterator[bytes]:
-    """Lines of a file; none if it cannot be read."""
-    try:
-        with file.open("rb") as lines:
-            yield from lines
-    except OSError:
-        return
 
 
 def check_arrays(path: Path, row: dict[str, Any]) -> Iterator[str]:

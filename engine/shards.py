@@ -5,25 +5,31 @@
      "rejected": [{"index", "reason", "attempts"}], "quarantined": [...],
      "files": {path: SHA-256}, "rows": [of each accepted sample, in order]}
 
+    shards/finish.json
+    {"files": {path: SHA-256}}          lists and tables of the whole data set
+
 accepted + rejected + quarantined = samples. There are no times, hosts or processes in a record, so that it does not
 show how often a run was interrupted, or how many workers it had.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from grounded_diffusion.engine.formats.common import Encoded, Format
+from grounded_diffusion.engine.preview import is_preview
 from grounded_diffusion.engine.storage import SHARDS, Storage, record_path
 from grounded_diffusion.errors import StorageError
 
 Item = TypeVar("Item")
+FINISHED = f"{SHARDS}/finish.json"
 FIELDS = {"shard": int, "first": int, "samples": int, "accepted": int, "rejected": list, "quarantined": list,
           "files": dict, "rows": list}  # fmt: skip
 
@@ -87,6 +93,50 @@ class Rows:
             yield from read_shard(self.storage, shard)["rows"]
 
 
+class Recording:
+    """A storage that notes the SHA-256 of what is written through it, in `files`."""
+
+    def __init__(self, storage: Storage):
+        self.storage, self.files = storage, {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.storage, name)
+
+    def put(self, path: str, content: bytes) -> None:
+        self.storage.put(path, content)
+        self.files[path] = hashlib.sha256(content).hexdigest()
+
+    @contextlib.contextmanager
+    def create(self, path: str) -> Iterator[Hashing]:
+        with self.storage.create(path) as stream:
+            yield (hashing := Hashing(stream))
+        self.files[path] = hashing.digest.hexdigest()
+
+
+class Hashing:
+    """A stream that hashes what is written to it."""
+
+    def __init__(self, stream: BinaryIO):
+        self.stream, self.digest = stream, hashlib.sha256()
+
+    def write(self, content: bytes) -> int:
+        self.digest.update(content)
+        return self.stream.write(content)
+
+
+def finish_shards(storage: Storage, format: Format, shards: Sequence[int], run: Mapping[str, Any]) -> str:
+    """Write what describes the whole data set, and note it in shards/finish.json. Returns what the format could not
+    hold, "" for nothing.
+
+    The page to look at is not noted: it may be made anew.
+    """
+    recording, rows = Recording(storage), Rows(storage, shards)
+    format.finish(recording, rows, run)
+    files = {path: recording.files[path] for path in sorted(recording.files) if not is_preview(path)}
+    storage.put(FINISHED, json.dumps({"files": files}, ensure_ascii=False, indent=1).encode() + b"\n")
+    return format.losses(rows)
+
+
 def write_shards(
     storage: Storage,
     format: Format,
@@ -94,8 +144,8 @@ def write_shards(
     encode: Callable[[Item], Encoded],
     shard_size: int,
     run: Mapping[str, Any],
-) -> list[int]:
-    """Write a whole data set from what is there already. Returns its shards.
+) -> str:
+    """Write a whole data set from what is there already. Returns what the format could not hold.
 
     Args:
         parts: number of samples and the samples, of each split that has any.
@@ -112,6 +162,6 @@ def write_shards(
                 rows = [sample.row for sample in samples]
                 storage.commit(shard, files, encode_shard(shard, written, rows, files))
                 shard, written = shard + 1, written + len(samples)
-    format.finish(storage, Rows(storage, range(shard)), run)
+    losses = finish_shards(storage, format, range(shard), run)
     storage.clean()
-    return list(range(shard))
+    return losses

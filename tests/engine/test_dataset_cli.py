@@ -92,16 +92,12 @@ DAMAGES = {
     "file outside": (lambda d: edit(d, 4, lambda r: r.update(image="../x.png")), "lies outside the data set"),
     "field missing": (lambda d: edit(d, 0, lambda r: r.pop("seed")), "000000.json: the record has no usable"),
     "labels": (lambda d: edit(d, 0, lambda r: r["objects"][0].update(label=2)), "000000.json: the labels"),
-    "not JSON": (
-        lambda d: (d / "metadata.jsonl").write_text("{\n" + (d / "metadata.jsonl").read_text()),
-        "metadata.jsonl:1: is not the record of 000000",
-    ),
     "edited metadata": (
-        lambda d: edit_metadata(d, 4, lambda r: r.update(prompt="x")),
-        "metadata.jsonl:5: is not the record of 000004 that shards/ has",
+        lambda d: edit_metadata(d, 4, lambda r: r.update(prompt="x")), "metadata.jsonl: has changed since",
     ),
-    "no metadata": (lambda d: (d / "metadata.jsonl").unlink(), "metadata.jsonl: is missing; the run is not finished"),
-    "no records": (lambda d: (d / "metadata.jsonl").write_text(""), "has 0 lines, shards/ has 9 samples"),
+    "no metadata": (lambda d: (d / "metadata.jsonl").unlink(), "metadata.jsonl is missing"),
+    "not finished": (lambda d: (d / "shards/finish.json").unlink(), "finish.json: is missing; the run is not finished"),
+    "damaged finish": (lambda d: (d / "shards/finish.json").write_text("[]"), "shards/finish.json: is damaged"),
     "foreign file": (lambda d: (d / "images/000/old.png").write_bytes(b"x"), "old.png: belongs to no record"),
     "foreign folder": (
         lambda d: shutil.copytree(d / "masks/000", d / "masks/001"), "masks/001/000003.png: belongs to no record",
@@ -159,6 +155,10 @@ def test_verify_of_what_was_converted(blobs, tmp_path, capsys, format):
     assert problems(capsys, out) == [f"{file}: has changed since it was written (SHA-256 differs)"]
     file.unlink()
     assert problems(capsys, out) == [f"{file} is missing"]
+    listed = json.loads((out / "shards/finish.json").read_text())["files"]
+    for name in listed:
+        (out / name).write_bytes((out / name).read_bytes() + b" ")
+    assert sum("has changed since" in line for line in problems(capsys, out)) == len(listed)
 
 
 def test_stats(blobs, data, capsys):
