@@ -124,7 +124,7 @@ def denoise(
 def guided_calls(
     schedule: Schedule, guidance_scale: float, interval: tuple[float, float], capture: int
 ) -> tuple[list[float], list[bool]]:
-    """The guidance of every call, and which calls run both halves; the second has one entry more than there are rows."""
+    """The guidance of every call, and which calls run both halves: one entry more than there are rows."""
     start, end = interval
     scales = [guidance_scale if start <= p <= end else 1.0 for p in schedule.progress]
     both = [scale != 1 or i == capture for i, scale in enumerate(scales)]

@@ -129,14 +129,21 @@ def differences(found: EngineSpec, wanted: EngineSpec) -> list[str]:
     return phrases
 
 
+def found_engines(bundle: Path, backend: str) -> list[EngineSpec]:
+    """What the engines of a bundle say they are; damaged ones are left out."""
+    found = []
+    for file in sorted((bundle / "engines" / backend).glob(f"*/{SIDECAR}")):
+        try:
+            found.append(read_sidecar(file.parent)[0])
+        except BackendError:
+            continue
+    return found
+
+
 def _absent(bundle: Path, wanted: EngineSpec) -> str:
     """The message for an engine that is not there: with the nearest engine of the same graph, if there is one."""
     nearest: list[str] = []
-    for file in sorted((bundle / "engines" / wanted.backend).glob(f"*/{SIDECAR}")):
-        try:
-            found, _ = read_sidecar(file.parent)
-        except BackendError:
-            continue
+    for found in found_engines(bundle, wanted.backend):
         if found.graph == wanted.graph:
             phrases = differences(found, wanted)
             nearest = phrases if not nearest or len(phrases) < len(nearest) else nearest

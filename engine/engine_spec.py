@@ -95,16 +95,38 @@ def target(trt: ModuleType, backend: str, sm: int | None) -> str:
     return f"{name} (sm_{arch})"
 
 
-def engine_spec(bundle: Bundle, graph: str, backend: str, sm: int | None, bucket: Bucket) -> EngineSpec:
-    """What the engine of one graph, device and bucket would be; building nothing."""
-    trt = load_module(backend)
+def quiet_logger(trt: ModuleType) -> Any:
+    """A logger that prints nothing and keeps the first error, which names the cause; later ones follow from it."""
+
+    class Logger(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.first_error = ""
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR) and not self.first_error:
+                self.first_error = message
+
+    return Logger()
+
+
+def spec_of(
+    bundle: Bundle, graph: str, backend: str, version: str, device: str, shapes: dict[str, list[int]]
+) -> EngineSpec:
+    """What the engine of a graph at these shapes is, for a package's version and a device."""
     return EngineSpec(
         graph=graph,
         backend=backend,
-        version=trt.__version__,
-        device=target(trt, backend, sm),
-        shapes=profile_shapes(bundle, graph, bucket),
+        version=version,
+        device=device,
+        shapes=shapes,
         precision=bundle.manifest.precision,
         flags=dict(FLAGS),
         files=bundle_files(bundle, graph),
     )
+
+
+def engine_spec(bundle: Bundle, graph: str, backend: str, sm: int | None, bucket: Bucket) -> EngineSpec:
+    """What the engine of one graph, device and bucket would be; building nothing."""
+    trt, shapes = load_module(backend), profile_shapes(bundle, graph, bucket)
+    return spec_of(bundle, graph, backend, trt.__version__, target(trt, backend, sm), shapes)

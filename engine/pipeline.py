@@ -13,9 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from grounded_diffusion.bundle import VAE_DECODER, Bundle, open_bundle
+from grounded_diffusion.bundle import Bundle, open_bundle
 from grounded_diffusion.engine.backend import Backend
-from grounded_diffusion.engine.denoise import Conditioning, Denoised, check_finite, denoise
+from grounded_diffusion.engine.backends import open_backend
+from grounded_diffusion.engine.batch import Made, Request, make
+from grounded_diffusion.engine.denoise import Conditioning
+from grounded_diffusion.engine.device_backend import DeviceBackend
 from grounded_diffusion.engine.noise import batch_normal
 from grounded_diffusion.engine.options import Options
 from grounded_diffusion.engine.prompts import Prompt, as_prompts
@@ -23,7 +26,6 @@ from grounded_diffusion.engine.schedule import Schedule, build_schedule
 from grounded_diffusion.engine.text import TextEncoder
 from grounded_diffusion.engine.tokenizer import Tokenizer
 from grounded_diffusion.errors import NumericsError, UsageError
-from grounded_diffusion.kernels import MaskResult, image_epilogue, mask_epilogue
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,27 +110,34 @@ class GroundedPipeline:
         self.text_encoder = TextEncoder(backend, self.tokenizer)
 
     @classmethod
-    def open(cls, bundle: str | Path | None = None, *, threads: int | None = None, lanes: int = 1) -> GroundedPipeline:
-        """Open a bundle on the CPU.
+    def open(
+        cls,
+        bundle: str | Path | None = None,
+        *,
+        backend: str = "onnxruntime",
+        threads: int | None = None,
+        lanes: int = 1,
+    ) -> GroundedPipeline:
+        """Open a bundle.
 
         Args:
             bundle: directory that gd-export wrote; None takes the model that ships with the package, exported into
                 the user's cache at first use (which needs the `export` extra).
+            backend: "onnxruntime" for the CPU; "cuda", "tensorrt" or "tensorrt-rtx" for an NVIDIA GPU.
             threads: CPU threads; None takes all cores.
-            lanes: batches at once, each on its share of the threads: slower for one batch, faster for many.
+            lanes: batches at once on the CPU, each on its share of the threads: slower for one, faster for many.
 
         Raises:
             BundleError: not a bundle, damaged, or of another version.
-            BackendError: ONNX Runtime is missing.
+            UsageError: there is no such backend.
+            BackendError: the backend is not installed, or finds no GPU.
         """
-        from grounded_diffusion.engine.onnxruntime_backend import OnnxRuntimeBackend
-
         if bundle is None:
             from grounded_diffusion.engine.shipped import shipped_bundle
 
             bundle = shipped_bundle()
         opened = open_bundle(bundle)
-        return cls(opened, OnnxRuntimeBackend(opened, threads, lanes))
+        return cls(opened, open_backend(backend, opened, threads=threads, lanes=lanes))
 
     def schedule(self, options: Options) -> Schedule:
         """The sampler's table for this model. Raises UsageError for what the model's scheduler does not allow."""
@@ -230,23 +239,22 @@ class GroundedPipeline:
         self, jobs: list[Job], conditioning: Conditioning, schedule: Schedule, options: Options, noise
     ) -> list[Sample]:
         shape = self.latent_shape(options)
-        keys, names = [(job.seed, job.draw) for job in jobs], [f"sample {job.index}" for job in jobs]
-        denoised = denoise(
-            self.backend,
+        keys = [(job.seed, job.draw) for job in jobs]
+        request = Request(
             schedule,
             conditioning,
             batch_normal(keys, shape) if noise is None else noise[[job.index for job in jobs]].astype(np.float32),
+            size=options.image_size(self.bundle.manifest),
             guidance_scale=options.guidance_scale,
             guidance_interval=options.guidance_interval,
             capture=schedule.capture_index(self.bundle.manifest.capture_timestep),
             step_noise=lambda row: batch_normal(keys, shape, row + 1),
-            names=names,
+            names=[f"sample {job.index}" for job in jobs],
+            threshold=options.threshold,
         )
-        image = self.backend.run(VAE_DECODER, {"latents": denoised.latents})["image"]
-        check_finite(image, names, "pixels")
-        pixels, size = image_epilogue(image), options.image_size(self.bundle.manifest)
-        result = mask_epilogue(denoised.mask_logits, conditioning.query_valid, size, options.threshold)
-        return [make_sample(job, b, pixels[b], result, denoised) for b, job in enumerate(jobs)]
+        on_device = isinstance(self.backend, DeviceBackend)
+        made = self.backend.submit(request).result() if on_device else make(self.backend, request)
+        return [make_sample(job, b, made) for b, job in enumerate(jobs)]
 
     def condition(self, prompts: list[Prompt]) -> Conditioning:
         """Encode the prompts and object queries of a batch."""
@@ -263,9 +271,9 @@ def chunks(jobs: Iterable[Job], size: int) -> Iterator[tuple[Job, ...]]:
         yield chunk
 
 
-def make_sample(job: Job, b: int, image: np.ndarray, result: MaskResult, denoised: Denoised) -> Sample:
-    """Row b of a batch's results as a Sample."""
-    objects = job.prompt.objects
+def make_sample(job: Job, b: int, made: Made) -> Sample:
+    """Row b of a batch as a Sample."""
+    objects, result, denoised = job.prompt.objects, made.masks, made.denoised
     rows = {name: (b, o) for o, name in enumerate(objects)}
     return Sample(
         index=job.index,
@@ -273,7 +281,7 @@ def make_sample(job: Job, b: int, image: np.ndarray, result: MaskResult, denoise
         objects=objects,
         seed=job.seed,
         draw=job.draw,
-        image=image,
+        image=made.images[b],
         labels=result.labels[b],
         masks={name: result.masks[at] for name, at in rows.items()},
         areas={name: int(result.area[at]) for name, at in rows.items()},

@@ -22,7 +22,7 @@ import onnx
 
 from grounded_diffusion.bundle import GRAPHS, UNET, Bundle, sha256
 from grounded_diffusion.engine.engine_file import PLAN, SCHEMA, SIDECAR, EngineSpec, bundle_files, load_plan
-from grounded_diffusion.engine.engine_spec import Bucket, engine_spec, load_module
+from grounded_diffusion.engine.engine_spec import Bucket, engine_spec, load_module, quiet_logger
 from grounded_diffusion.errors import BackendError
 
 Progress = Callable[[str, int, int], None]
@@ -78,7 +78,7 @@ def build_plan(bundle: Bundle, spec: EngineSpec, progress: Progress | None = Non
     """The serialized engine of one spec. Raises BackendError with the builder's own first error."""
     _check_weights(bundle, spec.graph)
     trt = load_module(spec.backend)
-    log = _logger(trt)
+    log = quiet_logger(trt)
     builder = trt.Builder(log)
     # TensorRT 11 has nothing but strong typing, and may have dropped the flag that asks for it.
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
@@ -127,21 +127,6 @@ def _static_profile(builder: Any, network: Any, spec: EngineSpec) -> Any:
             raise BackendError(f"{spec.graph} takes {tensor.name} {list(tensor.shape)}, not {shape}")
         profile.set_shape(tensor.name, shape, shape, shape)
     return profile
-
-
-def _logger(trt: ModuleType) -> Any:
-    """A logger that prints nothing and keeps the first error, which names the cause; later ones follow from it."""
-
-    class Logger(trt.ILogger):
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.first_error = ""
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR) and not self.first_error:
-                self.first_error = message
-
-    return Logger()
 
 
 def _monitor(trt: ModuleType, progress: Progress) -> Any:
