@@ -213,9 +213,8 @@ def report(run: Run, summary: dict[str, Any] | None) -> int:
     if accepted == samples:
         return 0
     reasons = ", ".join(f"{reason} {n}" for reason, n in summary["reasons"].items())
-    note(
-        f"{summary['rejected']} rejected and {summary['quarantined']} failed, see {run.storage.root}/shards: {reasons}"
-    )
+    lost = f"{summary['rejected']} rejected, {summary['quarantined']} quarantined"
+    note(f"{lost}: {reasons}; {run.storage.root}/shards has each with its reason")
     return LOST
 
 

@@ -19,7 +19,7 @@ from grounded_diffusion.engine.monitor import Monitor
 from grounded_diffusion.engine.options import Options
 from grounded_diffusion.engine.pipeline import GroundedPipeline, shorten
 from grounded_diffusion.engine.plan import Plan
-from grounded_diffusion.engine.shards import DamagedShard, Rows, finished_shards, read_shard
+from grounded_diffusion.engine.shards import DamagedShard, finish_shards, finished_shards, read_shard
 from grounded_diffusion.engine.stop import Stop
 from grounded_diffusion.engine.storage import FINISH, SHARDS, Storage
 from grounded_diffusion.engine.worker import LOOK, Worker
@@ -118,8 +118,9 @@ class Run:
                     if not summary:
                         summary, damaged = self._count()
                         if not damaged:
-                            rows = Rows(self.storage, range(self.plan.shards))
-                            self.format.finish(self.storage, rows, self.settings)
+                            losses = finish_shards(self.storage, self.format, range(self.plan.shards), self.settings)
+                            if losses:
+                                self.say(losses)
                             self.storage.put(
                                 SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False).encode() + b"\n"
                             )
@@ -144,7 +145,7 @@ class Run:
             counts["masks"] += sum(len(row["objects"]) for row in record["rows"])
             for kind in ("rejected", "quarantined"):
                 counts[kind] += len(record[kind])
-                reasons.update(entry["reason"].partition(" of ")[0] for entry in record[kind])
+                reasons.update(kind_of(entry["reason"], kind) for entry in record[kind])
         return {"samples": self.plan.samples, **counts, "reasons": dict(sorted(reasons.items()))}, damaged
 
     def _tidy(self) -> None:
@@ -155,6 +156,11 @@ class Run:
                 with self.storage.claim(int(stem) if stem.isdecimal() else stem):
                     pass
         self.storage.clean()
+
+
+def kind_of(reason: str, kind: str) -> str:
+    """A reason without what is particular to the sample, see filters.py."""
+    return reason.partition(" of " if kind == "rejected" else ";")[0]
 
 
 def read_settings(storage: Storage) -> dict[str, Any] | None:
