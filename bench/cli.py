@@ -52,7 +52,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     speed.add_argument("--sampler", default=DEFAULT_SAMPLER)
     speed.add_argument("--steps", type=int, default=DEFAULT_STEPS)
     speed.add_argument("--guidance-scale", type=float, default=7.5)
-    speed.add_argument("--rounds", type=int, default=7, help="timed turns of every system (default 7)")
+    speed.add_argument("--rounds", type=int, help="timed turns of every system (default: what fits into 4 minutes)")
     speed.add_argument("--repeats", type=int, default=15, help="timed calls of every stage (default 15)")
     speed.add_argument("--images", type=int, default=32, help="images to a turn, at least (default 32)")
     speed.add_argument("--peer-batch", type=int, help="images to a call of a peer (default: eager's fastest)")

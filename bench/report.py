@@ -50,7 +50,7 @@ def speed_table(result: Mapping[str, Any]) -> list[str]:
 def stage_table(result: Mapping[str, Any]) -> list[str]:
     """Every stage of the engine."""
     lines = [
-        "| stage | images a call | ms | images/s | GFLOP a call | GFLOP/s | of the bound |",
+        "| stage | images at once | ms | images/s | GFLOP | GFLOP/s | of the bound |",
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
     for row in result["stages"]:

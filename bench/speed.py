@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from grounded_diffusion.bench.environment import cpu_bound, environment, gpu_bound, gpu_memory_used, peak_rss
-from grounded_diffusion.bench.stages import Stage, measure_stages
+from grounded_diffusion.bench.stages import GROUNDED, PLAIN, Stage, measure_stages
 from grounded_diffusion.bench.systems import (
     ENGINE,
     FOLDER,
@@ -24,6 +25,7 @@ from grounded_diffusion.bench.systems import (
     FolderEngine,
     Output,
     System,
+    Work,
     make_work,
     missing_packages,
     open_peer,
@@ -31,9 +33,12 @@ from grounded_diffusion.bench.systems import (
 )
 from grounded_diffusion.bench.timing import alternate, clock
 from grounded_diffusion.engine import GroundedPipeline, Options
-from grounded_diffusion.errors import BackendError, ParityError
+from grounded_diffusion.engine.onnxruntime_backend import usable_cores
+from grounded_diffusion.errors import ParityError
 
-WARM_UP = 2  # rounds before the timed ones: torch.compile traces once more in its second
+WARM_UP = {"compile": 2}  # turns before the timed ones, if not 1: torch.compile traces once more in its second
+BUDGET = 240.0  # seconds of timed turns, where their number is not given
+LEAST, MOST = 3, 9  # rounds, then
 LEAST_PSNR = 30.0  # dB; below this a peer has not done the same work
 Report = Callable[[str], None]
 
@@ -48,7 +53,7 @@ class Plan:
         peers: names of the peers.
         peer_batch: images to a call of theirs.
         images: to a turn, of every system.
-        rounds: timed turns of every system.
+        rounds: timed turns of every system; None takes what fits into BUDGET.
         repeats: timed calls of every stage.
         device: "cpu" or "cuda".
         checkpoint: directory of the torch model that the peers load; None where there is none.
@@ -61,7 +66,7 @@ class Plan:
     peers: tuple[str, ...]
     peer_batch: int
     images: int
-    rounds: int
+    rounds: int | None
     repeats: int
     device: str
     checkpoint: Path | None
@@ -112,8 +117,15 @@ def open_named(name: str, pipe: GroundedPipeline, plan: Plan) -> System:
     capture = pipe.schedule(plan.options).capture_index(pipe.bundle.manifest.capture_timestep)
     exports = plan.folder / "exports"
     exports.mkdir(exist_ok=True)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(plan.folder / "inductor")  # nothing is compiled before it is timed
     size = pipe.latent_shape(plan.options)[1:]
-    more = dict(device=plan.device, folder=exports, objects=OBJECTS, size=size, threads=plan.threads)
+    more = dict(
+        device=plan.device,
+        folder=exports,
+        objects=OBJECTS,
+        size=size,
+        threads=0 if plan.threads == usable_cores() else plan.threads,
+    )
     return open_peer(name, plan.checkpoint, plan.options, capture, plan.peer_batch, **more)
 
 
@@ -154,12 +166,13 @@ def measure_speed(pipe: GroundedPipeline, plan: Plan, report: Report = lambda li
     stages = measure_stages(pipe, one_call, plan.options, plan.repeats, heads)
     result["stages"] = [stage.record(bound) for stage in stages]
 
-    systems, result["prepare_s"], result["agreement"] = prepare(pipe, plan, work, result["omitted"], report)
+    systems, warm, prepared, result["agreement"] = prepare(pipe, plan, work, result["omitted"], report)
+    rounds = plan.rounds or min(MOST, max(LEAST, int(BUDGET / sum(warm.values()))))
     runs = {name: lambda number, system=system: system.run(work(number)) for name, system in systems.items()}
-    timings, result["order"] = alternate(runs, plan.rounds, report)
-    names = [name for name in systems if name in result["prepare_s"]]
-    result["prepare_s"] = {n: max(0.0, result["prepare_s"][n] - WARM_UP * timings[n].median) for n in names}
-    result["unet_share"] = share_of_unet(pipe, plan, stages, work(plan.rounds))
+    timings, result["order"] = alternate(runs, rounds, report)
+    turns = {name: WARM_UP.get(name, 1) * min(timings[name].seconds) for name in prepared}
+    result["prepare_s"] = {name: max(0.0, spent - turns[name]) for name, spent in prepared.items()}
+    result["unet_share"] = share_of_unet(pipe, plan, stages, work(rounds))
     peaks = peak_memory(pipe, plan, list(systems), report) if plan.memory else {}
     result["systems"] = [
         {"name": name, "images_per_s": plan.images / timing.median, **timing.record(), "peak_memory": peaks.get(name)}
@@ -167,7 +180,8 @@ def measure_speed(pipe: GroundedPipeline, plan: Plan, report: Report = lambda li
     ]
     result["setting"] = {
         **{name: getattr(plan.options, name) for name in ("sampler", "steps", "guidance_scale")},
-        **{name: getattr(plan, name) for name in ("images", "rounds", "repeats", "peer_batch", "device")},
+        **{name: getattr(plan, name) for name in ("images", "repeats", "peer_batch", "device")},
+        "rounds": rounds,
         "batch": batch,
         "lanes": pipe.backend.lanes,
     }
@@ -175,27 +189,25 @@ def measure_speed(pipe: GroundedPipeline, plan: Plan, report: Report = lambda li
 
 
 def prepare(
-    pipe: GroundedPipeline, plan: Plan, work: Callable, omitted: dict[str, str], report: Report
-) -> tuple[dict[str, System], dict[str, float], dict[str, dict[str, float]]]:
-    """All systems, warm; seconds from opening a peer to the end of its warm-up; agreement with the engine."""
+    pipe: GroundedPipeline, plan: Plan, work: Callable[[int], Work], omitted: dict[str, str], report: Report
+) -> tuple[dict[str, System], dict[str, float], dict[str, float], dict[str, dict[str, float]]]:
+    """All systems, warm; seconds of the last turn; those from opening a peer to the end of its warm-up; agreement."""
     systems = {name: open_named(name, pipe, plan) for name in (ENGINE, FOLDER)}
     for system in systems.values():
         system.run(work(0))
-    expected, seconds, agreed = systems[ENGINE].run(work(0)), {}, {}
+    expected = systems[ENGINE].run(work(0))
+    warm = {name: clock(lambda system=system: system.run(work(0))) for name, system in systems.items()}
+    seconds, agreed = {}, {}
     for name in (peer for peer in plan.peers if peer not in omitted):
         report(f"preparing {name}")
         start = time.perf_counter()
-        try:
-            systems[name] = open_named(name, pipe, plan)
-        except BackendError as error:
-            omitted[name] = str(error)
-            report(f"LEFT OUT: {name} ({error})")
-            continue
-        for _ in range(WARM_UP):
+        systems[name] = open_named(name, pipe, plan)
+        for _ in range(WARM_UP.get(name, 1)):
+            last = time.perf_counter()
             output = systems[name].run(work(0))
-        seconds[name] = time.perf_counter() - start
+        warm[name], seconds[name] = time.perf_counter() - last, time.perf_counter() - start
         agreed[name] = agreement(name, output, expected)
-    return systems, seconds, agreed
+    return systems, warm, seconds, agreed
 
 
 def share_of_unet(pipe: GroundedPipeline, plan: Plan, stages: Sequence[Stage], work: Any) -> float:
@@ -205,12 +217,12 @@ def share_of_unet(pipe: GroundedPipeline, plan: Plan, stages: Sequence[Stage], w
     times = {stage.name: stage.timing.median for stage in stages}
     calls = len(pipe.schedule(plan.options).rows)
     batches = math.ceil(plan.images / next(stage.images for stage in stages))
-    busy = batches * ((calls - 1) * times["UNet, plain"] + times["UNet, grounded"])
+    busy = batches * ((calls - 1) * times[PLAIN] + times[GROUNDED])
     return busy / clock(lambda: Engine(pipe, plan.options).run(work))
 
 
 def peak_memory(pipe: GroundedPipeline, plan: Plan, names: Sequence[str], report: Report) -> dict[str, int | None]:
-    """Peak bytes of every system: resident memory of a process that runs two turns, or the GPU's where that is used."""
+    """Peak bytes of every system: resident memory of a process that runs one turn, or the GPU's where that is used."""
     peaks: dict[str, int | None] = {}
     for name in names:
         report(f"measuring the memory of {name}")
@@ -225,10 +237,7 @@ def peak_memory(pipe: GroundedPipeline, plan: Plan, names: Sequence[str], report
 
 
 def own_peak(pipe: GroundedPipeline, plan: Plan, name: str) -> int | None:
-    """Peak bytes of this process, or of the GPU, after two turns of one system."""
+    """Peak bytes of this process after one turn of one system; on a GPU, bytes in use there."""
     system = open_named(name, pipe, plan)
-    used = []
-    for number in range(2):
-        system.run(make_work(pipe.bundle.manifest, pipe.latent_shape(plan.options), plan.images, number))
-        used.append(gpu_memory_used() if plan.device == "cuda" else peak_rss())
-    return max(used) if None not in used else None
+    system.run(make_work(pipe.bundle.manifest, pipe.latent_shape(plan.options), plan.images, 0))
+    return gpu_memory_used() if plan.device == "cuda" else peak_rss()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from grounded_diffusion.engine.formats import Settings, open_format
 from grounded_diffusion.engine.record import Record
 from grounded_diffusion.kernels import image_epilogue, mask_epilogue
 
-HEAD = "head (grounded - plain)"
+PLAIN, GROUNDED, HEAD = "UNet, plain", "UNet, grounded", "head (grounded - plain)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +28,9 @@ class Stage:
 
     Attributes:
         name: what runs.
-        images: images to a call; a UNet call has twice as many rows.
-        timing: seconds of the calls.
-        flops: operations of a call; 0 where none are counted.
+        images: images at once, in all lanes; a UNet has twice as many rows.
+        timing: seconds.
+        flops: operations for these images; 0 where none are counted.
     """
 
     name: str
@@ -74,22 +75,26 @@ def difference(grounded: Timing, plain: Timing) -> Timing:
 
 
 def measure_graphs(pipe: GroundedPipeline, work: Work, timestep: float, repeats: int) -> Iterator[Stage]:
-    """The four graphs, and the head as the difference between the two UNets', which take turns."""
-    batch, (_, height, width) = len(work.prompts), work.noise.shape[1:]
-    sizes, inputs = axis_sizes(batch, OBJECTS, height, width), graph_inputs(pipe, work, timestep)
-    flops = {graph: sum(count_flops(pipe.bundle.file(graph), sizes).values()) for graph in inputs}
+    """The four graphs, taking turns, as many calls at once as the engine makes; and the head, as a difference."""
+    lanes, (_, height, width) = pipe.backend.lanes, work.noise.shape[1:]
+    sizes, inputs = axis_sizes(len(work.prompts), OBJECTS, height, width), graph_inputs(pipe, work, timestep)
+    flops = {graph: lanes * sum(count_flops(pipe.bundle.file(graph), sizes).values()) for graph in inputs}
     seconds: dict[str, list[float]] = {graph: [] for graph in inputs}
-    for graph, given in inputs.items():
-        pipe.backend.run(graph, given)  # opens the session; the next learns the shapes
-    for _ in range(repeats):
-        for graph, given in inputs.items():
-            seconds[graph] += repeat(lambda graph=graph, given=given: pipe.backend.run(graph, given), 1).seconds
+    with ThreadPoolExecutor(lanes) as pool:
+
+        def at_once(graph: str) -> None:
+            list(pool.map(lambda _: pipe.backend.run(graph, inputs[graph]), range(lanes)))
+
+        for _ in range(repeats):
+            for graph in inputs:
+                seconds[graph] += repeat(lambda graph=graph: at_once(graph), 1).seconds
     timings = {graph: Timing(tuple(values)) for graph, values in seconds.items()}
-    names = {TEXT_ENCODER: "text encoder", UNET: "UNet, plain", UNET_GROUNDED: "UNet, grounded", VAE_DECODER: "VAE"}
+    images = lanes * len(work.prompts)
+    names = {TEXT_ENCODER: "text encoder", UNET: PLAIN, UNET_GROUNDED: GROUNDED, VAE_DECODER: "VAE"}
     for graph, name in names.items():
-        yield Stage(name, batch, timings[graph], flops[graph])
+        yield Stage(name, images, timings[graph], flops[graph])
     head = difference(timings[UNET_GROUNDED], timings[UNET])
-    yield Stage(HEAD, batch, head, flops[UNET_GROUNDED] - flops[UNET])
+    yield Stage(HEAD, images, head, flops[UNET_GROUNDED] - flops[UNET])
 
 
 def measure_epilogues(pipe: GroundedPipeline, work: Work, options: Options, repeats: int) -> Iterator[Stage]:
@@ -133,7 +138,7 @@ def torch_heads(checkpoint: Path, work: Work, repeats: int) -> Iterator[Stage]:
 def measure_stages(
     pipe: GroundedPipeline, work: Work, options: Options, repeats: int, checkpoint: Path | None
 ) -> list[Stage]:
-    """All stages for the images of one round in one call each; the torch head only where there is a checkpoint."""
+    """All stages for one batch in each of the engine's lanes; the torch head only where there is a checkpoint."""
     schedule = pipe.schedule(options)
     timestep = schedule.rows[schedule.capture_index(pipe.bundle.manifest.capture_timestep)].timestep
     stages = [*measure_graphs(pipe, work, timestep, repeats), *measure_epilogues(pipe, work, options, repeats)]
