@@ -15,9 +15,10 @@ from typing import NoReturn
 
 from grounded_diffusion import __version__
 from grounded_diffusion.engine.dataset import FolderDataset
+from grounded_diffusion.engine.dataset_plot import plot
 from grounded_diffusion.engine.dataset_tools import merge, split, statistics
 from grounded_diffusion.engine.dataset_verify import MARKER, verify
-from grounded_diffusion.engine.files import fresh_folder
+from grounded_diffusion.engine.files import fresh_folder, readable_errors, replace_file
 from grounded_diffusion.engine.formats import FORMATS, WITHOUT_CLASSES, open_format
 from grounded_diffusion.engine.formats.options import add_format_options, settings_of
 from grounded_diffusion.engine.shards import finished_shards, read_shard, write_shards
@@ -64,6 +65,7 @@ def build_parser() -> Parser:
     command = commands.add_parser("stats", help="counts and areas of the classes, and their overlaps")
     command.add_argument("dir", type=Path, metavar="DIR")
     command.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    command.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw counts, histograms and overlaps")
     command.set_defaults(run=run_stats)
 
     command = commands.add_parser("split", help="write train.txt and val.txt; convert follows them")
@@ -149,6 +151,9 @@ def count_samples(path: Path) -> int:
 
 def run_stats(args: argparse.Namespace) -> int:
     result = statistics(FolderDataset(args.dir))
+    if args.plot:
+        with readable_errors(args.plot):
+            replace_file(args.plot, plot(result).encode())
     if args.json:
         print(json.dumps(result, indent=1, ensure_ascii=False))
         return 0

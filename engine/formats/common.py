@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -255,9 +256,10 @@ def describe_objects(record: Record, classes: Classes | None = None) -> list[dic
     ]
 
 
-def voc_palette() -> list[int]:
+@functools.cache
+def voc_palette() -> tuple[int, ...]:
     """The 256 colours of PASCAL VOC's label maps, [768]."""
-    return [value for k in range(256) for value in class_colour(k)]
+    return tuple(value for k in range(256) for value in class_colour(k))
 
 
 def class_colour(k: int) -> list[int]:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -180,6 +181,19 @@ def test_stats(blobs, data, capsys):
     assert sum(result["classes"]["cat"]["areas"]) == sum(1 for sample in samples if sample.areas.get("cat"))
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("9 images") and lines[3].startswith("cat ") and "tv monitor" in lines[5]
+
+
+def test_stats_as_a_picture(data, tmp_path, capsys):
+    file = tmp_path / "stats.svg"
+    assert run("stats", data, "--json", "--plot", file) == 0
+    result = json.loads(capsys.readouterr().out)
+    rectangles = ElementTree.parse(file).getroot().findall("{*}rect")
+    told = [rectangle.findtext("{*}title") for rectangle in rectangles[1:]]
+    cat = result["classes"]["cat"]
+    assert f"{cat['images']} images" in told and f"{cat['images'] - cat['empty']} with a mask" in told
+    assert all(f"{k * 10}-{k * 10 + 10}%: {count}" in told for k, count in enumerate(cat["areas"]))
+    assert max(float(rectangle.get("width")) for rectangle in rectangles[1:]) == 220
+    assert "cannot write" in refused(capsys, "stats", data, "--plot", tmp_path / "nowhere" / "stats.svg")
 
 
 def test_split_follows_the_ids(data, capsys):

@@ -54,7 +54,7 @@ def test_voc(blobs, tmp_path):
     assert lists == {"train": ids[:6], "val": ids[6:], "trainval": ids}
     for index, id in enumerate(ids):
         classes, objects = (Image.open(out / f"Segmentation{kind}" / f"{id}.png") for kind in ("Class", "Object"))
-        assert classes.mode == objects.mode == "P" and classes.getpalette()[:12] == voc_palette()[:12]
+        assert classes.mode == objects.mode == "P" and tuple(classes.getpalette()[:12]) == voc_palette()[:12]
         assert np.array_equal(np.asarray(classes), blobs.class_map(index))
         assert np.array_equal(np.asarray(objects), blobs.sample(index).labels)
         assert Image.open(out / "JPEGImages" / f"{id}.jpg").size == (blobs.width, blobs.height)

@@ -134,7 +134,7 @@ def test_panoptic(blobs, tmp_path):
 
 
 def test_colours_of_classes_are_vocs_and_all_different():
-    assert [v for k in range(256) for v in class_colour(k)] == voc_palette()
+    assert tuple(v for k in range(256) for v in class_colour(k)) == voc_palette()
     assert len({colour_id(class_colour(k)) for k in range(5000)}) == 5000
 
 
