@@ -34,7 +34,7 @@ def measure(run: Run) -> tuple[float, float]:
     """Seconds a batch, and bytes an image in the run's format, both of the first batch."""
     (jobs, *_) = run.plan.batches(run.plan.jobs(0))
     list(
-        run.pipe.batches([jobs], replace(run.options, steps=1, sampler="ddim"))
+        run.pipe.batches([jobs], replace(run.options, steps=1))
     )  # opens the sessions, makes the buffers
     start = time.perf_counter()
     ((results),) = run.pipe.batches([jobs], run.options)

@@ -119,8 +119,10 @@ def check_loop(checkpoint: Checkpoint, folder: Path) -> list[Parity]:
         GroundedPipeline(bundle, backend).generate(
             [Prompt(prompt, tuple(names)) for prompt in prompts],
             noise=noise.numpy(),
+            sampler="ddim",
             steps=steps,
             guidance_scale=GUIDANCE_SCALE,
+            guidance_interval=(0.0, 1.0),
             batch=len(prompts),
         )
     )
