@@ -69,7 +69,8 @@ def bar(x: float, line: int, width: float, colour: str, told: str) -> str:
 
 def histogram(x: float, line: int, bins: list[int], colour: str) -> list[str]:
     """Upright bars side by side, the longest as high as the line."""
-    most, parts = max(max(bins), 1), []
+    most = max(max(bins), 1)
+    parts = [f'<rect x="{x}" y="{line * ROW - 2}" width="{BIN * len(bins)}" height="1" fill="{GREY}"/>']
     for k, count in enumerate(bins):
         height = (ROW - 4) * count / most
         parts.append(

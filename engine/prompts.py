@@ -20,7 +20,7 @@ from grounded_diffusion.engine.noise import MAX_SEED
 from grounded_diffusion.errors import UsageError
 
 MAX_NAME = 64  # characters of an object's name; it becomes part of file names
-MAX_OBJECTS = 255  # labels are bytes, and 0 is the background
+MAX_OBJECTS = 254  # labels are bytes; 0 is the background, 255 void
 MAX_COUNT = 1_000_000
 FORBIDDEN = '/\\:*?"<>|'  # what some file system cannot have in a name
 HOW_TO_MARK = "mark objects with brackets, as in: a photograph of a [dog] and a [cat]"

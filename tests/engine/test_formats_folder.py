@@ -14,7 +14,7 @@ from grounded_diffusion.engine.formats.common import unsure, voc_palette
 from grounded_diffusion.engine.formats.folder import slug
 from grounded_diffusion.engine.pipeline import Sample
 from grounded_diffusion.engine.record import Record
-from grounded_diffusion.engine.shards import encode_shard, finished_shards, read_shard, write_shards
+from grounded_diffusion.engine.shards import encode_shard, finish_shards, finished_shards, read_shard, write_shards
 from grounded_diffusion.engine.storage import open_storage
 from grounded_diffusion.errors import StorageError
 
@@ -86,6 +86,32 @@ def test_shards_of_any_size_give_the_same_data_set(tmp_path):
         for path in [path for path in tree if path.parts[0] == "shards"]:
             del tree[path]
     assert trees[0] == trees[1] == trees[2] and len(trees[0]) == 12 * 4 + 6
+
+
+def test_a_run_with_lost_samples_is_sound(tmp_path, capsys):
+    """Rejected and failed samples leave gaps, which verify accounts for and convert leaves out."""
+    out, format = tmp_path / "out", open_format("folder", Settings())
+    storage = open_storage(out)
+    storage.put("run.json", json.dumps({"settings": RUN}).encode())
+    lost = {1: "rejected", 4: "quarantined", 6: "rejected", 7: "rejected"}
+    for shard, first in enumerate((0, 3, 6)):
+        indices = range(first, min(first + 3, 8))
+        samples = [format.encode(Record.from_sample(make_sample(k))) for k in indices if k not in lost]
+        files, kinds = list(format.pack(shard, 3, samples)), {"rejected": [], "quarantined": []}
+        for index in indices:
+            if index in lost:
+                kinds[lost[index]].append({"index": index, "reason": "no mask of dog", "attempts": 2})
+        storage.commit(shard, files, encode_shard(shard, first, [sample.row for sample in samples], files, **kinds))
+    assert finish_shards(storage, format, range(3), RUN) == ""
+    assert main(["verify", str(out)]) == 0
+    assert "4 records, no problems" in capsys.readouterr().out
+    assert FolderDataset(out).indices.tolist() == [0, 2, 3, 5]
+    for name in ("coco", "webdataset"):
+        assert main(["convert", str(out), "--format", name, "--out", str(tmp_path / name), "--shard-size", "3"]) == 0
+        assert main(["verify", str(tmp_path / name)]) == 0
+    table = json.loads((tmp_path / "coco/annotations/instances_train.json").read_text())
+    assert [image["id"] for image in table["images"]] == [1, 3, 4, 6]
+    assert [annotation["id"] for annotation in table["annotations"]] == list(range(1, 9))
 
 
 def test_jpeg(tmp_path):

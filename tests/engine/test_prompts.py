@@ -61,7 +61,7 @@ BAD = {
     "invisible character": ("a [d\u200bog]", "invisible character"),
     "control character": ("a [dog] \x07", "control character U+0007"),
     "object twice": ("a [dog] and a [Dog]", "'Dog' is named twice"),
-    "256 objects": (" ".join(f"[o{i}]" for i in range(256)), "256 objects, at most 255"),
+    "255 objects": (" ".join(f"[o{i}]" for i in range(255)), "255 objects, at most 254"),
 }
 
 
