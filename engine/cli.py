@@ -10,6 +10,7 @@ import argparse
 import functools
 import re
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any, NoReturn
@@ -168,7 +169,9 @@ def run(args: argparse.Namespace, stop: Stop) -> int:
         monitor.begin(run.samples(run.shards), run.samples(run.shards) - run.samples(missing))
         if missing:
             announce(run, missing)
+            started = time.monotonic()
             make(missing)
+            note(f"{monitor.accepted_images / (time.monotonic() - started):.2f} images/s")
         summary = run.finish(make)
         status = "complete" if summary else "share complete"
     except Interrupted:

@@ -102,7 +102,9 @@ def chosen_sizes(
     before = before or {}
     _, height, width = pipe.latent_shape(options)
     batch = options.batch or before.get("batch") or options.batch_size(height * width)
-    return batch, args.shard_size or before.get("shard_size") or default_shard_size(samples, batch)
+    if args.shard_size is not None:
+        return batch, args.shard_size
+    return batch, before.get("shard_size") or default_shard_size(samples, batch)
 
 
 def check_output(storage: Storage, overwrite: bool) -> None:

@@ -176,7 +176,10 @@ def make_folders(folder: Path) -> None:
     """mkdir -p, each new entry synced."""
     if not folder.is_dir():
         make_folders(folder.parent)
-        folder.mkdir(exist_ok=True)
+        try:
+            folder.mkdir(exist_ok=True)
+        except FileNotFoundError:  # as /proc says it
+            raise PermissionError(errno.EACCES, "no folder can be made there", str(folder)) from None
         sync(folder.parent)
 
 

@@ -74,7 +74,7 @@ def test_200_mixed_prompts_without_torch(tiny_bundle, tmp_path):
     records = check_masks(out)
     assert len(records) == 200 and {len(record["objects"]) for record in records} == {1, 2, 3, 4}
     assert records[4]["prompt"] == "a photograph of the sea" and records[4]["seed"] == 4
-    assert "masks are read at step 1 of 1, timestep 1" in run.stderr and "images/s" in run.stderr
+    assert "masks are read at step 1 of 1, timestep " in run.stderr and "images/s" in run.stderr
     assert "200 images with" in run.stdout and "\x1b" not in run.stderr  # plain lines, not on a terminal
 
 
@@ -88,34 +88,63 @@ def test_importing_the_engine_is_quick():
     assert not any(f" {name}\n" in run.stderr for name in ("onnxruntime", "tokenizers", "PIL", "rich", "torch"))
 
 
-def test_an_interrupted_run_can_be_resumed(tiny_bundle, tmp_path):
-    prompts = tmp_path / "prompts.txt"
+@pytest.mark.parametrize("ask", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_run_goes_on(tiny_bundle, tmp_path, ask):
+    """The same command finishes what is missing, with the bytes of an undisturbed run."""
+    prompts, log = tmp_path / "prompts.txt", tmp_path / "log.jsonl"
     prompts.write_text(mixed_prompts(24))
-    options = ["--model", str(tiny_bundle), "--prompts", str(prompts), "--steps", "8", "--batch", "2"]
+    options = ["--model", str(tiny_bundle), "--prompts", str(prompts), "--steps", "8", "--batch=2", "--shard-size=4"]
+    options += ["--threads", "1"]
     command = [sys.executable, "-m", "grounded_diffusion.engine.cli", *options]
     broken, whole = tmp_path / "broken", tmp_path / "whole"
-    run = subprocess.Popen([*command, "--out", str(broken)], stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen([*command, "--out", str(broken), "--log", str(log)], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
-    while not list((broken / "images").glob("*.png")) and time.monotonic() < deadline:
+    while not list((broken / "shards").glob("0*.json")) and time.monotonic() < deadline:
         time.sleep(0.01)
-    run.send_signal(signal.SIGINT)
-    assert run.wait(60) == 130
-    assert "--resume goes on" in run.stderr.read()
-    some = check_masks(broken)
-    assert 1 <= len(some) < 24 and not list(broken.rglob("*.tmp")) and not list(broken.rglob("*.part"))
-    assert main([*options, "--out", str(broken), "--resume"]) == 0
+    run.send_signal(ask)
+    asked = time.monotonic()
+    assert run.wait(60) == 75 and time.monotonic() - asked < 10
+    assert f"interrupted by {ask.name}; " in run.stderr.read()
+    assert json.loads(log.read_text().splitlines()[-1])["status"] == "interrupted"
+    assert 1 <= len(list((broken / "shards").glob("0*.json"))) < 6 and not (broken / "metadata.jsonl").exists()
+    assert not list(broken.rglob("*.lock"))
+    assert main([*options, "--out", str(broken)]) == 0
     assert main([*options, "--out", str(whole)]) == 0
-    resumed, expected = check_masks(broken), check_masks(whole)
-    assert [record["id"] for record in resumed] == [record["id"] for record in expected]
-    assert sorted(path.relative_to(broken) for path in broken.rglob("*")) == sorted(
-        path.relative_to(whole) for path in whole.rglob("*")
+    assert len(check_masks(whole)) == 24 and tree(broken) == tree(whole)
+
+
+SLOW = """
+import sys, time
+from grounded_diffusion.engine import cli, onnxruntime_backend
+def run(self, graph, inputs):
+    print("busy", flush=True)
+    time.sleep(100)
+onnxruntime_backend.OnnxRuntimeBackend.run = run
+cli.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_model_that_takes_long_is_not_waited_for(tiny_bundle, tmp_path, signals):
+    """SIGTERM ends the command within 10 seconds, a second one at once; what is left does no harm."""
+    options = ["--model", str(tiny_bundle), *PROMPT, "--steps", "1", "--out", str(tmp_path / "out")]
+    run = subprocess.Popen(
+        [sys.executable, "-c", SLOW, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    for got, wanted in zip(resumed, expected, strict=True):
-        assert (got["prompt"], got["seed"], got["draw"]) == (wanted["prompt"], wanted["seed"], wanted["draw"])
-        images = [np.asarray(Image.open(out / got["image"])).astype(int) for out in (broken, whole)]
-        assert np.abs(images[0] - images[1]).max() <= 1
-        labels = [np.asarray(Image.open(out / got["mask"])) for out in (broken, whole)]
-        assert (labels[0] == labels[1]).mean() > 0.999
+    assert run.stdout.readline() == "busy\n"
+    asked = time.monotonic()
+    for _ in range(signals):
+        run.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+    assert run.wait(60) == 75 and (time.monotonic() - asked < 10) and (signals == 1) == (time.monotonic() - asked > 5)
+    assert "interrupted by SIGTERM; what is not finished is dropped" in run.stderr.read()
+    assert main(options) == 0 and len(check_masks(tmp_path / "out")) == 1
+    assert not list(tmp_path.rglob("*.lock")) and not list(tmp_path.rglob(".partial"))
+
+
+def tree(folder):
+    """Every file below a folder, with its content."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def fails(capsys, *options):
@@ -139,7 +168,17 @@ BAD = {
     "threshold": ((*PROMPT, "--threshold", "2"), "threshold must be"),
     "threads": ((*PROMPT, "--threads", "0"), "--threads must be"),
     "unknown option": ((*PROMPT, "--stepz", "3"), "unrecognized arguments: --stepz"),
-    "both": ((*PROMPT, "--resume", "--overwrite"), "not allowed with"),
+    "format": ((*PROMPT, "--format", "pascal"), "invalid choice: 'pascal'"),
+    "quality": ((*PROMPT, "--jpeg-quality", "0"), "--jpeg-quality must be"),
+    "filter": ((*PROMPT, "--min-area", "3"), "--min-area must be"),
+    "attempts": ((*PROMPT, "--attempts", "0"), "--attempts must be"),
+    "shard size": ((*PROMPT, "--shard-size", "0"), "--shard-size must be"),
+    "shard": ((*PROMPT, "--shard", "4/4"), "worker 4 of 4"),
+    "overwrite of a share": ((*PROMPT, "--shard", "0/4", "--overwrite"), "would remove what other workers make"),
+    "workers": ((*PROMPT, "--workers", "2"), "--workers is for --ray"),
+    "no class": ((*PROMPT, "--format", "voc", "--names", "coco", "--prompt", "a [unicorn]"), "'unicorn' is not among"),
+    "no class of that name": ((*PROMPT, "--format", "voc", "--names", "absent"), "absent"),
+    "metrics": ((*PROMPT, "--metrics-file", "absent/x.prom"), "cannot write absent/x.prom"),
 }
 
 
@@ -169,10 +208,9 @@ def test_output_folders(tiny_bundle, tmp_path, capsys):
     for options, message in (
         ((*run, tmp_path / "file"), "is a file"),
         ((*run, tmp_path / "mine", "--overwrite"), "was not written by gd-infer"),
-        ((*run, tmp_path / "out"), "--resume finishes what is missing, --overwrite starts again"),
         ((*run, "/proc/out"), "cannot write"),
-        ((*run, tmp_path / "out", "--resume", "--prompt", "a [cat]"), "prompts was"),
-        ((*run, tmp_path / "out", "--resume", "--seed", "8"), "seed was 7, now 8"),
+        ((*run, tmp_path / "out", "--prompt", "a [cat]"), "prompts was"),
+        ((*run, tmp_path / "out", "--seed", "8"), "seed was 7, now 8"),
     ):
         status, line = fails(capsys, *options)
         assert status == 2 and message in line
@@ -186,7 +224,44 @@ def test_long_prompts_warn_once(tiny_bundle, tmp_path, capsys):
     options = ("--model", tiny_bundle, "--prompt", long, "--prompt", long, "--steps", "1", "--out", tmp_path / "out")
     assert main([str(option) for option in options]) == 0
     said = capsys.readouterr().err
-    assert said.count("warning:") == 1 and "over 77 tokens" in said and "zzz" in said
+    assert said.count("over 77 tokens") == 1 and "zzz" in said and "2 prompts in all are too long" in said
+
+
+FORMATS = {"voc": "VOCdevkit/VOC2012/ImageSets/Segmentation/train.txt", "coco": "annotations/instances_train.json",
+           "webdataset": "train-000001.tar", "hf-parquet": "data/train-00001-of-00002.parquet"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_any_format_is_written_directly(tiny_bundle, tmp_path, name):
+    """And goes on where it was: two workers' shards make one data set, with the classes of all prompts."""
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
+    prompts.write_text(mixed_prompts(7))
+    options = ["--model", str(tiny_bundle), "--prompts", str(prompts), "--steps", "1", "--shard-size", "4"]
+    for worker in ("0/2", "1/2"):
+        assert not (out / FORMATS[name]).exists()
+        assert main([*options, "--format", name, "--out", str(out), "--shard", worker]) == 0
+    assert (out / FORMATS[name]).exists()
+    classes = json.loads((out / "run.json").read_text())["settings"]["classes"]
+    assert list(classes) == sorted(NAMES) and list(classes.values()) == list(range(1, 9))
+
+
+def test_a_dry_run_writes_nothing(tiny_bundle, tmp_path, capsys):
+    """Its sizes are those of the run."""
+    options = ["--model", str(tiny_bundle), *PROMPT, "--images-per-prompt", "40", "--steps", "2", "--shard-size=16"]
+    options += ["--threads", "1", "--sampler", "ddim"]
+    out = tmp_path / "out"
+    assert main([*options, "--out", str(out), "--dry-run"]) == 0 and not out.exists()
+    told = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert told["images"] == "40; 40 to make" and told["shards"] == "3 of 16 images, in batches of 16; 0 are there"
+    assert "images/s" in told["time"] and "are free" in told["disk"]
+    assert main([*options, "--out", str(out), "--shard", "1/3"]) == 0
+    capsys.readouterr()
+    assert main([*options, "--out", str(out), "--dry-run"]) == 0
+    again = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert again["images"] == "40; 24 to make" and again["shards"].endswith("1 are there")
+    assert main([*options, "--out", str(out)]) == 0
+    size = sum(file.stat().st_size for file in out.rglob("*/*") if file.is_file() and "preview" not in str(file))
+    assert abs(float(told["disk"].split(",")[1].split()[0]) * 1000 * 40 / size - 1) < 0.1
 
 
 def test_sizes():
@@ -194,7 +269,7 @@ def test_sizes():
 
 
 def test_help_and_version(capsys):
-    for option, text in (("--help", "exit status: 0 done"), ("--version", "gd-infer 0.")):
+    for option, text in (("--help", "exit status: 0 complete"), ("--version", "gd-infer 0.")):
         with pytest.raises(SystemExit) as stopped:
             main([option])
         assert stopped.value.code == 0 and text in capsys.readouterr().out
