@@ -15,6 +15,7 @@ import socket
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grounded_diffusion.engine.monitor import Monitor
@@ -168,10 +169,12 @@ class Relay(Monitor):
 
 
 class Actor:
-    """Holds the engine."""
+    """Holds the engine. Paths are those of the driver, and relative ones from the same folder where there is one."""
 
-    def __init__(self, number: int, args: argparse.Namespace, desk: Any):
+    def __init__(self, number: int, args: argparse.Namespace, folder: str, desk: Any):
         self.number, self.args, self.desk = number, args, desk
+        with contextlib.suppress(FileNotFoundError):  # Ray may have unpacked the job's files into folders of its own
+            os.chdir(folder)
         self.worker = None
 
     def work(self) -> None:
@@ -242,7 +245,7 @@ class Crew:
         if self.idle:
             number, actor = self.idle.pop()
         else:
-            number, actor = self.started, self.actor.remote(self.started, self.args, self.desk)
+            number, actor = self.started, self.actor.remote(self.started, self.args, str(Path.cwd()), self.desk)
             self.started += 1
         self.busy[actor.work.remote()] = number, actor
 

@@ -36,10 +36,11 @@ def tree(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def start(options, out):
-    """gd-infer with two workers, in a process of its own."""
-    command = [sys.executable, "-m", "grounded_diffusion.engine.cli", *options, "--out", out, "--ray", "--workers", "2"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def start(options, folder):
+    """gd-infer into `folder`/out with two workers, in a process of its own."""
+    arguments = [*options, "--out", "out", "--ray", "--workers", "2"]
+    command = [sys.executable, "-m", "grounded_diffusion.engine.cli", *arguments]
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def wait_for(process, condition):
@@ -58,7 +59,7 @@ def workers_at_work(storage):
 
 
 def test_a_killed_workers_shards_are_made_by_another(options, alone, tmp_path):
-    process = start(options, tmp_path / "out")
+    process = start(options, tmp_path)
     storage = open_storage(tmp_path / "out")
     victim = min(wait_for(process, lambda: workers_at_work(storage)))
     os.kill(victim, signal.SIGKILL)
@@ -69,7 +70,7 @@ def test_a_killed_workers_shards_are_made_by_another(options, alone, tmp_path):
 
 
 def test_a_stopped_run_goes_on_without_ray(options, alone, tmp_path):
-    process = start(options, tmp_path / "out")
+    process = start(options, tmp_path)
     storage = open_storage(tmp_path / "out")
     pids = wait_for(process, lambda: workers_at_work(storage))
     process.send_signal(signal.SIGTERM)
