@@ -3,7 +3,8 @@
 An object is there whole or not at all. There are no locks that the store drops with a dead worker; a claim is therefore
 an object that its holder renews, and that others may take once it is LEASE seconds old. It is created on the condition
 that it does not exist, which S3 and most compatible stores honour. Where a store does not, two workers may make one
-shard at the same time: time lost, nothing else, as both write the same bytes.
+shard at the same time: time lost, nothing else, as both write the same bytes
+(on machines of one kind, which round alike).
 """
 
 from __future__ import annotations
