@@ -1,5 +1,6 @@
 """A small folder data set with awkward masks, for the tests of gd-dataset."""
 
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -81,3 +82,9 @@ def blobs(tmp_path_factory):
     (blobs.path / "train.txt").write_text("\n".join(ids[:6]))
     (blobs.path / "val.txt").write_text("\n".join(ids[6:]))
     return blobs
+
+
+@pytest.fixture
+def data(blobs, tmp_path):
+    """A copy of the shared data set that a test may damage."""
+    return shutil.copytree(blobs.path, tmp_path / "data")
