@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from grounded_diffusion import __version__
+from grounded_diffusion.engine.backends import BACKENDS
 from grounded_diffusion.engine.estimate import print_estimate
 from grounded_diffusion.engine.filters import add_filter_options
 from grounded_diffusion.engine.formats import FORMATS
@@ -101,13 +102,23 @@ def build_parser() -> Parser:
         "--guidance-scale", type=float, default=default.guidance_scale, metavar="W",
         help=f"how strongly the prompt is followed; 1 turns guidance off (default: {default.guidance_scale})",
     )  # fmt: skip
+    how.add_argument(
+        "--guidance-interval", type=float, nargs=2, default=default.guidance_interval, metavar=("START", "END"),
+        help="guide only in this part of the way from noise (0) to image (1) (default: {} {})".format(
+            *default.guidance_interval
+        ),
+    )  # fmt: skip
     how.add_argument("--size", type=parse_size, metavar="PIXELS", help="512 or HEIGHTxWIDTH (default: the model's own)")
     how.add_argument(
         "--threshold", type=float, default=default.threshold, metavar="P",
         help=f"probability above which a pixel is inside a mask (default: {default.threshold})",
     )  # fmt: skip
-    how.add_argument("--batch", type=int, metavar="N", help="images to one call of the network (default: by size)")
+    how.add_argument(
+        "--batch", type=int, metavar="N", help="images to one call of the network (default: the fastest here)"
+    )
+    how.add_argument("--backend", choices=BACKENDS, default=BACKENDS[0], help=f"default: {BACKENDS[0]}, on the CPU")
     how.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
+    how.add_argument("--lanes", type=int, metavar="N", help="batches at once on the CPU (default: the fastest here)")
     how.add_argument(
         "--attempts", type=int, default=ATTEMPTS, metavar="N",
         help=f"noises to try for a sample that fails or is rejected (default: {ATTEMPTS})",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 from grounded_diffusion.engine.pipeline import Sample
@@ -16,7 +17,7 @@ from grounded_diffusion.engine.storage_local import megabytes
 
 
 def print_estimate(run: Run) -> None:
-    """Make the first batch, write nothing, and tell what all of them will take."""
+    """Make the first batches, write nothing, and tell what all of them will take."""
     plan, missing = run.plan, run.missing()
     left, made = run.samples(missing), plan.shards - len(missing)
     print(f"prompts  {plan.prompts.prompts}, {len(run.settings['classes'])} classes" if run.settings["classes"]
@@ -31,14 +32,12 @@ def print_estimate(run: Run) -> None:
 
 
 def measure(run: Run) -> tuple[float, float]:
-    """Seconds a batch, and bytes an image in the run's format, both of the first batch."""
-    (jobs, *_) = run.plan.batches(run.plan.jobs(0))
-    list(
-        run.pipe.batches([jobs], replace(run.options, steps=1))
-    )  # opens the sessions, makes the buffers
+    """Seconds a batch, and bytes an image in the run's format, of as many batches as the backend makes at once."""
+    batches = list(islice(run.plan.batches(run.plan.jobs(0)), run.pipe.backend.lanes))
+    list(run.pipe.batches(batches, replace(run.options, steps=1, sampler="ddim")))  # opens sessions, makes buffers
     start = time.perf_counter()
-    ((results),) = run.pipe.batches([jobs], run.options)
-    seconds = time.perf_counter() - start
+    results = [result for batch in run.pipe.batches(batches, run.options) for result in batch]
+    seconds = (time.perf_counter() - start) / len(batches)
     encoded = [run.format.encode(Record.from_sample(result)) for result in results if isinstance(result, Sample)]
     files = list(run.format.pack(0, run.plan.shards, encoded))
     record = encode_shard(0, 0, [sample.row for sample in encoded], files)

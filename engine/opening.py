@@ -10,7 +10,9 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from grounded_diffusion.bundle import MANIFEST, sha256
+from grounded_diffusion.bundle import MANIFEST, Bundle, open_bundle, sha256
+from grounded_diffusion.engine.backends import open_backend
+from grounded_diffusion.engine.calibrate import Placement, placement
 from grounded_diffusion.engine.distribute import parse_shard
 from grounded_diffusion.engine.filters import filters_of
 from grounded_diffusion.engine.formats import WITHOUT_CLASSES, Classes, Settings, open_format
@@ -24,6 +26,8 @@ from grounded_diffusion.engine.stop import Stop
 from grounded_diffusion.engine.storage import PARTIAL, SHARDS, Storage, open_storage
 from grounded_diffusion.errors import UsageError
 
+CALIBRATED = 256  # images from which it pays to try which batch is fastest on this machine
+MAX_LANES = 64
 LONG_SHOWN = 5  # prompts that are too long for the model and are shown
 
 
@@ -37,6 +41,8 @@ def open_run(args: argparse.Namespace, say: Callable[[str], None], stop: Stop) -
     names = [field.name for field in fields(Options) if hasattr(args, field.name)]
     options, filters = Options(**{name: getattr(args, name) for name in names}), filters_of(args)
     check_int(args.attempts, "--attempts", 1, MAX_ATTEMPTS)
+    if args.lanes is not None:
+        check_int(args.lanes, "--lanes", 1, MAX_LANES)
     if args.threads is not None:
         check_int(args.threads, "--threads", 1, 1024)
     share = parse_shard(args.shard) if args.shard else None
@@ -47,18 +53,23 @@ def open_run(args: argparse.Namespace, say: Callable[[str], None], stop: Stop) -
     storage = open_storage(args.out)
     check_output(storage, args.overwrite)
     before = None if args.overwrite else read_settings(storage)
-    pipe = GroundedPipeline.open(args.model or shipped(say), threads=args.threads)
-    batch, shard_size = chosen_sizes(args, options, pipe, prompts.samples, before)
-    options = replace(options, batch=batch)
-    plan = Plan(prompts, options.seed, batch, shard_size)
+    bundle = open_bundle(args.model or shipped(say))
+    chosen = place(args, options, bundle, prompts.samples, before or {}, say)
+    options = replace(options, batch=chosen.batch)
+    pipe = GroundedPipeline(bundle, open_backend(args.backend, bundle, threads=args.threads, lanes=chosen.lanes))
+    shard_size = (before or {}).get("shard_size") if args.shard_size is None else args.shard_size
+    if shard_size is None:
+        shard_size = default_shard_size(prompts.samples, chosen.batch)
+    plan = Plan(prompts, options.seed, chosen.batch, shard_size)
     pipe.schedule(options)  # raises for what the model's scheduler does not allow
     written = written_settings(args, pipe, prompts, before, stop)
     settings = {
-        "model": sha256(pipe.bundle.file(MANIFEST)),
+        "model": sha256(bundle.file(MANIFEST)),
+        "backend": args.backend,
         "prompts": prompts.digest,
         "samples": prompts.samples,
         **asdict(options),
-        "size": options.image_size(pipe.bundle.manifest),
+        "size": options.image_size(bundle.manifest),
         "shard_size": shard_size,
         "attempts": args.attempts,
         **asdict(filters),
@@ -95,16 +106,21 @@ def shipped(say: Callable[[str], None]) -> Path:
     return shipped_bundle(say)
 
 
-def chosen_sizes(
-    args: argparse.Namespace, options: Options, pipe: GroundedPipeline, samples: int, before: dict[str, Any] | None
-) -> tuple[int, int]:
-    """Images to a batch and samples to a shard: as asked for, as the run was begun, or by default."""
-    before = before or {}
-    _, height, width = pipe.latent_shape(options)
-    batch = options.batch or before.get("batch") or options.batch_size(height * width)
-    if args.shard_size is not None:
-        return batch, args.shard_size
-    return batch, before.get("shard_size") or default_shard_size(samples, batch)
+def place(
+    args: argparse.Namespace,
+    options: Options,
+    bundle: Bundle,
+    samples: int,
+    before: dict[str, Any],
+    say: Callable[[str], None],
+) -> Placement:
+    """Images to a batch, and batches at once: as asked for, as the run was begun, or what is fastest here."""
+    batch = options.batch or before.get("batch")
+    if args.backend == "onnxruntime" and samples >= CALIBRATED and None in (batch, args.lanes):
+        found = placement(bundle, replace(options, batch=batch), args.threads, say)
+        return replace(found, lanes=args.lanes or found.lanes)
+    height, width = (side // bundle.manifest.vae_scale_factor for side in options.image_size(bundle.manifest))
+    return Placement(batch or options.batch_size(height * width), args.lanes or 1)
 
 
 def check_output(storage: Storage, overwrite: bool) -> None:
