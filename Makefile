@@ -47,7 +47,7 @@ gpu-test: $(READY) ## check the CUDA kernels against the host's; says so where t
 	$(BIN)/python -P tests/gpu/run.py
 
 gpu-bench: $(READY) ## the same on a GPU; says so where there is none
-	$(BIN)/gd-bench speed --device cuda --out bench/results
+	$(BIN)/gd-bench speed --backend cuda --out bench/results
 
 clean: ## remove what the other targets made
 	rm -rf $(VENV) build out

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,17 @@ from grounded_diffusion.bench.report import (
     speed_report,
     write_results,
 )
-from grounded_diffusion.bench.systems import PEERS, missing_packages, open_pipeline
+from grounded_diffusion.bench.systems import PEERS, missing_packages
+from grounded_diffusion.bundle import open_bundle
 from grounded_diffusion.engine import GroundedPipeline, Options
-from grounded_diffusion.engine.calibrate import Placement, placement
+from grounded_diffusion.engine.backends import BACKENDS
+from grounded_diffusion.engine.calibrate import placement
 from grounded_diffusion.engine.onnxruntime_backend import usable_cores
 from grounded_diffusion.engine.shipped import shipped_bundle, shipped_checkpoint
 from grounded_diffusion.errors import GroundedDiffusionError, UsageError
 
 DEFAULT_STEPS, DEFAULT_SAMPLER = 20, "dpmpp-2m"
+GPU_BATCH = 16
 
 
 def say(line: str) -> None:
@@ -47,7 +51,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     common.add_argument("--out", type=Path, help="write JSON, Markdown and SVG into this folder")
 
     speed = kinds.add_parser("speed", parents=[common], help="stages, and systems end to end, taking turns")
-    speed.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    speed.add_argument("--backend", choices=BACKENDS, default=BACKENDS[0], help="of the engine; all but the first: GPU")
     speed.add_argument("--peers", default=",".join(PEERS), help=f"of {', '.join(PEERS)} (default: all); '' for none")
     speed.add_argument("--sampler", default=DEFAULT_SAMPLER)
     speed.add_argument("--steps", type=int, default=DEFAULT_STEPS)
@@ -74,18 +78,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def open_model(args: argparse.Namespace, options: Options, device: str = "cpu") -> tuple[GroundedPipeline, Placement]:
-    """The engine at its best placement on this machine, or at the one that was asked for."""
-    model = args.model or shipped_bundle(say)
-    if device != "cpu":
-        pipe = open_pipeline(model, device, args.threads)
-        return pipe, Placement(args.batch or 16, 1)
-    pipe = open_pipeline(model, device, args.threads, args.lanes or 1)
-    if args.batch and args.lanes:
-        return pipe, Placement(args.batch, args.lanes)
-    found = placement(pipe.bundle, options, args.threads, say)
-    found = Placement(args.batch or found.batch, args.lanes or found.lanes)
-    return open_pipeline(model, device, args.threads, found.lanes), found
+def open_model(args: argparse.Namespace, options: Options, backend: str = BACKENDS[0]) -> tuple[GroundedPipeline, int]:
+    """The engine at its best placement on this machine, or at the one that was asked for; and images to a call."""
+    model, chosen = args.model or shipped_bundle(say), dict(backend=backend, threads=args.threads)
+    if backend != BACKENDS[0]:
+        return GroundedPipeline.open(model, **chosen), args.batch or GPU_BATCH
+    batch, lanes = args.batch, args.lanes
+    if not (batch and lanes):
+        found = placement(open_bundle(model), options, args.threads, say)
+        batch, lanes = batch or found.batch, lanes or found.lanes
+    return GroundedPipeline.open(model, **chosen, lanes=lanes), batch
 
 
 def checkpoint_of(args: argparse.Namespace) -> Path | None:
@@ -105,30 +107,35 @@ def run_speed(args: argparse.Namespace) -> None:
     """gd-bench speed."""
     from grounded_diffusion.bench.speed import Plan, measure_speed
 
-    if args.device == "cuda" and not has_gpu():
+    device = "cpu" if args.backend == BACKENDS[0] else "cuda"
+    if device == "cuda" and not has_gpu():
         print("skipped: no NVIDIA GPU")
         return
     peers = tuple(peer for peer in args.peers.split(",") if peer)
     if unknown := [peer for peer in peers if peer not in PEERS]:
         raise UsageError(f"there is no peer {unknown[0]!r}; choose from {', '.join(PEERS)}")
-    options = Options(sampler=args.sampler, steps=args.steps, guidance_scale=args.guidance_scale, batch=args.batch)
-    pipe, found = open_model(args, options, args.device)
-    options = Options(sampler=args.sampler, steps=args.steps, guidance_scale=args.guidance_scale, batch=found.batch)
-    checkpoint, peer_batch = checkpoint_of(args), args.peer_batch or found.batch
-    if not args.peer_batch and checkpoint and not missing_packages("eager"):
+    options = Options(
+        sampler=args.sampler, steps=args.steps, guidance_scale=args.guidance_scale, guidance_interval=(0.0, 1.0),
+        batch=args.batch,
+    )  # fmt: skip
+    pipe, batch = open_model(args, options, args.backend)
+    options = replace(options, batch=batch)
+    checkpoint, peer_batch = checkpoint_of(args), args.peer_batch or batch
+    if not args.peer_batch and peers and checkpoint and not missing_packages("eager"):
         from grounded_diffusion.bench.peers import fastest_batch
 
-        tries = sorted({max(1, found.batch // 2), found.batch, 2 * found.batch})
-        peer_batch = fastest_batch(checkpoint, pipe.latent_shape(options), tries, args.device, args.threads)
-    together = math.lcm(found.batch * found.lanes, peer_batch)
+        tries = sorted({max(1, batch // 2), batch, 2 * batch})
+        peer_batch = fastest_batch(checkpoint, pipe.latent_shape(options), tries, device, args.threads)
+    together = math.lcm(batch * pipe.backend.lanes, peer_batch)
     with tempfile.TemporaryDirectory() as folder:
         plan = Plan(
             options=options, threads=args.threads, peers=peers, peer_batch=peer_batch,
             images=-(-args.images // together) * together, rounds=args.rounds, repeats=args.repeats,
-            device=args.device, checkpoint=checkpoint, folder=Path(folder), memory=not args.no_memory,
+            backend=args.backend, checkpoint=checkpoint, folder=Path(folder), memory=not args.no_memory,
         )  # fmt: skip
         result = measure_speed(pipe, plan, say)
-    emit(args, f"speed-{args.device}", result, speed_report(result), speed_chart(result))
+    stem = "speed-cpu" if device == "cpu" else f"speed-{args.backend}"
+    emit(args, stem, result, speed_report(result), speed_chart(result))
 
 
 def run_quality(args: argparse.Namespace) -> None:
@@ -144,10 +151,10 @@ def run_quality(args: argparse.Namespace) -> None:
     checkpoint = checkpoint_of(args)
     if checkpoint is None:
         raise UsageError("--model needs --ckpt, the checkpoint it was exported from")
-    pipe, found = open_model(args, Options(batch=args.batch))
+    pipe, batch = open_model(args, Options(batch=args.batch))
     results = measure_quality(
-        pipe, checkpoint, args.oracle, settings or DEFAULT, images=args.images, batch=found.batch,
-        turn=found.batch * found.lanes, objects=args.objects, report=say,
+        pipe, checkpoint, args.oracle, settings or DEFAULT, images=args.images, batch=batch,
+        turn=batch * pipe.backend.lanes, objects=args.objects, report=say,
     )  # fmt: skip
     about = environment(pipe.bundle, args.threads)
     lines = quality_table(results)

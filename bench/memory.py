@@ -7,18 +7,24 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
-from grounded_diffusion.bench.speed import Plan, own_peak
-from grounded_diffusion.bench.systems import open_pipeline
+from grounded_diffusion.bench.environment import gpu_memory_used, peak_rss
+from grounded_diffusion.bench.speed import Plan, open_named
+from grounded_diffusion.bench.systems import PEERS, make_work
+from grounded_diffusion.engine import GroundedPipeline
+from grounded_diffusion.engine.backends import BACKENDS
 
 
 def main() -> None:
-    """Run the system named in the request and print its peak."""
+    """Run the system named in the request and print its peak: resident bytes, or those taken of the GPU."""
     request = json.loads(sys.argv[1])
-    plan = Plan.load(request["plan"])
-    pipe = open_pipeline(Path(request["model"]), plan.device, plan.threads, request["lanes"])
-    print(json.dumps({"peak": own_peak(pipe, plan, request["system"])}))
+    plan, name = Plan.load(request["plan"]), request["system"]
+    taken = gpu_memory_used() or 0  # by others, this process's parent among them
+    backend = BACKENDS[0] if name in PEERS else plan.backend  # peers ask the engine for sizes only
+    pipe = GroundedPipeline.open(request["model"], backend=backend, threads=plan.threads, lanes=request["lanes"])
+    system = open_named(name, pipe, plan)
+    system.run(make_work(pipe.bundle.manifest, pipe.latent_shape(plan.options), plan.images, 0))
+    print(json.dumps({"peak": peak_rss() if plan.device == "cpu" else (gpu_memory_used() or 0) - taken}))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from torch import nn
 from grounded_diffusion.bench.systems import Output, Work
 from grounded_diffusion.bench.timing import repeat
 from grounded_diffusion.engine import Options, Prompt
-from grounded_diffusion.errors import UsageError
+from grounded_diffusion.errors import BackendError, UsageError
 from grounded_diffusion.export.reference import object_queries, reference_pipeline
 from grounded_diffusion.training.checkpoint import Checkpoint, load_checkpoint
 from grounded_diffusion.training.head import GroundingHead, upsample_logits
@@ -189,6 +189,9 @@ class OnnxPeer(Peer):
         folder: where the exported graphs are kept; those that are there are used.
         objects, size: O and (h, w) that they are exported for.
         threads: of the sessions; 0 is ONNX Runtime's own choice, all cores.
+
+    Raises:
+        BackendError: ONNX Runtime has no provider for the device.
     """
 
     name = "onnxruntime"
@@ -229,6 +232,8 @@ class OnnxPeer(Peer):
         options.log_severity_level = 3
         providers = ["CUDAExecutionProvider"] if self.device == "cuda" else ["CPUExecutionProvider"]
         session = onnxruntime.InferenceSession(path, options, providers=providers)
+        if session.get_providers()[0] != providers[0]:  # it falls back by itself
+            raise BackendError(f"this onnxruntime cannot open {providers[0]}")
         names = [value.name for value in session.get_inputs()]
 
         def run(*tensors: torch.Tensor) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from grounded_diffusion.bench.environment import cpu_bound, environment, gpu_bound, gpu_memory_used, peak_rss
+from grounded_diffusion.bench.environment import cpu_bound, environment, gpu_bound
 from grounded_diffusion.bench.stages import GROUNDED, PLAIN, Stage, measure_stages
 from grounded_diffusion.bench.systems import (
     ENGINE,
@@ -33,8 +33,9 @@ from grounded_diffusion.bench.systems import (
 )
 from grounded_diffusion.bench.timing import alternate, clock
 from grounded_diffusion.engine import GroundedPipeline, Options
+from grounded_diffusion.engine.backends import BACKENDS
 from grounded_diffusion.engine.onnxruntime_backend import usable_cores
-from grounded_diffusion.errors import ParityError
+from grounded_diffusion.errors import BackendError, ParityError
 
 WARM_UP = {"compile": 2}  # turns before the timed ones, if not 1: torch.compile traces once more in its second
 BUDGET = 240.0  # seconds of timed turns, where their number is not given
@@ -55,7 +56,7 @@ class Plan:
         images: to a turn, of every system.
         rounds: timed turns of every system; None takes what fits into BUDGET.
         repeats: timed calls of every stage.
-        device: "cpu" or "cuda".
+        backend: of the engine; peers run on the CPU with "onnxruntime", else on the GPU.
         checkpoint: directory of the torch model that the peers load; None where there is none.
         folder: an empty folder to work in.
         memory: measure peak memory, in a process of its own for each system.
@@ -68,10 +69,15 @@ class Plan:
     images: int
     rounds: int | None
     repeats: int
-    device: str
+    backend: str
     checkpoint: Path | None
     folder: Path
     memory: bool = True
+
+    @property
+    def device(self) -> str:
+        """ "cpu" or "cuda"."""
+        return "cpu" if self.backend == BACKENDS[0] else "cuda"
 
     def dump(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -180,7 +186,7 @@ def measure_speed(pipe: GroundedPipeline, plan: Plan, report: Report = lambda li
     ]
     result["setting"] = {
         **{name: getattr(plan.options, name) for name in ("sampler", "steps", "guidance_scale")},
-        **{name: getattr(plan, name) for name in ("images", "repeats", "peer_batch", "device")},
+        **{name: getattr(plan, name) for name in ("images", "repeats", "peer_batch", "backend")},
         "rounds": rounds,
         "batch": batch,
         "lanes": pipe.backend.lanes,
@@ -191,7 +197,10 @@ def measure_speed(pipe: GroundedPipeline, plan: Plan, report: Report = lambda li
 def prepare(
     pipe: GroundedPipeline, plan: Plan, work: Callable[[int], Work], omitted: dict[str, str], report: Report
 ) -> tuple[dict[str, System], dict[str, float], dict[str, float], dict[str, dict[str, float]]]:
-    """All systems, warm; seconds of the last turn; those from opening a peer to the end of its warm-up; agreement."""
+    """All systems, warm; seconds of the last turn; those from opening a peer to the end of its warm-up; agreement.
+
+    A peer that cannot be opened is said to be left out and added to `omitted`.
+    """
     systems = {name: open_named(name, pipe, plan) for name in (ENGINE, FOLDER)}
     for system in systems.values():
         system.run(work(0))
@@ -201,7 +210,12 @@ def prepare(
     for name in (peer for peer in plan.peers if peer not in omitted):
         report(f"preparing {name}")
         start = time.perf_counter()
-        systems[name] = open_named(name, pipe, plan)
+        try:
+            systems[name] = open_named(name, pipe, plan)
+        except BackendError as error:
+            omitted[name] = str(error)
+            report(f"LEFT OUT: {name} ({error})")
+            continue
         for _ in range(WARM_UP.get(name, 1)):
             last = time.perf_counter()
             output = systems[name].run(work(0))
@@ -212,13 +226,13 @@ def prepare(
 
 def share_of_unet(pipe: GroundedPipeline, plan: Plan, stages: Sequence[Stage], work: Any) -> float:
     """Share of the engine's time in the UNet: clocked where the loop is the host's, else from the stages' times."""
-    if share := unet_share(pipe, plan.options, work):
-        return share
+    if plan.device == "cpu":
+        return unet_share(pipe, plan.options, work)
     times = {stage.name: stage.timing.median for stage in stages}
     calls = len(pipe.schedule(plan.options).rows)
     batches = math.ceil(plan.images / next(stage.images for stage in stages))
     busy = batches * ((calls - 1) * times[PLAIN] + times[GROUNDED])
-    return busy / clock(lambda: Engine(pipe, plan.options).run(work))
+    return min(1.0, busy / clock(lambda: Engine(pipe, plan.options).run(work)))
 
 
 def peak_memory(pipe: GroundedPipeline, plan: Plan, names: Sequence[str], report: Report) -> dict[str, int | None]:
@@ -234,10 +248,3 @@ def peak_memory(pipe: GroundedPipeline, plan: Plan, names: Sequence[str], report
             reason = (done.stderr.strip() or "it was killed").splitlines()[-1]
             report(f"the memory of {name} was not measured: {reason}")
     return peaks
-
-
-def own_peak(pipe: GroundedPipeline, plan: Plan, name: str) -> int | None:
-    """Peak bytes of this process after one turn of one system; on a GPU, bytes in use there."""
-    system = open_named(name, pipe, plan)
-    system.run(make_work(pipe.bundle.manifest, pipe.latent_shape(plan.options), plan.images, 0))
-    return gpu_memory_used() if plan.device == "cuda" else peak_rss()

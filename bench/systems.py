@@ -23,7 +23,7 @@ from grounded_diffusion.engine.noise import batch_normal
 from grounded_diffusion.engine.record import Record
 from grounded_diffusion.engine.shards import encode_shard
 from grounded_diffusion.engine.storage import open_storage
-from grounded_diffusion.errors import BackendError, UsageError
+from grounded_diffusion.errors import UsageError
 
 ENGINE, FOLDER = "engine", "engine, folder writer"
 PEERS = ("eager", "compile", "onnxruntime")
@@ -72,13 +72,6 @@ def make_work(manifest: Manifest, shape: tuple[int, ...], count: int, number: in
     pairs = [[names[i] for i in rng.choice(len(names), OBJECTS, replace=False)] for _ in range(count)]
     prompts = tuple(Prompt("a photograph of a " + " and a ".join(pair), tuple(pair)) for pair in pairs)
     return Work(prompts, batch_normal([(SEED + number, i) for i in range(count)], shape))
-
-
-def open_pipeline(model: Path | None, device: str, threads: int, lanes: int = 1) -> GroundedPipeline:
-    """The engine on a device. Raises BackendError where there is no backend for it."""
-    if device == "cpu":
-        return GroundedPipeline.open(model, threads=threads, lanes=lanes)
-    raise BackendError(f"the engine has no backend for {device}")
 
 
 class Engine:
@@ -136,7 +129,7 @@ class TimedBackend:
 
 
 def unet_share(pipe: GroundedPipeline, options: Options, work: Work) -> float:
-    """Share of a round's time that the engine spends inside the UNet's graphs, averaged over the backend's lanes."""
+    """Share of a round's time that the host's loop spends in the UNet's graphs, averaged over the backend's lanes."""
     timed = TimedBackend(pipe.backend)
     twin = GroundedPipeline(pipe.bundle, timed)
     start = time.perf_counter()

@@ -76,23 +76,27 @@ def save(path, nodes, inputs, outputs=("y",), initializers=(), domains=("", "com
     return path
 
 
+# kind and inputs, attributes, shapes, expected count
 MHA = dict(domain="com.microsoft", num_heads=4)
+QUERY, KEYS = ["B", 10, 32], ["B", 7, 32]
 CASES = {
-    "conv": (["Conv", "x w"], dict(group=2, pads=[1, 1, 1, 1]), dict(x=["B", 4, 6, 6], w=[8, 2, 3, 3]), 3 * 8 * 36 * 36),
-    "transposed": (["ConvTranspose", "x w"], dict(strides=[2, 2]), dict(x=["B", 4, 6, 6], w=[4, 8, 2, 2]), 3 * 4 * 36 * 64),
-    "gemm": (["Gemm", "x w"], dict(transA=1, transB=1), dict(x=[5, "B"], w=[7, 5]), 2 * 3 * 7 * 5),
-    "matmul": (["MatMul", "x w"], {}, dict(x=["B", 2, 5, 6], w=[6, 7]), 2 * 3 * 2 * 5 * 6 * 7),
-    "einsum": (["Einsum", "x w"], dict(equation="bod,bdhw->bohw"), dict(x=["B", 2, 8], w=["B", 8, 4, 4]), 2 * 3 * 2 * 8 * 16),
-    "attention": (["MultiHeadAttention", "q k v"], MHA, dict(q=["B", 10, 32], k=["B", 7, 32], v=["B", 7, 32]), 4 * 3 * 10 * 7 * 32),
-    "packed": (["MultiHeadAttention", "qkv"], MHA, dict(qkv=["B", 10, 4, 3, 8]), 4 * 3 * 10 * 10 * 32),
-    "packed kv": (["MultiHeadAttention", "q kv"], MHA, dict(q=["B", 10, 32], kv=["B", 7, 4, 2, 8]), 4 * 3 * 10 * 7 * 32),
-}  # fmt: skip
+    "conv": ("Conv x w", dict(group=2, pads=[1, 1, 1, 1]), [["B", 4, 6, 6], [8, 2, 3, 3]], 3 * 8 * 36 * 36),
+    "transposed": ("ConvTranspose x w", dict(strides=[2, 2]), [["B", 4, 6, 6], [4, 8, 2, 2]], 3 * 4 * 36 * 64),
+    "gemm": ("Gemm x w", dict(transA=1, transB=1), [[5, "B"], [7, 5]], 2 * 3 * 7 * 5),
+    "matmul": ("MatMul x w", {}, [["B", 2, 5, 6], [6, 7]], 2 * 3 * 2 * 5 * 6 * 7),
+    "einsum": ("Einsum x w", dict(equation="bod,bdhw->bohw"), [["B", 2, 8], ["B", 8, 4, 4]], 2 * 3 * 2 * 8 * 16),
+    "attention": ("MultiHeadAttention q k v", MHA, [QUERY, KEYS, KEYS], 4 * 3 * 10 * 7 * 32),
+    "packed": ("MultiHeadAttention qkv", MHA, [["B", 10, 4, 3, 8]], 4 * 3 * 10 * 10 * 32),
+    "packed kv": ("MultiHeadAttention q kv", MHA, [QUERY, ["B", 7, 4, 2, 8]], 4 * 3 * 10 * 7 * 32),
+}
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_kinds_of_nodes(tmp_path, case):
-    (kind, names), attributes, inputs, expected = CASES[case]
-    path = save(tmp_path / "graph.onnx", [helper.make_node(kind, names.split(), ["y"], **attributes)], inputs)
+    told, attributes, shapes, expected = CASES[case]
+    kind, *names = told.split()
+    node = helper.make_node(kind, names, ["y"], **attributes)
+    path = save(tmp_path / "graph.onnx", [node], dict(zip(names, shapes, strict=True)))
     assert count_flops(path, {"B": 3}) == {kind: expected}
 
 

@@ -1,0 +1,173 @@
+"""gd-bench on a tiny model: fields, order of turns, tables, what is left out, and what a wrong peer costs."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+
+from grounded_diffusion.bench import cli, speed, systems, timing
+from grounded_diffusion.bench.report import bar_chart
+from grounded_diffusion.bench.timing import Timing, alternate
+from grounded_diffusion.engine import GroundedPipeline, Options
+from grounded_diffusion.errors import ParityError
+
+TINY = ["--threads", "1", "--batch", "2", "--lanes", "1"]
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    monkeypatch.setattr(timing, "PAUSE", 0.0)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_bundle, tiny_checkpoint):
+    return ["--model", str(tiny_bundle), "--ckpt", str(tiny_checkpoint), *TINY]
+
+
+def bench(*options) -> int:
+    return cli.main([str(option) for option in options])
+
+
+def test_systems_take_turns():
+    ran = []
+    runs = {name: lambda number, name=name: ran.append((name, number)) for name in "ABC"}
+    timings, order = alternate(runs, 3)
+    assert order == [*"ABCABCABC"] and ran == [(name, i // 3) for i, name in enumerate(order)]
+    assert all(len(timing.seconds) == 3 and min(timing.seconds) >= 0 for timing in timings.values())
+
+
+def test_median_and_quartiles():
+    timing = Timing((4.0, 1.0, 2.0, 3.0, 5.0))
+    assert (timing.median, timing.quartiles, timing.spread) == (3.0, (2.0, 4.0), 2 / 3)
+    assert Timing((2.0,)).quartiles == (2.0, 2.0)
+
+
+def test_speed(model, tmp_path, capsys):
+    options = ["--peers", "eager,onnxruntime", "--steps", 2, "--images", 2, "--rounds", 2, "--repeats", 2]
+    options += ["--peer-batch", 2, "--no-memory", "--out", tmp_path]
+    assert bench("speed", *model, *options) == 0
+    said = capsys.readouterr().out
+    result = json.loads((tmp_path / "speed-cpu.json").read_text())
+    names = ["engine", "engine, folder writer", "eager", "onnxruntime"]
+    assert result["order"] == names * 2 and [row["name"] for row in result["systems"]] == names
+    assert not result["omitted"] and result["prepare_s"].keys() == {"eager", "onnxruntime"}
+    for row in result["systems"]:
+        assert row["images_per_s"] == pytest.approx(2 / row["median_s"]) and len(row["seconds"]) == 2
+        assert row["q1_s"] <= row["median_s"] <= row["q3_s"]
+    assert all(found["psnr"] > 45 and found["mask_iou"] > 0.99 for found in result["agreement"].values())
+    assert 0.05 < result["unet_share"] < 1
+    stages = {row["name"]: row for row in result["stages"]}
+    assert len(stages) == 10 and stages["UNet, grounded"]["flops"] > stages["UNet, plain"]["flops"] > 0
+    head = stages["UNet, grounded"]["flops"] - stages["UNet, plain"]["flops"]
+    assert stages["head (grounded - plain)"]["flops"] == head
+    assert stages["head in torch, folded"]["flops"] == pytest.approx(head, rel=0.01)
+    about = result["environment"]
+    assert about["cpu"] and about["cores"] >= 1 and about["versions"]["onnxruntime"] and len(about["bundle"]) == 64
+    assert all(f"| {name} |" in said for name in [*names, *stages]) and (tmp_path / "speed-cpu.md").read_text() == said
+    texts = [element.text for element in ElementTree.parse(tmp_path / "speed-cpu.svg").iter() if element.text]
+    assert set(names) <= set(texts)
+
+
+def test_peak_memory_is_that_of_a_process_with_one_system(tiny_bundle, tiny_checkpoint, tmp_path):
+    pipe = GroundedPipeline.open(tiny_bundle, threads=1)
+    plan = speed.Plan(
+        options=Options(steps=1, batch=1), threads=1, peers=("eager",), peer_batch=1, images=1, rounds=1, repeats=1,
+        backend="onnxruntime", checkpoint=tiny_checkpoint, folder=tmp_path,
+    )  # fmt: skip
+    assert speed.Plan.load(json.loads(json.dumps(plan.dump()))) == plan
+    said = []
+    peaks = speed.peak_memory(pipe, plan, ["engine", "eager", "nothing"], said.append)
+    assert 30e6 < peaks["engine"] < peaks["eager"] < 8e9  # no torch in the first
+    assert peaks["nothing"] is None and "the memory of nothing was not measured" in said[-1]
+
+
+def test_what_is_not_installed_is_left_out_aloud(model, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(systems, "NEEDED", ("torch", "no_such_package"))
+    options = ["--peers", "eager", "--steps", 2, "--images", 2, "--rounds", 1, "--repeats", 1, "--no-memory"]
+    assert bench("speed", *model, *options, "--out", tmp_path) == 0
+    said = capsys.readouterr()
+    assert "LEFT OUT: eager (not installed: no_such_package)" in said.err
+    assert "eager: left out, not installed: no_such_package." in said.out
+    result = json.loads((tmp_path / "speed-cpu.json").read_text())
+    assert result["omitted"] == {"eager": "not installed: no_such_package"} and len(result["systems"]) == 2
+
+
+def test_without_a_gpu_the_gpu_bench_is_skipped(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "has_gpu", lambda: False)
+    assert bench("speed", "--backend", "cuda") == 0
+    assert capsys.readouterr().out == "skipped: no NVIDIA GPU\n"
+
+
+def test_a_peer_that_makes_other_images_stops_the_bench():
+    image, mask = np.zeros((1, 4, 4, 3), np.uint8), np.zeros((1, 1, 4, 4), bool)
+    same = speed.agreement("peer", systems.Output(image, mask), systems.Output(image, mask))
+    assert same == {"psnr": 99.0, "mask_iou": 1.0}
+    with pytest.raises(ParityError, match="peer makes other images than the engine"):
+        speed.agreement("peer", systems.Output(image + 40, mask), systems.Output(image, mask))
+
+
+def test_quality(model, tmp_path, capsys):
+    import torch
+
+    from grounded_diffusion.training.oracle import Segmenter
+
+    torch.manual_seed(0)
+    oracle = Segmenter(["dog", "cat", "unicorn"])
+    torch.save(dict(names=oracle.names, weights=oracle.state_dict()), tmp_path / "oracle.pt")
+    (tmp_path / "settings.json").write_text('[{"name": "short", "sampler": "dpmpp-2m", "steps": 2, "capture": 501}]')
+    options = ["--setting", "system=eager sampler=ddim steps=3", "--setting", "sampler=ddim steps=3 name=same"]
+    options += ["--setting", "steps=3 guidance_interval=[0,0.5]", "--settings", tmp_path / "settings.json"]
+    given = ["--oracle", tmp_path / "oracle.pt", "--images", 5, "--out", tmp_path]
+    assert bench("quality", *model, *given, *options) == 0
+    said = capsys.readouterr().out
+    rows = json.loads((tmp_path / "quality.json").read_text())["settings"]
+    assert [row["name"] for row in rows] == ["sampler=ddim steps=3", "same", "steps=3 guidance_interval=0-0.5", "short"]
+    assert all(row["images"] == 5 and 0 <= row["found"] <= 1 and row["images_per_s"] > 0 for row in rows)
+    eager, same, interval, short = rows
+    assert eager["mask_iou_to_first"] == 1 and same["mask_iou_to_first"] > 0.99 and same["psnr_to_first"] > 45
+    assert same["found"] == eager["found"] and short["mask_iou_to_first"] < 0.99 and interval["psnr_to_first"] < 45
+    assert interval["options"]["guidance_interval"] == [0.0, 0.5] and short["capture"] == 501
+    assert "| sampler=ddim steps=3 (eager) |" in said and "5 images each." in said
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("sampler", "'sampler' is not of the form key=value"),
+        ("speed=9", "unknown key speed in a setting; known: capture, name, system, steps"),
+        ("system=other", "there is no peer 'other'"),
+        ("system=eager guidance_interval=[0,0.5]", "guidance at every step"),
+        ("steps=0", "steps must be"),
+    ],
+)
+def test_settings_that_cannot_be_run(model, tmp_path, capsys, setting, message):
+    import torch
+
+    from grounded_diffusion.training.oracle import Segmenter
+
+    oracle = Segmenter(["dog"])
+    torch.save(dict(names=oracle.names, weights=oracle.state_dict()), tmp_path / "oracle.pt")
+    assert bench("quality", *model, "--oracle", tmp_path / "oracle.pt", "--setting", setting) == 2
+    said = capsys.readouterr().err
+    assert message in said and len(said.strip().splitlines()) == 1
+
+
+def test_grounding(tmp_path, capsys):
+    assert bench("grounding", "--size", "tiny", "--rounds", 1, "--threads", 1, "--out", tmp_path) == 0
+    result = json.loads((tmp_path / "grounding-tiny.json").read_text())
+    calls = result["calls"]
+    assert calls["UNet, grounded"]["flops"] == calls["UNet, plain"]["flops"] + calls["head, folded"]["flops"]
+    for steps, part in result["share_of_generation"].items():
+        head, unet = calls["head, folded"]["flops"], calls["UNet, plain"]["flops"]
+        assert part["flops"] == pytest.approx(head / (int(steps) * unet + head)) and 0 < part["head_time"] < 1
+    assert "| grounding's share of a guided generation | 20 steps | 50 steps |" in capsys.readouterr().out
+    assert bench("grounding", "--size", "sd99") == 2
+
+
+def test_bars_are_as_long_as_their_values():
+    chart = ElementTree.fromstring(bar_chart([("a & b", 2.0, "2"), ("c", 1.0, "1")], "<title>", ("c",)))
+    widths = [float(bar.get("width")) for bar in chart.iter("{http://www.w3.org/2000/svg}rect")][1:]
+    assert widths[0] == 2 * widths[1] > 0
