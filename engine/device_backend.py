@@ -45,6 +45,10 @@ class Networks(Protocol):
         """See `Backend.run`; returns when it is done."""
         ...
 
+    def close(self) -> None:
+        """Free what `run` has opened."""
+        ...
+
 
 class Pending:
     """A batch that is being made."""
@@ -96,6 +100,7 @@ class DeviceBackend:
         for loop in self._loops.values():
             self._call(loop.close)
         self._loops.clear()
+        self._call(self.networks.close)
         self._thread.shutdown()
 
     def _enqueue(self, request: Request) -> list[Handle]:
@@ -119,10 +124,10 @@ class DeviceBackend:
         objects = request.conditioning.query_valid.shape[1]
         limit = self._limits.get(size, MAX_BATCH)
         buckets = self.networks.buckets(batch, objects, size)
-        if buckets is None:  # any: the largest batch yet, its half, and so on
+        if buckets is None:  # any: the largest batch yet, a quarter of it, and so on
             largest = self._largest[size] = min(limit, max(batch, self._largest.get(size, 0)))
             padded = -(-objects // OBJECTS) * OBJECTS
-            buckets = [(largest >> k, padded) for k in range(largest.bit_length())]
+            buckets = [(largest >> k, padded) for k in range(0, largest.bit_length(), 2)]
         fitting = [bucket for bucket in buckets if bucket[0] <= limit]
         if not fitting:
             raise BackendError(f"no engine is small enough for {self.device.name}; build one with --batch {limit}")

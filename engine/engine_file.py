@@ -13,12 +13,13 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from grounded_diffusion.bundle import UNET, UNET_GROUNDED, Bundle, sha256
+from grounded_diffusion.bundle import UNET, UNET_GROUNDED, Bundle, read_manifest, sha256
 from grounded_diffusion.errors import BackendError
 
 BACKENDS = ("tensorrt", "tensorrt_rtx")
 PLAN, SIDECAR = "engine.plan", "engine.json"
 SCHEMA = 1
+OBJECTS = 8  # queries of an image in a static profile, unless asked otherwise
 _KEY_LENGTH = 24
 
 
@@ -123,7 +124,9 @@ def differences(found: EngineSpec, wanted: EngineSpec) -> list[str]:
             changed = sorted(name for name in have.keys() | want.keys() if have.get(name) != want.get(name))
             phrases.append(f"built from another {' and '.join(changed)}")
         elif field.name == "shapes":
-            phrases.append(f"built for {shapes_text(have)}, not {shapes_text(want)}")
+            names = [name for name in want if have.get(name) != want[name]]
+            have = {name: have[name] for name in names if name in have}
+            phrases.append(f"built for {shapes_text(have)}, not {shapes_text({name: want[name] for name in names})}")
         else:
             phrases.append(f"{field.name} is {have}, not {want}")
     return phrases
@@ -160,4 +163,10 @@ def rebuild(directory: Path, wanted: EngineSpec | None = None) -> str:
         guided = wanted.graph in (UNET, UNET_GROUNDED) and rows % 2 == 0  # 2B rows
         command += f" --sm {wanted.device[3:]}" if wanted.device.startswith("sm_") else ""
         command += f" --batch {rows // 2 if guided else rows}"
+        if wanted.shapes.get("query_valid", [0, OBJECTS])[1] != OBJECTS:
+            command += f" --objects {wanted.shapes['query_valid'][1]}"
+        manifest = read_manifest(bundle)
+        cells = [side // manifest.vae_scale_factor for side in manifest.image_size]
+        if (latents := wanted.shapes.get("latents", cells)[-2:]) != cells:
+            command += " --size " + "x".join(str(side * manifest.vae_scale_factor) for side in latents)
     return f"build it with {command}"

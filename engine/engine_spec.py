@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 
 from grounded_diffusion.bundle import GRAPH_IO, UNET, Bundle
-from grounded_diffusion.engine.engine_file import BACKENDS, EngineSpec, bundle_files
+from grounded_diffusion.engine.engine_file import BACKENDS, OBJECTS, EngineSpec, bundle_files
 from grounded_diffusion.errors import BackendError, UsageError
 
 PACKAGES = {"tensorrt": "grounded-diffusion[tensorrt]", "tensorrt_rtx": "grounded-diffusion[rtx]"}
@@ -16,7 +16,6 @@ FLAGS: dict[str, Any] = {
     "tf32": False,  # it would round FP32 graphs to 10 bits of mantissa: far from the 1e-5 that exported graphs hold
     "user_allocation": True,  # an engine that allocates by itself cannot be captured into a CUDA graph
 }
-OBJECTS = 8  # queries of an image in a static profile
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from grounded_diffusion.bundle import GRAPH_IO, UNET_GROUNDED, Bundle
 from grounded_diffusion.engine.backend import Arrays
 from grounded_diffusion.engine.device import ALIGNMENT, DeviceMemoryError, Tensor
 from grounded_diffusion.engine.device_memory import Sizes, Streams
-from grounded_diffusion.engine.engine_file import EngineSpec, found_engines, load_plan
+from grounded_diffusion.engine.engine_file import OBJECTS, EngineSpec, found_engines, load_plan
 from grounded_diffusion.engine.engine_spec import Bucket, load_module, profile_shapes, quiet_logger, spec_of
 from grounded_diffusion.engine.shipped import cache_folder
 from grounded_diffusion.errors import BackendError
@@ -38,6 +38,7 @@ class TensorRTNetworks:
         self.target = f"sm_{device.arch}" if rtx else f"{device.name} (sm_{device.arch})"
         self.log = quiet_logger(self.trt)
         self.runtime = self.trt.Runtime(self.log)
+        self._found = found_engines(bundle.path, backend)
         self._engines: dict[str, Any] = {}
         self._single: dict[str, tuple[dict[str, Tensor], Callable[[], None], Contexts]] = {}
 
@@ -47,12 +48,11 @@ class TensorRTNetworks:
 
     def shapes(self, graph: str) -> list[dict[str, list[int]]]:
         """Input shapes of the engines of a graph that may be loaded here."""
-        found = found_engines(self.bundle.path, self.backend)
-        return [spec.shapes for spec in found if spec.graph == graph and spec == self.spec(graph, spec.shapes)]
+        return [spec.shapes for spec in self._found if spec.graph == graph and spec == self.spec(graph, spec.shapes)]
 
     def buckets(self, batch: int, objects: int, size: tuple[int, int]) -> list[tuple[int, int]]:
         """See `Networks.buckets`."""
-        wanted = profile_shapes(self.bundle, UNET_GROUNDED, Bucket(batch, objects, size))
+        wanted = profile_shapes(self.bundle, UNET_GROUNDED, Bucket(batch, max(objects, OBJECTS), size))
         found = [shapes for shapes in self.shapes(UNET_GROUNDED) if shapes["latents"][1:] == wanted["latents"][1:]]
         buckets = [tuple(shapes["query_valid"]) for shapes in found if shapes["query_valid"][1] >= objects]
         if not buckets:
@@ -123,6 +123,15 @@ class TensorRTNetworks:
         device.record(done, stream)
         device.sync(done)
         return outputs
+
+    def close(self) -> None:
+        """See `Networks.close`."""
+        for tensors, _, contexts in self._single.values():
+            contexts.close()
+            for tensor in tensors.values():
+                self.device.free(tensor.pointer)
+        self._single.clear()
+        self._engines.clear()
 
 
 class Contexts:

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from grounded_diffusion.bundle import GRAPHS, open_bundle
-from grounded_diffusion.engine.engine_spec import OBJECTS, Bucket, load_module, target
+from grounded_diffusion.engine.engine_file import OBJECTS
+from grounded_diffusion.engine.engine_spec import Bucket, load_module, target
 
 
 def whole_numbers(text: str) -> list[int]:
@@ -46,7 +47,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--size", type=image_size, help="image size as HxW (default: the bundle's)")
     group.add_argument(
-        "--conditional", action="store_true", help="also the UNet without guidance, for gd-infer --guidance-interval"
+        "--guided-only", action="store_true", help="leave out the UNet without guidance, for the steps that have none"
     )
     group.add_argument("--graph", choices=GRAPHS, action="append", help="build only this graph; may be repeated")
 
@@ -59,9 +60,9 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
         BackendError: a backend that is not installed, or a device it does not build for.
     """
     if not options.engine:
-        given = [name for name in ("sm", "size", "graph", "conditional") if getattr(options, name)]
+        given = [name for name in ("sm", "size", "graph", "guided_only") if getattr(options, name)]
         if given:
-            parser.error(f"--{given[0]} needs --engine tensorrt or --engine tensorrt-rtx")
+            parser.error(f"--{given[0].replace('_', '-')} needs --engine tensorrt or --engine tensorrt-rtx")
         return
     if options.engine == "tensorrt-rtx" and not options.sm:
         parser.error("--engine tensorrt-rtx needs --sm, such as --sm 86,89,120")
@@ -77,7 +78,7 @@ def build(bundle: Path, options: argparse.Namespace, report: Callable[[str], Non
     buckets = [
         Bucket(batch, options.objects, options.size, guided)
         for batch in options.batch
-        for guided in ([True, False] if options.conditional else [True])
+        for guided in ([True] if options.guided_only else [True, False])
     ]
     columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     console = Console()

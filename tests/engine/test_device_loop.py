@@ -199,6 +199,9 @@ class HostNetworks:
     def open(self, sizes, streams):
         return HostGraphs(self, sizes)
 
+    def close(self):
+        pass
+
 
 class HostGraphs:
     capturable = True
@@ -255,7 +258,8 @@ def request(pipe, count=3, draw=0, **changes):
     """A request of `count` images, made as the pipeline makes one."""
     from grounded_diffusion.engine.prompts import as_prompts
 
-    options = Options(**({"steps": 5, "guidance_scale": 4.0} | changes))
+    given = {"sampler": "ddim", "steps": 5, "guidance_scale": 4.0, "guidance_interval": (0.0, 1.0)}
+    options = Options(**(given | changes))
     schedule, shape = pipe.schedule(options), pipe.latent_shape(options)
     keys = [(7, draw + i) for i in range(count)]
     return Request(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
 from grounded_diffusion.bundle import GRAPHS, TEXT_ENCODER, UNET, UNET_GROUNDED, open_bundle
 from grounded_diffusion.engine.engine_file import PLAN, SIDECAR, load_plan, read_sidecar
 from grounded_diffusion.engine.engine_spec import Bucket, engine_spec, load_module, profile_shapes
+from grounded_diffusion.engine.tensorrt_backend import TensorRTNetworks
 from grounded_diffusion.errors import BackendError, UsageError
 from grounded_diffusion.export import cli, engines
 from grounded_diffusion.export.engines import build_engines
@@ -189,12 +192,34 @@ def test_command_line(text_engine, capsys):
     assert capsys.readouterr().err.startswith("gd-export: tensorrt_rtx") and len(list(path.glob("engines/*/*"))) == 2
 
 
-def test_the_conditional_unet_has_half_the_rows(text_engine, capsys):
+def test_the_unet_without_guidance_has_half_the_rows(text_engine, capsys):
     path, _, _ = text_engine
-    command = ["--bundle", str(path), "--engine", "tensorrt-rtx", "--sm", "86", "--conditional", "--graph", UNET]
+    command = ["--bundle", str(path), "--engine", "tensorrt-rtx", "--sm", "86", "--graph", UNET]
+    assert cli.main([*command, "--guided-only"]) == 0
     assert cli.main(command) == 0
     built = [line for line in capsys.readouterr().out.splitlines() if "building" in line]
-    assert ["latents 2x4" in built[0], "latents 1x4" in built[1]] == [True, True]
+    assert len(built) == 2 and "latents 2x4" in built[0] and "latents 1x4" in built[1]
+
+
+def test_the_runtime_takes_only_engines_of_its_gpu_version_and_sizes(built, tmp_path):
+    path, specs, _ = built
+    open_for = lambda arch, at=path: TensorRTNetworks(open_bundle(at), RTX, SimpleNamespace(name="GPU", arch=arch))
+    assert open_for(86).buckets(2, 3, (64, 64)) == [(2, 3)] == open_for(86).buckets(7, 2, (64, 64))
+    with pytest.raises(BackendError, match=r"device is sm_86, not sm_89.*gd-export --bundle .* --sm 89 --batch 2$"):
+        open_for(89).buckets(2, 3, (64, 64))
+    with pytest.raises(BackendError, match=r"built for latents 4x4x16x16.*--batch 4 --objects 9$"):
+        open_for(86).buckets(4, 9, (64, 64))
+    with pytest.raises(BackendError, match=r"has no engine of .*--batch 2 --size 96x64$"):
+        open_for(86).buckets(2, 3, (96, 64))
+    spec = next(s for s in specs if s.graph == TEXT_ENCODER)
+    shutil.copytree(path, tmp_path / "bundle", ignore=shutil.ignore_patterns("engines"))
+    directory = shutil.copytree(spec.directory(path), spec.directory(tmp_path / "bundle"))
+    plan = (directory / PLAN).read_bytes()[:5000]  # no engine, though its hash is in order
+    (directory / PLAN).write_bytes(plan)
+    record = json.loads((directory / SIDECAR).read_text())
+    (directory / SIDECAR).write_text(json.dumps(record | {"plan_sha256": hashlib.sha256(plan).hexdigest()}))
+    with pytest.raises(BackendError, match=r"^tensorrt-rtx cannot load text_encoder.onnx for tensorrt_rtx .*: \S"):
+        open_for(86, tmp_path / "bundle").engine(spec)
 
 
 @pytest.mark.parametrize(
