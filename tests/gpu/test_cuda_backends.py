@@ -1,0 +1,159 @@
+"""Backends on a GPU equal the pipeline on the CPU. Needs an NVIDIA GPU; tests/gpu/run.py checks."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import warnings
+
+import numpy as np
+import pytest
+
+from grounded_diffusion.bundle import GRAPHS, open_bundle
+from grounded_diffusion.engine import GroundedPipeline
+from grounded_diffusion.engine.backends import open_backend
+from grounded_diffusion.engine.cuda_device import CudaDevice
+from grounded_diffusion.engine.device import DeviceMemoryError
+from grounded_diffusion.engine.engine_spec import Bucket, load_module
+from grounded_diffusion.errors import NumericsError
+from grounded_diffusion.export.engines import build_engines
+
+PROMPTS = ["a [dog] and a [cat]", "a [unicorn]", "a [rocket] over the [sea] and a [dog]", "a [dragon]", "a [dog]"]
+OPTIONS = {"steps": 6, "batch": 2, "guidance_scale": 4.0}  # two full batches and a padded one
+PSNR, IOU = 50.0, 0.999
+
+
+def installed(package: str) -> bool:
+    """Whether a package is there, and, of ONNX Runtime, its CUDA provider."""
+    if package == "onnxruntime":
+        import onnxruntime
+
+        return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    return importlib.util.find_spec(package) is not None
+
+
+def listed_by_rtx() -> bool:
+    """Whether TensorRT-RTX builds for the GPU at hand; it does not for sm_90."""
+    return (
+        installed("tensorrt_rtx")
+        and f"SM{CudaDevice().arch}" in load_module("tensorrt_rtx").ComputeCapability.__members__
+    )
+
+
+BACKENDS = [
+    *(["cuda"] if installed("onnxruntime") else []),
+    *(["tensorrt"] if installed("tensorrt") else []),
+    *(["tensorrt-rtx"] if listed_by_rtx() else []),
+]
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundle, tmp_path_factory):
+    """The tiny bundle with engines of every backend that is installed, for batches of 1 and 2."""
+    path = tmp_path_factory.mktemp("gpu") / "bundle"
+    shutil.copytree(tiny_bundle, path)
+    for name in set(BACKENDS) - {"cuda"}:
+        sm = CudaDevice().arch if name == "tensorrt-rtx" else None
+        buckets = [Bucket(batch, guided=guided) for batch in (1, 2) for guided in (True, False)]
+        build_engines(open_bundle(path), name.replace("-", "_"), sms=[sm], buckets=buckets)
+    return open_bundle(path)
+
+
+@pytest.fixture(scope="module")
+def expected(bundle):
+    return list(GroundedPipeline(bundle, open_backend("onnxruntime", bundle)).generate(PROMPTS, **OPTIONS))
+
+
+def assert_alike(made, expected, psnr=PSNR, iou=IOU):
+    for one, other in zip(made, expected, strict=True):
+        error = np.mean((one.image.astype(np.float64) - other.image) ** 2)
+        assert error == 0 or 10 * np.log10(255**2 / error) >= psnr
+        for name, mask in other.masks.items():
+            both, either = (one.masks[name] & mask).sum(), (one.masks[name] | mask).sum()
+            assert not either or both / either >= iou
+
+
+@pytest.mark.parametrize("replay", ["none", "step", "loop"])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_it_equals_the_pipeline_on_the_cpu(bundle, expected, name, replay):
+    backend = open_backend(name, bundle, replay=replay)
+    pipe = GroundedPipeline(bundle, backend)
+    for _ in range(2):  # the second time everything is replayed
+        assert_alike(pipe.generate(PROMPTS, **OPTIONS), expected)
+    backend.close()
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_stochastic_and_multistep_samplers(bundle, name):
+    host, backend = open_backend("onnxruntime", bundle), open_backend(name, bundle)
+    for options in ({"sampler": "lcm", "steps": 3}, {"sampler": "pndm"}, {"guidance_interval": (0.0, 1.0)}):
+        given = OPTIONS | options
+        wanted = list(GroundedPipeline(bundle, host).generate(PROMPTS[:2], **given))
+        assert_alike(GroundedPipeline(bundle, backend).generate(PROMPTS[:2], **given), wanted)
+    backend.close()
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_every_graph_equals_the_cpu(bundle, name, graph):
+    manifest, rng = bundle.manifest, np.random.default_rng(0)
+    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    length, width = manifest.context_length, manifest.context_dim
+    inputs = {
+        "text_encoder.onnx": {"input_ids": rng.integers(3, 500, (2, length))},
+        "vae_decoder.onnx": {"latents": draw(2, 4, 16, 16)},
+    }.get(graph)
+    if inputs is None:
+        inputs = {"latents": draw(4, 4, 16, 16), "timestep": np.full(4, 500, np.float32)}
+        inputs |= {"context": draw(4, length, width)}
+        if graph == "unet_grounded.onnx":
+            inputs |= {"queries": draw(2, 8, width), "query_valid": np.ones((2, 8), np.bool_)}
+    backend = open_backend(name, bundle)
+    for key, value in open_backend("onnxruntime", bundle).run(graph, inputs).items():
+        made = backend.run(graph, inputs)[key]
+        assert np.linalg.norm(made - value) <= 1e-4 * np.linalg.norm(value), key
+    backend.close()
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_noise_that_is_not_finite_is_named(bundle, name):
+    backend = open_backend(name, bundle)
+    noise = np.random.default_rng(0).standard_normal((2, 4, 16, 16)).astype(np.float32)
+    noise[1, 0, 0, 0] = np.nan
+    with pytest.raises(NumericsError, match="sample 1: the latents at step 1 of 6 are not finite"):
+        list(GroundedPipeline(bundle, backend).generate(PROMPTS[:2], noise=noise, **OPTIONS))
+    backend.close()
+
+
+def test_device_memory_that_is_not_there_is_refused():
+    device = CudaDevice()
+    with pytest.raises(DeviceMemoryError, match="is out of memory while allocating"):
+        device.allocate(1 << 50)
+
+
+def test_a_captured_graph_runs_only_when_it_is_replayed():
+    device = CudaDevice()
+    device.activate()
+    stream, done, pointer = device.stream(), device.event(), device.allocate(1024)
+    host = device.pinned(1024)
+    host[:] = 7
+    device.copy(stream, pointer, host.ctypes.data, 1024)
+    replay = device.capture(stream, lambda: device.clear(stream, pointer, 512))
+    for replays, zeros in ((0, 0), (1, 512)):
+        for _ in range(replays):
+            replay()
+        back = device.pinned(1024)
+        device.copy(stream, back.ctypes.data, pointer, 1024)
+        device.record(done, stream)
+        device.sync(done)
+        assert (back == 0).sum() == zeros and (back[512:] == 7).all()
+    device.free(pointer)
+
+
+def test_the_warning_of_a_smaller_batch_is_not_given_without_need(bundle, expected):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for name in BACKENDS:
+            backend = open_backend(name, bundle)
+            assert_alike(GroundedPipeline(bundle, backend).generate(PROMPTS, **OPTIONS), expected)
+            backend.close()
