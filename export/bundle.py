@@ -11,7 +11,8 @@ import onnx_ir
 
 from grounded_diffusion import __version__
 from grounded_diffusion.bundle import (
-    GRAPHS,
+    CUDA,
+    CUDA_GRAPHS,
     TEXT_ENCODER,
     TOKENIZER,
     UNET,
@@ -70,18 +71,24 @@ def scheduler_config(checkpoint: Checkpoint) -> dict:
 
 def write_bundle(checkpoint: Checkpoint, folder: Path, precision: str, report: Report) -> None:
     """Write all files of a bundle into `folder`, the manifest last."""
-    store = WeightStore(folder)
-    for graph in (TEXT_ENCODER, VAE_DECODER, UNET_GROUNDED):
-        report(f"tracing {graph}")
-        model = trace(checkpoint, graph, precision)
+    store, written = WeightStore(folder), []
+    traces = [(graph, False) for graph in (TEXT_ENCODER, VAE_DECODER, UNET_GROUNDED)]
+    if precision == "fp16":
+        traces += [(graph, True) for graph in CUDA_GRAPHS if graph != UNET]
+        (folder / CUDA).mkdir()
+    for graph, cuda in traces:
+        place = f"{CUDA}/" if cuda else ""
+        report(f"tracing {place}{graph}")
+        model = trace(checkpoint, graph, precision, cuda)
         store.move(model)
-        onnx_ir.save(model, folder / graph)
-        if graph == UNET_GROUNDED:
-            onnx_ir.save(without_grounding(model), folder / UNET)
-        del model
+        models = {graph: model} | ({UNET: without_grounding(model)} if graph == UNET_GROUNDED else {})
+        for name, part in models.items():
+            onnx_ir.save(part, folder / f"{place}{name}")
+            written.append(f"{place}{name}")
+        del model, models, part
     checkpoint.tokenizer.backend_tokenizer.save(str(folder / TOKENIZER))
     manifest = describe(checkpoint, precision)
-    files = (*GRAPHS, TOKENIZER, *store.files)
+    files = (*written, TOKENIZER, *store.files)
     write_manifest(folder, replace(manifest, files={name: sha256(folder / name) for name in files}))
 
 

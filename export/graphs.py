@@ -12,6 +12,7 @@ import io
 import logging
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import nn
 from torch.export import Dim
 
 from grounded_diffusion.bundle import GRAPH_IO, TEXT_ENCODER, UNET, UNET_GROUNDED, VAE_DECODER
+from grounded_diffusion.export.fused import fuse_silu, fused
 from grounded_diffusion.export.half import to_half
 from grounded_diffusion.training.checkpoint import Checkpoint
 from grounded_diffusion.training.folded import fold
@@ -102,15 +104,20 @@ class RowwiseGroupNorm(nn.Module):
         return scaled.flatten(1, 2) * weight + bias
 
 
-def with_rowwise_norms(module: nn.Module) -> nn.Module:
-    """A copy of a module with every GroupNorm replaced; weights are shared with the original."""
+def swapped(module: nn.Module, replacement: Callable[[nn.Module], nn.Module | None]) -> nn.Module:
+    """A copy of a module with inner ones replaced, where they have a replacement; it shares the original's weights."""
     shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     twin = copy.deepcopy(module, shared)
     for parent in list(twin.modules()):
         for name, child in parent.named_children():
-            if isinstance(child, nn.GroupNorm):
-                setattr(parent, name, RowwiseGroupNorm(child))
+            if (other := replacement(child)) is not None:
+                setattr(parent, name, other)
     return twin
+
+
+def rowwise(module: nn.Module) -> nn.Module | None:
+    """Takes the place of a GroupNorm."""
+    return RowwiseGroupNorm(module) if isinstance(module, nn.GroupNorm) else None
 
 
 MODULES = {TEXT_ENCODER: TextEncoder, UNET: PlainUNet, UNET_GROUNDED: GroundedUNet, VAE_DECODER: Decoder}
@@ -197,16 +204,23 @@ def quiet():
             logger.setLevel(level)
 
 
-def trace(checkpoint: Checkpoint, graph: str, precision: str = "fp32") -> onnx_ir.Model:
-    """One graph as an ONNX model in memory; in FP32 its weights are still the torch tensors."""
+def trace(checkpoint: Checkpoint, graph: str, precision: str = "fp32", cuda: bool = False) -> onnx_ir.Model:
+    """One graph as an ONNX model in memory; in FP32 its weights are still the torch tensors.
+
+    Args:
+        precision: "fp32" or "fp16".
+        cuda: of ONNX Runtime's fused operators, see export/fused.py.
+    """
     multiple = 2 * latent_multiple(checkpoint)
     inputs = example_inputs(
         checkpoint, graph, Sizes(EXAMPLE_BATCH, EXAMPLE_OBJECTS, multiple, multiple + multiple // 2)
     )
     names_in, names_out = GRAPH_IO[graph]
     module = MODULES[graph](checkpoint).eval()
-    if graph == VAE_DECODER and precision == "fp32":  # the one graph at full image size: a few more passes are lost
-        module = with_rowwise_norms(module)
+    if cuda:
+        module = swapped(module, fused)
+    elif graph == VAE_DECODER and precision == "fp32":  # the one graph at full image size: a few more passes are lost
+        module = swapped(module, rowwise)
     with torch.no_grad(), quiet():
         program = torch.onnx.export(
             module,
@@ -220,6 +234,8 @@ def trace(checkpoint: Checkpoint, graph: str, precision: str = "fp32") -> onnx_i
             optimize=False,
         )
         model = tidy(program.model, graph)
+    if cuda:
+        fuse_silu(model)
     return to_half(model, graph) if precision == "fp16" else model
 
 

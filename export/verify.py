@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import torch
 
-from grounded_diffusion.bundle import GRAPH_IO, GRAPHS, open_bundle, read_manifest
+from grounded_diffusion.bundle import CUDA, CUDA_GRAPHS, GRAPH_IO, GRAPHS, open_bundle, read_manifest
 from grounded_diffusion.engine import GroundedPipeline, Prompt
 from grounded_diffusion.engine.onnxruntime_backend import DTYPES, OnnxRuntimeBackend
 from grounded_diffusion.errors import ParityError
+from grounded_diffusion.export.fused import as_standard
 from grounded_diffusion.export.graphs import MODULES, Sizes, example_inputs, latent_multiple
 from grounded_diffusion.export.reference import generate
 from grounded_diffusion.training.checkpoint import Checkpoint
@@ -78,13 +80,23 @@ def _latent_size(checkpoint: Checkpoint) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
+def _session(folder: Path, file: str) -> onnxruntime.InferenceSession:
+    """A graph on the CPU; those of CUDA in the standard operators that its fused ones stand for."""
+    model, options = onnx.load(folder / file, load_external_data=False), onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    content = (as_standard(model) if file.startswith(CUDA) else model).SerializeToString()
+    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
 def check_graphs(checkpoint: Checkpoint, folder: Path) -> list[Parity]:
     """Every graph's outputs against its module's, at the model's own size and, batched, at a small oblong one."""
     (height, width), step = _latent_size(checkpoint), latent_multiple(checkpoint)
     shapes = [Sizes(1, 1, height, width), Sizes(3, 4, 2 * step, 3 * step)]
-    rows, tolerance = [], TOLERANCES[read_manifest(folder).precision]
-    for graph in GRAPHS:
-        session = onnxruntime.InferenceSession(str(folder / graph), providers=["CPUExecutionProvider"])
+    manifest = read_manifest(folder)
+    rows, tolerance = [], TOLERANCES[manifest.precision]
+    for file in [*GRAPHS, *(f"{CUDA}/{graph}" for graph in CUDA_GRAPHS if f"{CUDA}/{graph}" in manifest.files)]:
+        graph, session = Path(file).name, _session(folder, file)
         module, outputs = MODULES[graph](checkpoint).eval(), list(GRAPH_IO[graph][1])
         worst, wanted = dict.fromkeys(outputs, 0.0), session.get_inputs()
         for seed, sizes in enumerate(shapes):
@@ -96,7 +108,7 @@ def check_graphs(checkpoint: Checkpoint, folder: Path) -> list[Parity]:
             for name, a, e in zip(outputs, actual, expected, strict=True):
                 error = relative_l2(a, e.numpy())
                 worst[name] = max(worst[name], error if math.isfinite(error) else math.inf)
-        rows += [Parity(f"{graph} {name}", "relative L2", error, tolerance.graph) for name, error in worst.items()]
+        rows += [Parity(f"{file} {name}", "relative L2", error, tolerance.graph) for name, error in worst.items()]
         del session, module
         gc.collect()
     return rows

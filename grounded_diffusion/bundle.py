@@ -24,6 +24,10 @@ UNET_GROUNDED = "unet_grounded.onnx"
 VAE_DECODER = "vae_decoder.onnx"
 TOKENIZER = "tokenizer.json"
 GRAPHS = (TEXT_ENCODER, UNET, UNET_GROUNDED, VAE_DECODER)
+# Of a float16 bundle: the same graphs of operators that only ONNX Runtime has, for its CUDA provider. They lie in this
+# folder, and refer to the same weight files, whose names are relative to the bundle and not to the folder.
+CUDA = "cuda"
+CUDA_GRAPHS = (UNET, UNET_GROUNDED, VAE_DECODER)
 
 # Names and shapes of every graph's inputs and outputs. B images, N = 2B guided rows
 # [unconditional x B; conditional x B], O objects, L tokens, D text width. input_ids are int64, query_valid is bool,

@@ -15,7 +15,7 @@ from grounded_diffusion.bundle import GRAPH_IO, GRAPHS, MANIFEST, UNET, UNET_GRO
 from grounded_diffusion.engine import GroundedPipeline
 from grounded_diffusion.errors import BundleError, ParityError, UsageError
 from grounded_diffusion.export import cli
-from grounded_diffusion.export.graphs import MODULES, RowwiseGroupNorm, Sizes, example_inputs, with_rowwise_norms
+from grounded_diffusion.export.graphs import MODULES, RowwiseGroupNorm, Sizes, example_inputs, rowwise, swapped
 from grounded_diffusion.export.reference import generate
 from grounded_diffusion.export.staging import check_output, staged
 from grounded_diffusion.export.verify import check_graphs, check_loop, mask_iou, psnr, table, verify_bundle
@@ -247,7 +247,7 @@ def test_rowwise_norms_equal_group_norms_and_share_their_weights(shape):
     module = torch.nn.Sequential(torch.nn.GroupNorm(4, 8))
     torch.nn.init.normal_(module[0].weight)
     torch.nn.init.normal_(module[0].bias)
-    twin, x = with_rowwise_norms(module), torch.randn(shape) * 3 + 5
+    twin, x = swapped(module, rowwise), torch.randn(shape) * 3 + 5
     assert isinstance(twin[0], RowwiseGroupNorm) and isinstance(module[0], torch.nn.GroupNorm)
     assert twin[0].weight is module[0].weight
     torch.testing.assert_close(twin(x), module(x))
