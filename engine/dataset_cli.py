@@ -1,4 +1,4 @@
-"""gd-dataset: convert, check, count, split and merge what gd-infer wrote.
+"""gd-dataset: watch, look at, convert, check, count, split and merge what gd-infer wrote.
 
 Exit status: 0 done, 1 verify has found problems, 2 an option or a folder cannot be used.
 """
@@ -16,11 +16,13 @@ from typing import NoReturn
 from grounded_diffusion import __version__
 from grounded_diffusion.engine.dataset import FolderDataset
 from grounded_diffusion.engine.dataset_plot import plot
+from grounded_diffusion.engine.dataset_status import describe_status, read_status
 from grounded_diffusion.engine.dataset_tools import merge, split, statistics
 from grounded_diffusion.engine.dataset_verify import MARKER, verify
 from grounded_diffusion.engine.files import fresh_folder, readable_errors, replace_file
 from grounded_diffusion.engine.formats import FORMATS, WITHOUT_CLASSES, open_format
 from grounded_diffusion.engine.formats.options import add_format_options, settings_of
+from grounded_diffusion.engine.preview import PAGE, write_preview
 from grounded_diffusion.engine.shards import finished_shards, read_shard, write_shards
 from grounded_diffusion.engine.storage_local import LocalStorage
 from grounded_diffusion.errors import GroundedDiffusionError, UsageError
@@ -29,6 +31,7 @@ SHOWN = 20  # problems that verify lists
 
 EXAMPLES = """\
 examples:
+  gd-dataset status out/
   gd-dataset verify out/
   gd-dataset split out/ --val 0.1
   gd-dataset convert out/ --format coco --out coco/
@@ -67,6 +70,15 @@ def build_parser() -> Parser:
     command.add_argument("--json", action="store_true", help="print JSON instead of tables")
     command.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw counts, histograms and overlaps")
     command.set_defaults(run=run_stats)
+
+    command = commands.add_parser("status", help="how far a run is, whether it goes on, has died or is finished")
+    command.add_argument("dir", metavar="DIR", help="the --out of gd-infer, a folder or a URL")
+    command.add_argument("--json", action="store_true", help="print JSON instead of text")
+    command.set_defaults(run=run_status)
+
+    command = commands.add_parser("preview", help=f"make {PAGE} anew, a page to look at the data set")
+    command.add_argument("dir", type=Path, metavar="DIR")
+    command.set_defaults(run=run_preview)
 
     command = commands.add_parser("split", help="write train.txt and val.txt; convert follows them")
     command.add_argument("dir", type=Path, metavar="DIR")
@@ -190,6 +202,21 @@ def table(head: list[str], rows: list[list]) -> str:
         )
         for row in cells
     )
+
+
+def run_status(args: argparse.Namespace) -> int:
+    status = read_status(args.dir)
+    print(json.dumps(status, indent=1, ensure_ascii=False) if args.json else describe_status(status))
+    return 0
+
+
+def run_preview(args: argparse.Namespace) -> int:
+    data = FolderDataset(args.dir, splits=False)
+    storage = LocalStorage(args.dir)
+    images = write_preview(storage, data.rows(), data.settings)
+    storage.clean()
+    print(f"{images} images in {args.dir / PAGE}")
+    return 0
 
 
 def run_split(args: argparse.Namespace) -> int:

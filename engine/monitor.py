@@ -230,7 +230,7 @@ class Monitor:
             )  # fmt: skip
 
     def _add(self, counter: Counter, reason: str) -> None:
-        label = re.split(r"\s*[:;(\d'\"]", reason.strip(), maxsplit=1)[0].strip() or "unknown"
+        label = re.split(r"\s*[:;(\d'\"]| of ", reason.strip(), maxsplit=1)[0].strip() or "unknown"
         counter[label if label in counter or len(counter) < REASONS else "other"] += 1
 
     def _count(self, n: int) -> None:

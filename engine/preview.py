@@ -12,9 +12,10 @@ from the label maps, so that making the page reads no image.
 from __future__ import annotations
 
 import json
-from collections import Counter
+from array import array
+from collections import Counter, defaultdict
 from collections.abc import Iterable
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +39,18 @@ def write_preview(storage: Storage, rows: Iterable[dict[str, Any]], settings: di
     """
     rows, written = iter(rows), {f"{FOLDER}/index.js"}
     samples, classes, size = 0, Counter(), (1, 0)  # width and height of the tallest
-    places: dict[str, list[int]] = {}  # of the block
+    places: dict[str, Places] = defaultdict(Places)  # of the block
     for number, chunk in enumerate(iter(lambda: list(islice(rows, CHUNK)), [])):
         written.add(put(storage, f"{number:06d}", "chunk", number, [compact(row) for row in chunk]))
         for row in chunk:
             size = max(size, (row["width"], row["height"]), key=lambda s: s[1] / s[0])
             for name in dict.fromkeys(thing["name"] for thing in row["objects"]):
                 classes[name] += 1
-                places.setdefault(name, []).append(samples % BLOCK)
+                places[name].add(samples % BLOCK)
             samples += 1
         if samples % BLOCK == 0:
             written.add(put_places(storage, samples // BLOCK - 1, places))
-            places = {}
+            places.clear()
     if samples % BLOCK:
         written.add(put_places(storage, samples // BLOCK, places))
     told = " · ".join(f"{key.replace('_', ' ')} {settings[key]}" for key in SHOWN_SETTINGS if key in settings)
@@ -80,9 +81,20 @@ def compact(row: dict[str, Any]) -> list[Any]:
     return [row["id"], row["prompt"], *files, seed, row["width"], row["height"], objects]
 
 
-def put_places(storage: Storage, block: int, places: dict[str, list[int]]) -> str:
-    """Write the positions of a block's classes, each as the step from the one before."""
-    steps = {name: [b - a for a, b in pairwise([0, *positions])] for name, positions in places.items()}
+class Places:
+    """Increasing positions, each as the step from the one before: 4 bytes in memory, and mostly 3 in the file."""
+
+    def __init__(self):
+        self.steps, self.last = array("I"), 0
+
+    def add(self, position: int) -> None:
+        self.steps.append(position - self.last)
+        self.last = position
+
+
+def put_places(storage: Storage, block: int, places: dict[str, Places]) -> str:
+    """Write where a block's classes are."""
+    steps = {name: found.steps.tolist() for name, found in places.items()}
     return put(storage, f"block-{block:03d}", "places", block, steps)
 
 

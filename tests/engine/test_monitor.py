@@ -50,7 +50,7 @@ def test_metrics_are_what_prometheus_reads():
     assert samples["images_accepted_total", ()] == 4
     assert samples["images_rejected_total", (("reason", "area"),)] == 2
     assert samples["images_quarantined_total", (("reason", "NaN"),)] == 1
-    assert samples["attempt_failures_total", (("reason", "no mask of"),)] == 1
+    assert samples["attempt_failures_total", (("reason", "no mask"),)] == 1
     assert samples["images_generated_total", ()] == 8
     assert samples["queue_depth", (("queue", "encode"),)] == 3
     assert samples["images_per_second", ()] > 0
@@ -80,7 +80,7 @@ def test_reasons_without_end_share_a_label():
     watch = Monitor()
     watch.begin(100, 0)
     for k in range(100):
-        watch.rejected("no mask of " + chr(0x4E00 + k))
+        watch.rejected("no mask on " + chr(0x4E00 + k))
     samples, _ = parse(watch.render())
     values = {labels: value for (name, labels), value in samples.items() if name == "images_rejected_total"}
     assert len(values) == monitor.REASONS + 1 and sum(values.values()) == 100
