@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from grounded_diffusion.bundle import GRAPH_IO, TEXT_ENCODER, UNET_GROUNDED, VAE_DECODER, Bundle
+from grounded_diffusion.bundle import CUDA, GRAPH_IO, UNET_GROUNDED, VAE_DECODER, Bundle
 from grounded_diffusion.engine.backend import Arrays
 from grounded_diffusion.engine.device import DeviceMemoryError, Tensor
 from grounded_diffusion.engine.device_memory import Sizes, Streams
@@ -21,7 +21,6 @@ from grounded_diffusion.errors import BackendError
 
 PROVIDER = "CUDAExecutionProvider"
 INSTALL = "pip uninstall onnxruntime, then pip install 'grounded-diffusion[cuda]'"
-VARIANT = "cuda"  # folder of a bundle with graphs fused for this provider
 OPTIONS = {
     "prefer_nhwc": "1",  # tensor cores read channels last
     "fuse_conv_bias": "1",
@@ -52,7 +51,7 @@ class OnnxRuntimeCudaNetworks:
         self.bundle, self.device = bundle, device
         self.ort = load_runtime()
         self.ids = itertools.count(1)  # of captured graphs
-        self._sessions: dict[str, Any] = {}
+        self._single: dict[str, Any] = {}
 
     def buckets(self, batch: int, objects: int, size: tuple[int, int]) -> None:
         """See `Networks.buckets`: any."""
@@ -60,29 +59,38 @@ class OnnxRuntimeCudaNetworks:
 
     def file(self, graph: str) -> Path:
         """The ONNX file of a graph: the variant for this provider, if there is one."""
-        fused = self.bundle.path / VARIANT / graph
+        fused = self.bundle.path / CUDA / graph
         return fused if fused.is_file() else self.bundle.file(graph)
 
-    def session(self, graph: str, streams: Streams) -> Any:
-        """A graph's session on the stream it runs on, opened now if it was not. Raises BackendError."""
-        if graph not in self._sessions:
-            stream = {TEXT_ENCODER: streams.aside, VAE_DECODER: streams.decode}.get(graph, streams.loop)
-            options = OPTIONS | {"device_id": "0", "user_compute_stream": str(int(stream.handle))}
-            try:
-                session = self._open(graph, options | {"enable_cuda_graph": "1"})
-            except BackendError as error:
-                if NO_CAPTURE not in str(error):
-                    raise
-                session = self._open(graph, options)
-            self._sessions[graph] = session
-        return self._sessions[graph]
+    def session(self, graph: str, stream: Any, dims: Mapping[str, int] | None = None) -> Any:
+        """A session on a stream.
 
-    def _open(self, graph: str, options: dict[str, str]) -> Any:
+        With all its free axes given, a graph has no shape arithmetic left, which would run on the CPU and keep it from
+        being captured.
+
+        Raises:
+            BackendError, DeviceMemoryError.
+        """
+        options = OPTIONS | {"device_id": "0", "user_compute_stream": str(int(stream.handle))}
+        if not dims:
+            return self._open(graph, options, {})
+        try:
+            return self._open(graph, options | {"enable_cuda_graph": "1"}, dims)
+        except BackendError as error:
+            if NO_CAPTURE not in str(error):
+                raise
+            return self._open(graph, options, dims)
+
+    def _open(self, graph: str, options: dict[str, str], dims: Mapping[str, int]) -> Any:
         file, settings = self.file(graph), self.ort.SessionOptions()
         settings.log_severity_level = 3
+        # The files of weights are named relative to the bundle, in its folder of variants too.
+        settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self.bundle.path))
         settings.graph_optimization_level = self.ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+        for axis, size in dims.items():
+            settings.add_free_dimension_override_by_name(axis, size)
         try:
-            session = self.ort.InferenceSession(str(file), settings, providers=[(PROVIDER, options)])
+            session = self.ort.InferenceSession(file.read_bytes(), settings, providers=[(PROVIDER, options)])
         except Exception as error:  # onnxruntime's exceptions share no base class
             raise failure(f"onnxruntime cannot load {file} on {self.device.name}", error) from None
         if PROVIDER not in session.get_providers():
@@ -92,12 +100,11 @@ class OnnxRuntimeCudaNetworks:
             )
         return session
 
-    def run_options(self, number: int) -> Any:
-        """Options of a run that is captured under a number, or not at all (-1)."""
+    def run_options(self) -> Any:
+        """Options of runs that are captured together; the device loop has events of its own, so nothing waits."""
         options = self.ort.RunOptions()
-        options.add_run_config_entry("gpu_graph_id", str(number))
-        if number >= 0:  # the device loop has events of its own
-            options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        options.add_run_config_entry("gpu_graph_id", str(next(self.ids)))
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         return options
 
     def open(self, sizes: Sizes, streams: Streams) -> Sessions:
@@ -106,48 +113,57 @@ class OnnxRuntimeCudaNetworks:
 
     def run(self, graph: str, inputs: Mapping[str, np.ndarray], streams: Streams) -> Arrays:
         """See `Networks.run`."""
-        session = self.session(graph, streams)
+        if graph not in self._single:
+            self._single[graph] = self.session(graph, streams.aside)
+        session = self._single[graph]
         given = {v.name: np.ascontiguousarray(inputs[v.name], DTYPES[v.type]) for v in session.get_inputs()}
         names = list(GRAPH_IO[graph][1])
         try:
-            outputs = session.run(names, given, self.run_options(-1))
+            outputs = session.run(names, given)
         except Exception as error:
             shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
             raise failure(f"onnxruntime failed in {graph} on {shapes}", error) from None
         return {name: value.astype(np.float32) for name, value in zip(names, outputs, strict=True)}
 
+    def close(self) -> None:
+        """See `Networks.close`."""
+        self._single.clear()
+
 
 class Sessions:
-    """See `Graphs`: one bucket's bindings to the sessions."""
+    """See `Graphs`: the sessions of one bucket."""
 
     capturable = False  # ONNX Runtime captures by itself, once for each binding
 
     def __init__(self, networks: OnnxRuntimeCudaNetworks, sizes: Sizes, streams: Streams):
         self.networks, self.sizes, self.streams = networks, sizes, streams
+        self._sessions: dict[tuple[str, int], Any] = {}  # by graph and rows
+
+    def session(self, graph: str, rows: int | None = None) -> Any:
+        """A graph's session for `rows` rows of latents; None takes those of guidance."""
+        s = self.sizes
+        rows = rows or (s.batch if graph == VAE_DECODER else 2 * s.batch)
+        if (graph, rows) not in self._sessions:
+            stream = self.streams.decode if graph == VAE_DECODER else self.streams.loop
+            dims = {"B": s.batch, "N": rows, "O": s.objects, "h": s.latent[1], "w": s.latent[2]}
+            self._sessions[graph, rows] = self.networks.session(graph, stream, dims)
+        return self._sessions[graph, rows]
 
     def dtype(self, graph: str, tensor: str) -> np.dtype:
         """See `Graphs.dtype`."""
-        session = self.networks.session(graph, self.streams)
+        session = self.session(graph)
         types = {value.name: value.type for value in (*session.get_inputs(), *session.get_outputs())}
         return np.dtype(DTYPES[types[tensor]])
 
     def mask_size(self) -> tuple[int, int]:
-        """See `Graphs.mask_size`: as a run of one image gives it."""
-        s = self.sizes
-        inputs = {
-            "latents": np.zeros((2, *s.latent)),
-            "timestep": np.zeros(2),
-            "context": np.zeros((2, s.tokens, s.width)),
-            "queries": np.zeros((1, s.objects, s.width)),
-            "query_valid": np.ones((1, s.objects)),
-        }
-        return self.networks.run(UNET_GROUNDED, inputs, self.streams)["mask_logits"].shape[2:]
+        """See `Graphs.mask_size`."""
+        (shape,) = (v.shape for v in self.session(UNET_GROUNDED).get_outputs() if v.name == "mask_logits")
+        return tuple(shape[2:])
 
     def bind(self, graph: str, tensors: Mapping[str, Tensor], stream: Any) -> Callable[[], None]:
-        """See `Graphs.bind`. `stream` is the one that the graph's session was opened on."""
-        networks = self.networks
-        session = networks.session(graph, self.streams)
-        binding, options = session.io_binding(), networks.run_options(next(networks.ids))
+        """See `Graphs.bind`. `stream` is the one that the graph's session is on."""
+        networks, session = self.networks, self.session(graph, tensors["latents"].shape[0])
+        binding, options = session.io_binding(), networks.run_options()
         for names, bind in zip(GRAPH_IO[graph], (binding.bind_input, binding.bind_output), strict=True):
             for name in names:
                 tensor = tensors[name]
@@ -166,7 +182,8 @@ class Sessions:
         return launch
 
     def close(self) -> None:
-        """See `Graphs.close`; the sessions stay for other buckets."""
+        """See `Graphs.close`."""
+        self._sessions.clear()
 
 
 def load_runtime() -> Any:
