@@ -90,7 +90,12 @@ class OnnxRuntimeCudaNetworks:
         for axis, size in dims.items():
             settings.add_free_dimension_override_by_name(axis, size)
         try:
-            session = self.ort.InferenceSession(file.read_bytes(), settings, providers=[(PROVIDER, options)])
+            session = self.ort.InferenceSession(
+                file.read_bytes(),
+                settings,
+                providers=[(PROVIDER, options)],
+                enable_fallback=0,  # it would print, and go on without the GPU
+            )
         except Exception as error:  # onnxruntime's exceptions share no base class
             raise failure(f"onnxruntime cannot load {file} on {self.device.name}", error) from None
         if PROVIDER not in session.get_providers():
