@@ -79,7 +79,7 @@ class CudaKernels:
             self.device.set_current()
         except Exception as error:  # ImportError, or cuda-core's own class for a missing driver or device
             raise BackendError(
-                f"no CUDA device {device_id} ({error}); check nvidia-smi, pip install 'grounded-diffusion[cuda]'"
+                f"no CUDA device {device_id} ({error}); check nvidia-smi, pip install 'grounded-diffusion[gpu]'"
             ) from error
         arch = f"sm_{self.device.arch}"
         code = {stem: ObjectCode.from_cubin(cubin(stem, arch, cache), name=stem) for stem in STEMS}

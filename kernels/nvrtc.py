@@ -51,7 +51,7 @@ def compile_cubin(stem: str, arch: str) -> bytes:
         program = Program(source(stem), "c++", options=ProgramOptions(arch=arch, std=STANDARD, name=f"{stem}.cu"))
     except (ImportError, RuntimeError) as error:
         raise BackendError(
-            f"cannot compile {stem} for {arch}: {error}; pip install 'grounded-diffusion[cuda]'"
+            f"cannot compile {stem} for {arch}: {error}; pip install 'grounded-diffusion[gpu]'"
         ) from error
     try:
         return bytes(program.compile("cubin").code)
@@ -79,7 +79,7 @@ def cubin(stem: str, arch: str, cache: Path = DEFAULT_CACHE) -> bytes:
     try:
         file = cache / f"{stem}.{arch}.{cache_key(stem, arch)}.cubin"
     except ImportError as error:
-        raise BackendError(f"CUDA kernels need NVRTC ({error}); pip install 'grounded-diffusion[cuda]'") from error
+        raise BackendError(f"CUDA kernels need NVRTC ({error}); pip install 'grounded-diffusion[gpu]'") from error
     if file.is_file():
         raw = file.read_bytes()
         if hashlib.sha256(raw[_DIGEST_BYTES:]).digest() == raw[:_DIGEST_BYTES]:
