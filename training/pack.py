@@ -29,7 +29,7 @@ trained on photographs.
 | parameters | UNet {unet:.1f} M, autoencoder {vae:.1f} M, text encoder {text:.1f} M, head {head:.1f} M |
 | training | {cost} |
 | seed | {seed} |
-| weights | FP16, diffusers format; Apache-2.0 |
+| weights | FP16, diffusers format; `oracle.pt` is the segmenter that judges; Apache-2.0 |
 
 ## Measured
 
@@ -61,6 +61,7 @@ def pack(config: TrainConfig, config_file: Path, run: Path, out: Path) -> None:
     save_checkpoint(out, Checkpoint(*parts, CAPTURE_TIMESTEP, QUERY_TEMPLATE, names))
     shutil.copyfile(run / "evaluation.png", out / "evaluation.png")
     shutil.copyfile(run / "evaluation.json", out / "evaluation.json")
+    shutil.copyfile(run / "oracle.pt", out / "oracle.pt")  # what gd-bench quality judges by
     measured = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
     (out / "README.md").write_text(card(config, config_file, base, head, measured), encoding="utf-8")
 
