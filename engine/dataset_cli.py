@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from grounded_diffusion import __version__
 from grounded_diffusion.engine.dataset import FolderDataset
+from grounded_diffusion.engine.dataset_card import CARD, write_card
 from grounded_diffusion.engine.dataset_plot import plot
 from grounded_diffusion.engine.dataset_status import describe_status, read_status
 from grounded_diffusion.engine.dataset_tools import merge, split, statistics
@@ -79,6 +80,14 @@ def build_parser() -> Parser:
     command = commands.add_parser("preview", help=f"make {PAGE} anew, a page to look at the data set")
     command.add_argument("dir", type=Path, metavar="DIR")
     command.set_defaults(run=run_preview)
+
+    command = commands.add_parser("card", help=f"write {CARD}, a data set card with recipe, classes and pictures")
+    command.add_argument("dir", type=Path, metavar="DIR")
+    command.add_argument("--title", metavar="TEXT", help="default: the folder's name")
+    command.add_argument("--license", metavar="ID", help="as the Hugging Face hub spells it, such as cc-by-4.0")
+    command.add_argument("--model", type=Path, metavar="BUNDLE", help="the model, for the licence notes")
+    command.add_argument("--overwrite", action="store_true", help=f"replace a {CARD} that is not ours")
+    command.set_defaults(run=run_card)
 
     command = commands.add_parser("split", help="write train.txt and val.txt; convert follows them")
     command.add_argument("dir", type=Path, metavar="DIR")
@@ -216,6 +225,15 @@ def run_preview(args: argparse.Namespace) -> int:
     images = write_preview(storage, data.rows(), data.settings)
     storage.clean()
     print(f"{images} images in {args.dir / PAGE}")
+    return 0
+
+
+def run_card(args: argparse.Namespace) -> int:
+    options = {name: getattr(args, name) for name in ("title", "license", "model", "overwrite")}
+    contents = write_card(args.dir, **options)
+    print(f"{contents.images} images with {len(contents.classes)} classes described in {args.dir / CARD}")
+    if not args.license:
+        note("the card names no licence; --license ID adds it")
     return 0
 
 
