@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from grounded_diffusion.bundle import GRAPH_IO, Bundle
+from grounded_diffusion.bundle import CPU, GRAPH_IO, Bundle
 from grounded_diffusion.engine.backend import Arrays
 from grounded_diffusion.errors import BackendError
 
@@ -20,6 +20,7 @@ DTYPES = {
     "tensor(int32)": np.int32,
     "tensor(bool)": np.bool_,
 }
+WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"  # option: where a graph's weight files lie
 REMEMBERED = 8  # sets of output buffers a graph keeps, one per input shape
 
 
@@ -105,6 +106,7 @@ class OnnxRuntimeBackend:
         options.enable_mem_pattern = True
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.log_severity_level = 3  # errors; warnings there are about the library's own decisions
+        options.add_session_config_entry(WEIGHTS_FOLDER, str(bundle.path))
         self._options = options
 
     def graph(self, name: str) -> Graph:
@@ -113,9 +115,10 @@ class OnnxRuntimeBackend:
             if name not in self._graphs:
                 while len(self._graphs) >= self.sessions:
                     self._graphs.pop(next(iter(self._graphs)))
-                path = self.bundle.file(name)
+                path = self.bundle.variant(CPU, name)
                 try:
-                    session = self._ort.InferenceSession(str(path), self._options, providers=["CPUExecutionProvider"])
+                    content, providers = path.read_bytes(), ["CPUExecutionProvider"]
+                    session = self._ort.InferenceSession(content, self._options, providers=providers)
                 except Exception as error:  # onnxruntime's exceptions share no base class
                     raise BackendError(f"onnxruntime cannot load {path}: {first_line(error)}") from None
                 self._graphs[name] = Graph(name, session)

@@ -16,7 +16,7 @@ from grounded_diffusion.bundle import CUDA, GRAPH_IO, UNET_GROUNDED, VAE_DECODER
 from grounded_diffusion.engine.backend import Arrays
 from grounded_diffusion.engine.device import DeviceMemoryError, Tensor
 from grounded_diffusion.engine.device_memory import Sizes, Streams
-from grounded_diffusion.engine.onnxruntime_backend import DTYPES, first_line
+from grounded_diffusion.engine.onnxruntime_backend import DTYPES, WEIGHTS_FOLDER, first_line
 from grounded_diffusion.errors import BackendError
 
 PROVIDER = "CUDAExecutionProvider"
@@ -59,8 +59,7 @@ class OnnxRuntimeCudaNetworks:
 
     def file(self, graph: str) -> Path:
         """The ONNX file of a graph: the variant for this provider, if there is one."""
-        fused = self.bundle.path / CUDA / graph
-        return fused if fused.is_file() else self.bundle.file(graph)
+        return self.bundle.variant(CUDA, graph)
 
     def session(self, graph: str, stream: Any, dims: Mapping[str, int] | None = None) -> Any:
         """A session on a stream.
@@ -85,7 +84,7 @@ class OnnxRuntimeCudaNetworks:
         file, settings = self.file(graph), self.ort.SessionOptions()
         settings.log_severity_level = 3
         # The files of weights are named relative to the bundle, in its folder of variants too.
-        settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self.bundle.path))
+        settings.add_session_config_entry(WEIGHTS_FOLDER, str(self.bundle.path))
         settings.graph_optimization_level = self.ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         for axis, size in dims.items():
             settings.add_free_dimension_override_by_name(axis, size)

@@ -11,8 +11,8 @@ import onnx_ir
 
 from grounded_diffusion import __version__
 from grounded_diffusion.bundle import (
+    CPU,
     CUDA,
-    CUDA_GRAPHS,
     TEXT_ENCODER,
     TOKENIZER,
     UNET,
@@ -22,6 +22,8 @@ from grounded_diffusion.bundle import (
     sha256,
     write_manifest,
 )
+from grounded_diffusion.errors import UsageError
+from grounded_diffusion.export.cpu import for_cpu
 from grounded_diffusion.export.graphs import latent_multiple, trace, without_grounding
 from grounded_diffusion.export.staging import check_output, staged
 from grounded_diffusion.export.weights import WeightStore
@@ -69,23 +71,30 @@ def scheduler_config(checkpoint: Checkpoint) -> dict:
     return {key: value for key, value in checkpoint.scheduler.config.items() if key != "_use_default_values"}
 
 
-def write_bundle(checkpoint: Checkpoint, folder: Path, precision: str, report: Report) -> None:
+def write_bundle(checkpoint: Checkpoint, folder: Path, precision: str, fused: bool, report: Report) -> None:
     """Write all files of a bundle into `folder`, the manifest last."""
     store, written = WeightStore(folder), []
-    traces = [(graph, False) for graph in (TEXT_ENCODER, VAE_DECODER, UNET_GROUNDED)]
-    if precision == "fp16":
-        traces += [(graph, True) for graph in CUDA_GRAPHS if graph != UNET]
-        (folder / CUDA).mkdir()
-    for graph, cuda in traces:
-        place = f"{CUDA}/" if cuda else ""
-        report(f"tracing {place}{graph}")
-        model = trace(checkpoint, graph, precision, cuda)
+
+    def write(model: onnx_ir.Model, name: str) -> None:
         store.move(model)
-        models = {graph: model} | ({UNET: without_grounding(model)} if graph == UNET_GROUNDED else {})
-        for name, part in models.items():
-            onnx_ir.save(part, folder / f"{place}{name}")
-            written.append(f"{place}{name}")
-        del model, models, part
+        (folder / name).parent.mkdir(exist_ok=True)
+        onnx_ir.save(model, folder / name)
+        written.append(name)
+
+    traces = [(graph, "") for graph in (TEXT_ENCODER, VAE_DECODER, UNET_GROUNDED)]
+    traces += [(graph, f"{CUDA}/") for graph in (VAE_DECODER, UNET_GROUNDED) if fused]
+    for graph, place in traces:
+        report(f"tracing {place}{graph}")
+        model = trace(checkpoint, graph, precision, cuda=bool(place))
+        write(model, f"{place}{graph}")
+        if graph == UNET_GROUNDED:
+            plain = without_grounding(model)
+            write(plain, f"{place}{UNET}")
+            if precision == "fp32":
+                write(for_cpu(model), f"{CPU}/{UNET_GROUNDED}")
+                write(for_cpu(plain), f"{CPU}/{UNET}")
+            del plain
+        del model
     checkpoint.tokenizer.backend_tokenizer.save(str(folder / TOKENIZER))
     manifest = describe(checkpoint, precision)
     files = (*written, TOKENIZER, *store.files)
@@ -97,6 +106,7 @@ def export_bundle(
     out: str | Path,
     *,
     precision: str = "fp32",
+    fused: bool = False,
     verify: Callable[[Checkpoint, Path], None] | None = None,
     overwrite: bool = False,
     report: Report = lambda line: None,
@@ -107,17 +117,20 @@ def export_bundle(
         checkpoint: what to export.
         out: the bundle's directory; must be absent or empty, or hold a bundle where `overwrite` is true.
         precision: "fp32" or "fp16"; see export/half.py.
+        fused: also write FP16 graphs of ONNX Runtime's fused operators, for its CUDA provider; see export/fused.py.
         verify: called with the checkpoint and the finished directory before it appears at `out`; what it raises
             leaves no bundle.
         report: told, in one line each, what is going on.
 
     Raises:
-        UsageError: `out` cannot be used.
+        UsageError: `out` cannot be used, or `fused` without "fp16".
         ParityError: from `verify`.
     """
     out = Path(out)
+    if fused and precision != "fp16":
+        raise UsageError("the graphs of fused operators are of fp16; give --precision fp16 with --fused")
     check_output(out, overwrite)
     with staged(out) as work:
-        write_bundle(checkpoint, work, precision, report)
+        write_bundle(checkpoint, work, precision, fused, report)
         if verify:
             verify(checkpoint, work)

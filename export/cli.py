@@ -34,6 +34,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="type of the weights; fp16 is for GPUs (default: fp32)",
     )
     parser.add_argument(
+        "--fused",
+        action="store_true",
+        help="with --precision fp16: also graphs of fused operators for ONNX Runtime's CUDA provider "
+        "(checked on the CPU; not run on a GPU yet)",
+    )
+    parser.add_argument(
         "--statistics",
         choices=["per_image", "stored"],
         help="batch norm by each image's own statistics, as the released program runs, or by stored averages "
@@ -79,9 +85,15 @@ def export(args: argparse.Namespace, report: Callable[[str], None]) -> None:
         checkpoint = with_statistics(checkpoint, args.statistics)
     verify = None if args.no_verify else (lambda c, folder: verify_bundle(c, folder, report))
     export_bundle(
-        checkpoint, args.out, precision=args.precision, verify=verify, overwrite=args.overwrite, report=report
+        checkpoint,
+        args.out,
+        precision=args.precision,
+        fused=args.fused,
+        verify=verify,
+        overwrite=args.overwrite,
+        report=report,
     )
-    size = sum(file.stat().st_size for file in args.out.iterdir())
+    size = sum(file.stat().st_size for file in args.out.rglob("*"))
     report(f"wrote {args.out} ({size / 1e6:.0f} MB)")
 
 

@@ -20,7 +20,7 @@ import onnxruntime
 
 from grounded_diffusion.bundle import GRAPHS, TOKENIZER, Bundle, open_bundle, sha256, write_manifest
 from grounded_diffusion.engine import GroundedPipeline, Prompt
-from grounded_diffusion.engine.onnxruntime_backend import DTYPES, OnnxRuntimeBackend
+from grounded_diffusion.engine.onnxruntime_backend import DTYPES, WEIGHTS_FOLDER, OnnxRuntimeBackend
 from grounded_diffusion.errors import GroundedDiffusionError, UsageError
 from grounded_diffusion.export.weights import WeightStore
 
@@ -106,7 +106,7 @@ def marked(bundle: Bundle, graph: str, inputs: Inputs) -> Iterator[tuple[str, np
     outputs, options = list(model.graph.outputs), onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 3
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.path))
+    options.add_session_config_entry(WEIGHTS_FOLDER, str(bundle.path))
     for start in range(0, len(values), MARKED):
         part = values[start : start + MARKED]
         model.graph.outputs[:] = [*outputs, *(value for value in part if value not in outputs)]

@@ -205,11 +205,9 @@ def quiet():
 
 
 def trace(checkpoint: Checkpoint, graph: str, precision: str = "fp32", cuda: bool = False) -> onnx_ir.Model:
-    """One graph as an ONNX model in memory; in FP32 its weights are still the torch tensors.
+    """One graph as an ONNX model in memory, of "fp32" (its weights are still the torch tensors) or "fp16" precision.
 
-    Args:
-        precision: "fp32" or "fp16".
-        cuda: of ONNX Runtime's fused operators, see export/fused.py.
+    `cuda` makes it one of ONNX Runtime's fused operators, see export/fused.py.
     """
     multiple = 2 * latent_multiple(checkpoint)
     inputs = example_inputs(

@@ -13,9 +13,9 @@ import onnx
 import onnxruntime
 import torch
 
-from grounded_diffusion.bundle import CUDA, CUDA_GRAPHS, GRAPH_IO, GRAPHS, open_bundle, read_manifest
+from grounded_diffusion.bundle import CPU, CUDA, GRAPH_IO, GRAPHS, open_bundle, read_manifest
 from grounded_diffusion.engine import GroundedPipeline, Prompt
-from grounded_diffusion.engine.onnxruntime_backend import DTYPES, OnnxRuntimeBackend
+from grounded_diffusion.engine.onnxruntime_backend import DTYPES, WEIGHTS_FOLDER, OnnxRuntimeBackend
 from grounded_diffusion.errors import ParityError
 from grounded_diffusion.export.fused import as_standard
 from grounded_diffusion.export.graphs import MODULES, Sizes, example_inputs, latent_multiple
@@ -84,7 +84,7 @@ def _session(folder: Path, file: str) -> onnxruntime.InferenceSession:
     """A graph on the CPU; those of CUDA in the standard operators that its fused ones stand for."""
     model, options = onnx.load(folder / file, load_external_data=False), onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    options.add_session_config_entry(WEIGHTS_FOLDER, str(folder))
     content = (as_standard(model) if file.startswith(CUDA) else model).SerializeToString()
     return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
@@ -95,7 +95,7 @@ def check_graphs(checkpoint: Checkpoint, folder: Path) -> list[Parity]:
     shapes = [Sizes(1, 1, height, width), Sizes(3, 4, 2 * step, 3 * step)]
     manifest = read_manifest(folder)
     rows, tolerance = [], TOLERANCES[manifest.precision]
-    for file in [*GRAPHS, *(f"{CUDA}/{graph}" for graph in CUDA_GRAPHS if f"{CUDA}/{graph}" in manifest.files)]:
+    for file in [*GRAPHS, *(name for name in manifest.files if name.startswith((f"{CPU}/", f"{CUDA}/")))]:
         graph, session = Path(file).name, _session(folder, file)
         module, outputs = MODULES[graph](checkpoint).eval(), list(GRAPH_IO[graph][1])
         worst, wanted = dict.fromkeys(outputs, 0.0), session.get_inputs()

@@ -45,7 +45,7 @@ class WeightStore:
         """Move the model's initialisers here; `model` refers to them afterwards."""
         for value in model.graph.initializers.values():
             tensor = value.const_value
-            if tensor is None or tensor.nbytes <= INLINE:
+            if tensor is None or tensor.nbytes <= INLINE or getattr(tensor, "base_dir", None) == self.folder:
                 continue
             file, offset, length = self.place(tensor.tobytes())
             value.const_value = onnx_ir.ExternalTensor(

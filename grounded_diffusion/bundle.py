@@ -24,10 +24,9 @@ UNET_GROUNDED = "unet_grounded.onnx"
 VAE_DECODER = "vae_decoder.onnx"
 TOKENIZER = "tokenizer.json"
 GRAPHS = (TEXT_ENCODER, UNET, UNET_GROUNDED, VAE_DECODER)
-# Of a float16 bundle: the same graphs of operators that only ONNX Runtime has, for its CUDA provider. They lie in this
-# folder, and refer to the same weight files, whose names are relative to the bundle and not to the folder.
-CUDA = "cuda"
-CUDA_GRAPHS = (UNET, UNET_GROUNDED, VAE_DECODER)
+# Folders of the same graphs in operators that only ONNX Runtime has, for one of its providers; a bundle may have one,
+# the other or none. The names of weight files in them are relative to the bundle, not to the folder.
+CPU, CUDA = "cpu", "cuda"
 
 # Names and shapes of every graph's inputs and outputs. B images, N = 2B guided rows
 # [unconditional x B; conditional x B], O objects, L tokens, D text width. input_ids are int64, query_valid is bool,
@@ -107,6 +106,11 @@ class Bundle:
     def file(self, name: str) -> Path:
         """Path of one of the bundle's files."""
         return self.path / name
+
+    def variant(self, folder: str, graph: str) -> Path:
+        """Path of a graph as written for a provider of ONNX Runtime, CPU or CUDA; else of the standard one."""
+        name = f"{folder}/{graph}"
+        return self.file(name if name in self.manifest.files else graph)
 
 
 def sha256(path: Path) -> str:

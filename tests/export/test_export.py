@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,17 @@ import pytest
 import torch
 from transformers import CLIPTokenizer
 
-from grounded_diffusion.bundle import GRAPH_IO, GRAPHS, MANIFEST, UNET, UNET_GROUNDED, open_bundle, sha256
+from grounded_diffusion.bundle import (
+    CPU,
+    GRAPH_IO,
+    GRAPHS,
+    MANIFEST,
+    TEXT_ENCODER,
+    UNET,
+    UNET_GROUNDED,
+    open_bundle,
+    sha256,
+)
 from grounded_diffusion.engine import GroundedPipeline
 from grounded_diffusion.errors import BundleError, ParityError, UsageError
 from grounded_diffusion.export import cli
@@ -31,7 +42,7 @@ def checkpoint(tiny_checkpoint):
 
 def test_graphs_equal_their_torch_modules(checkpoint, tiny_bundle):
     rows = check_graphs(checkpoint, tiny_bundle)
-    assert len(rows) == 5 and all(row.tolerance == 1e-5 for row in rows)
+    assert len(rows) == 8 and all(row.tolerance == 1e-5 for row in rows)
     assert all(row.passed for row in rows), "\n".join(table(rows))
 
 
@@ -95,6 +106,21 @@ def test_graphs_are_tidy(tiny_bundle):
         assert not [node.name for node in model.graph.node if node.op_type in ("CastLike", "Identity")]
 
 
+def test_graphs_for_the_cpu(tiny_bundle):
+    """Every attention, GEGLU and group norm of the UNet is rewritten; the weights are those of the standard graph."""
+    bundle = open_bundle(tiny_bundle)
+    assert bundle.variant(CPU, TEXT_ENCODER) == bundle.file(TEXT_ENCODER)
+    for graph in (UNET, UNET_GROUNDED):
+        assert bundle.variant(CPU, graph) == tiny_bundle / CPU / graph
+    count = lambda path: Counter(node.op_type for node in onnx.load(path, load_external_data=False).graph.node)
+    before, after = count(bundle.file(UNET)), count(bundle.variant(CPU, UNET))
+    assert after["MultiHeadAttention"] == before["Softmax"] > 0 == after["Softmax"]
+    assert after["BatchNormalization"] == after["InstanceNormalization"] == before["InstanceNormalization"] > 0
+    assert after["MatMul"] == before["MatMul"] - 2 * before["Softmax"] + before["Gelu"]
+    standard, own = external(tiny_bundle / UNET), external(tiny_bundle / CPU / UNET)
+    assert {tensor for name, tensor in own.items()} <= {tensor for name, tensor in standard.items()}
+
+
 def test_equal_tensors_are_stored_once(tmp_path):
     store = WeightStore(tmp_path)
     first, again, other = store.place(b"a" * 5000), store.place(b"a" * 5000), store.place(b"b" * 7)
@@ -111,7 +137,7 @@ def test_the_manifest_describes_the_model(tiny_bundle):
     assert manifest.scheduler["prediction_type"] == "v_prediction"
     assert manifest.head["variant"] == "released" and manifest.head["statistics"] == "per_image"
     assert manifest.names == dict(seen=["dog", "cat"], unseen=["unicorn"])
-    on_disk = {path.name for path in tiny_bundle.iterdir()} - {MANIFEST}
+    on_disk = {str(path.relative_to(tiny_bundle)) for path in tiny_bundle.rglob("*") if path.is_file()} - {MANIFEST}
     assert on_disk == set(manifest.files)
 
 

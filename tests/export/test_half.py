@@ -54,8 +54,10 @@ def half_bundle(tiny_bundle, tmp_path_factory):
 @pytest.mark.slow
 def test_gd_export_in_fp16(tiny_checkpoint, tmp_path, capsys):
     out = tmp_path / "bundle"
-    assert cli.main(["--ckpt", str(tiny_checkpoint), "--out", str(out), "--precision", "fp16"]) == 0
-    assert open_bundle(out).manifest.precision == "fp16" and "FAILED" not in capsys.readouterr().out
+    assert cli.main(["--ckpt", str(tiny_checkpoint), "--out", str(out), "--precision", "fp16", "--fused"]) == 0
+    said = capsys.readouterr().out
+    assert open_bundle(out).manifest.precision == "fp16" and "FAILED" not in said
+    assert all(f"cuda/{graph} " in said for graph in (UNET, UNET_GROUNDED, VAE_DECODER))
 
 
 def test_a_trace_in_fp16(tiny_checkpoint):
