@@ -127,13 +127,14 @@ class Worker:
     def _generate(self) -> bool:
         """Make all batches that are there to make; False when there were none."""
         any_made, started = False, time.monotonic()
-        for results in self.pipe.batches(self._feed(), self.options):
-            any_made, now = True, time.monotonic()
-            hand, jobs = self._flying.popleft()
-            self.monitor.batch(len(jobs), now - started)
-            started = now
-            self._take(hand, jobs, results)
-            self.stop.check()
+        with contextlib.closing(self.pipe.batches(self._feed(), self.options)) as made:
+            for results in made:
+                any_made, now = True, time.monotonic()
+                hand, jobs = self._flying.popleft()
+                self.monitor.batch(len(jobs), now - started)
+                started = now
+                self._take(hand, jobs, results)
+                self.stop.check()
         return any_made
 
     def _feed(self) -> Iterator[tuple[Job, ...]]:

@@ -146,6 +146,13 @@ def test_a_worker_waits_for_a_shard_that_another_holds(command, tmp_path, expect
     check_tree(out, expected)
 
 
+def test_batches_at_once_change_nothing(command, tmp_path, expected):
+    """Second attempts then come between the batches of later shards."""
+    out = tmp_path / "out"
+    assert null.main([*command, out, "--lanes", "3"], null.FailingBackend) == 3
+    check_tree(out, expected)
+
+
 def test_failures_are_tried_again_and_then_told(command, tmp_path, expected, capsys):
     summary = json.loads(expected["summary.json"])
     assert summary["samples"] == SAMPLES == summary["accepted"] + summary["rejected"] + summary["quarantined"]
