@@ -21,7 +21,7 @@ from grounded_diffusion.bench.report import (
     speed_report,
     write_results,
 )
-from grounded_diffusion.bench.systems import PEERS, missing_packages
+from grounded_diffusion.bench.systems import EVERY_STEP, PEERS, missing_packages
 from grounded_diffusion.bundle import open_bundle
 from grounded_diffusion.engine import GroundedPipeline, Options
 from grounded_diffusion.engine.backends import BACKENDS
@@ -115,7 +115,7 @@ def run_speed(args: argparse.Namespace) -> None:
     if unknown := [peer for peer in peers if peer not in PEERS]:
         raise UsageError(f"there is no peer {unknown[0]!r}; choose from {', '.join(PEERS)}")
     options = Options(
-        sampler=args.sampler, steps=args.steps, guidance_scale=args.guidance_scale, guidance_interval=(0.0, 1.0),
+        sampler=args.sampler, steps=args.steps, guidance_scale=args.guidance_scale, guidance_interval=EVERY_STEP,
         batch=args.batch,
     )  # fmt: skip
     pipe, batch = open_model(args, options, args.backend)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from grounded_diffusion.bench.environment import peak_rss
 from grounded_diffusion.bench.flops import count_torch_flops
 from grounded_diffusion.bench.timing import Timing, clock
 from grounded_diffusion.errors import UsageError
@@ -86,6 +87,7 @@ def measure_grounding(size: str, rounds: int, report: Callable[[str], None] = la
     timings = {name: Timing(tuple(values)) for name, values in seconds.items()}
     return {
         "size": size,
+        "peak_memory": peak_rss(),
         "calls": {name: timing.record() | {"flops": flops[name]} for name, timing in timings.items()},
         "share_of_generation": {str(steps): shares(timings, flops, steps) for steps in STEPS},
     }
@@ -119,7 +121,7 @@ def grounding_table(result: dict[str, Any]) -> list[str]:
     for key, name in rows:
         values = (result["share_of_generation"][str(steps)][key] for steps in STEPS)
         lines.append(f"| {name} | " + " | ".join(f"{value:.2%}" for value in values) + " |")
-    return lines
+    return [*lines, "", f"Peak memory: {result['peak_memory'] / 1e9:.1f} GB."]
 
 
 def column(steps: int) -> str:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from grounded_diffusion.bench.systems import Output, Work
+from grounded_diffusion.bench.systems import EVERY_STEP, Output, Work
 from grounded_diffusion.bench.timing import repeat
 from grounded_diffusion.engine import Options, Prompt
 from grounded_diffusion.errors import BackendError, UsageError
@@ -119,8 +119,10 @@ class Peer:
     name = "eager"
 
     def __init__(self, checkpoint: Checkpoint, options: Options, capture: int, batch: int, device: str = "cpu"):
-        if options.sampler not in SCHEDULERS or options.guidance_scale == 1 or options.guidance_interval != (0.0, 1.0):
+        if options.sampler not in SCHEDULERS or options.guidance_scale == 1 or options.guidance_interval != EVERY_STEP:
             raise UsageError(f"peers sample with {', '.join(SCHEDULERS)} and guidance at every step, not as asked")
+        if options.threshold != 0.5 or options.size is not None:
+            raise UsageError("peers make images of the model's own size and masks at threshold 0.5, not as asked")
         self.checkpoint, self.options, self.batch, self.device = checkpoint, options, batch, device
         self.dtype = torch.float16 if device == "cuda" else torch.float32
         self.pipeline = reference_pipeline(checkpoint)

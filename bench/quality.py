@@ -19,19 +19,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from grounded_diffusion.bench.systems import Engine, Output, System, Work, open_peer
+from grounded_diffusion.bench.systems import EVERY_STEP, Engine, Output, System, Work, open_peer, psnr
 from grounded_diffusion.bench.timing import Timing
 from grounded_diffusion.engine import GroundedPipeline, Options, Prompt
 from grounded_diffusion.engine.noise import batch_normal
 from grounded_diffusion.errors import UsageError
-from grounded_diffusion.export.verify import psnr
 from grounded_diffusion.training.evaluate import found, pooled_iou
 from grounded_diffusion.training.grounding import object_masks
 from grounded_diffusion.training.oracle import Segmenter, load_oracle
 
 SEED = 41
+SYSTEMS = ("engine", "eager", "compile")
 OPTIONS = tuple(field.name for field in fields(Options))
-ALWAYS = {"guidance_interval": (0.0, 1.0)}
+ALWAYS = {"guidance_interval": EVERY_STEP}
 RECIPE = {"name": "released recipe", "system": "eager", "sampler": "ddim", "steps": 50} | ALWAYS
 DEFAULT = (  # the recipe in diffusers, the same in the engine, and what is faster
     RECIPE,
@@ -49,7 +49,7 @@ class Setting:
 
     Attributes:
         name: for the table.
-        system: "engine", or a peer.
+        system: one of SYSTEMS.
         options: of the run.
         capture: training timestep at which the head reads; None for the model's own.
     """
@@ -82,8 +82,11 @@ def make_setting(given: Mapping[str, Any], batch: int) -> Setting:
     chosen = {key: value for key, value in given.items() if key not in own}
     shown = chosen | ({"capture": given["capture"]} if "capture" in given else {})
     told = " ".join(f"{k}={'-'.join(map(str, v)) if isinstance(v, list | tuple) else v}" for k, v in shown.items())
-    options = Options(**{"batch": batch} | chosen)
-    return Setting(str(given.get("name", told)), given.get("system", "engine"), options, given.get("capture"))
+    system = given.get("system", "engine")
+    if system not in SYSTEMS:
+        raise UsageError(f"there is no system {system!r} in a setting; choose from {', '.join(SYSTEMS)}")
+    base = {"batch": batch} | ({} if system == "engine" else ALWAYS)  # peers know no interval
+    return Setting(str(given.get("name", told)), system, Options(**base | chosen), given.get("capture"))
 
 
 def with_capture(pipe: GroundedPipeline, capture: int | None) -> GroundedPipeline:
@@ -100,8 +103,7 @@ def open_setting(setting: Setting, pipe: GroundedPipeline, checkpoint: Path) -> 
     capture = pipe.schedule(setting.options).capture_index(pipe.bundle.manifest.capture_timestep)
     if setting.system == "engine":
         return Engine(pipe, setting.options)
-    size = pipe.latent_shape(setting.options)[1:]
-    return open_peer(setting.system, checkpoint, setting.options, capture, setting.options.batch, size=size)
+    return open_peer(setting.system, checkpoint, setting.options, capture, setting.options.batch)
 
 
 class Judge:
@@ -115,7 +117,6 @@ class Judge:
         """A batch: prompted names' indices [B,O] in the oracle's list, and what the first setting made of it."""
         images = torch.from_numpy(output.images).permute(0, 3, 1, 2).float() / 127.5 - 1
         masks, before = torch.from_numpy(output.masks), torch.from_numpy(first.masks)
-        pairs = zip(output.images, first.images, strict=True)
         classes = self.oracle.segment(images)
         truth = object_masks(classes, objects)
         made = {
@@ -125,7 +126,7 @@ class Judge:
             "truth": truth,
             "iou": iou(masks, truth),
             "iou_first": iou(masks, before),
-            "psnr_first": torch.tensor([min(99.0, psnr(a, b)) for a, b in pairs]),
+            "psnr_first": torch.from_numpy(psnr(output.images, first.images)),
         }
         for name, value in made.items():
             self.columns.setdefault(name, []).append(value)

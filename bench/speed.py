@@ -29,6 +29,7 @@ from grounded_diffusion.bench.systems import (
     make_work,
     missing_packages,
     open_peer,
+    psnr,
     unet_share,
 )
 from grounded_diffusion.bench.timing import alternate, clock
@@ -137,12 +138,10 @@ def open_named(name: str, pipe: GroundedPipeline, plan: Plan) -> System:
 
 def agreement(name: str, output: Output, expected: Output) -> dict[str, float]:
     """Worst PSNR and mask IoU of a peer's round against the engine's. Raises ParityError if it made other images."""
-    squares = ((output.images.astype(float) - expected.images) ** 2).mean((1, 2, 3))
     both = (output.masks & expected.masks).sum((2, 3))
     either = (output.masks | expected.masks).sum((2, 3))
-    error = float(squares.max())
     iou = np.where(either, both / either.clip(1), 1.0)
-    found = {"psnr": 10 * math.log10(255**2 / error) if error else 99.0, "mask_iou": float(iou.min())}
+    found = {"psnr": float(psnr(output.images, expected.images).min()), "mask_iou": float(iou.min())}
     if found["psnr"] < LEAST_PSNR:
         raise ParityError(f"{name} makes other images than the engine: {found['psnr']:.1f} dB; the times mean nothing")
     return found

@@ -46,14 +46,14 @@ def test_median_and_quartiles():
 
 
 def test_speed(model, tmp_path, capsys):
-    options = ["--peers", "eager,onnxruntime", "--steps", 2, "--images", 2, "--rounds", 2, "--repeats", 2]
+    options = ["--peers", "eager", "--steps", 2, "--images", 2, "--rounds", 2, "--repeats", 2]
     options += ["--peer-batch", 2, "--no-memory", "--out", tmp_path]
     assert bench("speed", *model, *options) == 0
     said = capsys.readouterr().out
     result = json.loads((tmp_path / "speed-cpu.json").read_text())
-    names = ["engine", "engine, folder writer", "eager", "onnxruntime"]
+    names = ["engine", "engine, folder writer", "eager"]
     assert result["order"] == names * 2 and [row["name"] for row in result["systems"]] == names
-    assert not result["omitted"] and result["prepare_s"].keys() == {"eager", "onnxruntime"}
+    assert not result["omitted"] and result["prepare_s"].keys() == {"eager"}
     for row in result["systems"]:
         assert row["images_per_s"] == pytest.approx(2 / row["median_s"]) and len(row["seconds"]) == 2
         assert row["q1_s"] <= row["median_s"] <= row["q3_s"]
@@ -71,15 +71,26 @@ def test_speed(model, tmp_path, capsys):
     assert set(names) <= set(texts)
 
 
+@pytest.mark.slow
+def test_compiled_and_exported_peers_make_the_engines_images(model, tmp_path):
+    options = ["--steps", 3, "--images", 2, "--rounds", 1, "--repeats", 1, "--no-memory", "--peers"]
+    assert bench("speed", *model, *options, "compile,onnxruntime", "--peer-batch", 2, "--out", tmp_path) == 0
+    result = json.loads((tmp_path / "speed-cpu.json").read_text())
+    assert result["agreement"].keys() == {"compile", "onnxruntime"} == result["prepare_s"].keys()
+    assert all(found["psnr"] > 45 and found["mask_iou"] > 0.99 for found in result["agreement"].values())
+
+
 def test_peak_memory_is_that_of_a_process_with_one_system(tiny_bundle, tiny_checkpoint, tmp_path):
     pipe = GroundedPipeline.open(tiny_bundle, threads=1)
     plan = speed.Plan(
-        options=Options(steps=1, batch=1), threads=1, peers=("eager",), peer_batch=1, images=1, rounds=1, repeats=1,
-        backend="onnxruntime", checkpoint=tiny_checkpoint, folder=tmp_path,
+        options=Options(steps=1, batch=1, guidance_interval=systems.EVERY_STEP), threads=1, peers=("eager",),
+        peer_batch=1, images=1, rounds=1, repeats=1, backend="onnxruntime", checkpoint=tiny_checkpoint,
+        folder=tmp_path,
     )  # fmt: skip
     assert speed.Plan.load(json.loads(json.dumps(plan.dump()))) == plan
     said = []
     peaks = speed.peak_memory(pipe, plan, ["engine", "eager", "nothing"], said.append)
+    assert "nothing" in said[-1] and "eager was not" not in " ".join(said)
     assert 30e6 < peaks["engine"] < peaks["eager"] < 8e9  # no torch in the first
     assert peaks["nothing"] is None and "the memory of nothing was not measured" in said[-1]
 
@@ -118,7 +129,12 @@ def test_quality(model, tmp_path, capsys):
     oracle = Segmenter(["dog", "cat", "unicorn"])
     torch.save(dict(names=oracle.names, weights=oracle.state_dict()), tmp_path / "oracle.pt")
     (tmp_path / "settings.json").write_text('[{"name": "short", "sampler": "dpmpp-2m", "steps": 2, "capture": 501}]')
-    options = ["--setting", "system=eager sampler=ddim steps=3", "--setting", "sampler=ddim steps=3 name=same"]
+    options = [
+        "--setting",
+        "system=eager sampler=ddim steps=3",
+        "--setting",
+        "sampler=ddim steps=3 guidance_interval=[0,1] name=same",
+    ]
     options += ["--setting", "steps=3 guidance_interval=[0,0.5]", "--settings", tmp_path / "settings.json"]
     given = ["--oracle", tmp_path / "oracle.pt", "--images", 5, "--out", tmp_path]
     assert bench("quality", *model, *given, *options) == 0
@@ -138,7 +154,7 @@ def test_quality(model, tmp_path, capsys):
     [
         ("sampler", "'sampler' is not of the form key=value"),
         ("speed=9", "unknown key speed in a setting; known: capture, name, system, steps"),
-        ("system=other", "there is no peer 'other'"),
+        ("system=other", "there is no system 'other'"),
         ("system=eager guidance_interval=[0,0.5]", "guidance at every step"),
         ("steps=0", "steps must be"),
     ],
