@@ -118,7 +118,7 @@ class Monitor:
             self._show()
 
     def batch(self, images: int, seconds: float) -> None:
-        """The model has made a batch."""
+        """The model has made a batch, `seconds` after the one before."""
         with self._lock:
             self.batches_images += images
             self.batch_seconds.observe(seconds)
@@ -222,7 +222,7 @@ class Monitor:
                      one(self.rate.value)),
                     ("queue_depth", "gauge", "Samples that wait in a queue.",
                      [("", {"queue": name}, depth) for name, depth in sorted(self.queues.copy().items())]),
-                    ("batch_seconds", "histogram", "Seconds that the model took for a batch.",
+                    ("batch_seconds", "histogram", "Seconds from one batch to the next; those made together come together.",
                      self.batch_seconds.samples()),
                     ("gpu_busy_ratio", "gauge", "Share of time in which a GPU of this machine was busy.",
                      [("", {"gpu": index}, share) for index, share in self.gpus]),
