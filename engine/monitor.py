@@ -222,7 +222,7 @@ class Monitor:
                      one(self.rate.value)),
                     ("queue_depth", "gauge", "Samples that wait in a queue.",
                      [("", {"queue": name}, depth) for name, depth in sorted(self.queues.copy().items())]),
-                    ("batch_seconds", "histogram", "Seconds from one batch to the next; those made together come together.",
+                    ("batch_seconds", "histogram", "Seconds from one batch to the next.",
                      self.batch_seconds.samples()),
                     ("gpu_busy_ratio", "gauge", "Share of time in which a GPU of this machine was busy.",
                      [("", {"gpu": index}, share) for index, share in self.gpus]),
