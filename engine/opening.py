@@ -120,7 +120,7 @@ def place(
         found = placement(bundle, replace(options, batch=batch), args.threads, say)
         return replace(found, lanes=args.lanes or found.lanes)
     height, width = (side // bundle.manifest.vae_scale_factor for side in options.image_size(bundle.manifest))
-    return Placement(batch or options.batch_size(height * width), args.lanes or 1)
+    return Placement(batch or options.batch_size(height * width, args.backend != "onnxruntime"), args.lanes or 1)
 
 
 def check_output(storage: Storage, overwrite: bool) -> None:

@@ -13,6 +13,7 @@ from grounded_diffusion.errors import UsageError
 
 MAX_BATCH = 256
 LATENT_CELLS = 4096  # to a default batch: 16 images at 16x16 latents, 1 at the 64x64 of Stable Diffusion
+GPU_LATENT_CELLS = 16 * LATENT_CELLS  # the same on a GPU, which one image of Stable Diffusion leaves half idle
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +81,9 @@ class Options:
                 )
         return tuple(size)
 
-    def batch_size(self, latent_cells: int) -> int:
+    def batch_size(self, latent_cells: int, gpu: bool = False) -> int:
         """Images to a call: what was asked for, or what keeps the network busy without filling the memory."""
-        return self.batch or max(1, min(16, LATENT_CELLS // latent_cells))
+        return self.batch or max(1, min(16, (GPU_LATENT_CELLS if gpu else LATENT_CELLS) // latent_cells))
 
 
 def check_int(value: Any, name: str, low: int, high: int) -> None:

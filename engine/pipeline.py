@@ -191,7 +191,8 @@ class GroundedPipeline:
 
     def _generate(self, jobs: list[Job], options: Options, noise: np.ndarray | None) -> Iterator[Sample]:
         _, height, width = self.latent_shape(options)
-        for results in self.batches(chunks(jobs, options.batch_size(height * width)), options, noise=noise):
+        batch = options.batch_size(height * width, isinstance(self.backend, DeviceBackend))
+        for results in self.batches(chunks(jobs, batch), options, noise=noise):
             for result in results:
                 if isinstance(result, Failed):
                     raise NumericsError(result.reason)
