@@ -59,6 +59,33 @@ def test_cfg_step(gpu, size, guidance, half):
             assert relative(value.numpy(), wanted) <= tolerance
 
 
+def test_numbers_that_are_not_finite_are_flagged_by_step_and_image(gpu):
+    kernels, stream, put = gpu
+    output, latents = random(1, 3, 4, 33, 65), random(2, 3, 4, 33, 65)
+    image, logits = random(3, 3, 3, 7, 13), random(4, 3, 2, 5, 3)
+    output[1, 3, 32, 64], image[2, 2, 6, 12], logits[0, 0, 4, 2], logits[1, 1, 0, 0] = np.inf, np.nan, np.nan, np.inf
+    valid = np.array([[True, True], [True, False], [True, True]])  # the infinity is of no object
+    row = put(pack_step(guidance_scale=None, cx=0.0, co=1.0, a=1.0, b=[1.0], row=4).view(np.uint8))
+    flags = put(np.zeros((8, 3), np.uint8))
+    given, after = [put(v) for v in (output, latents)], [put(latents), put(output)]
+    pointers = (row.pointer, given[0].pointer, given[1].pointer, 0, 0, after[0].pointer, after[1].pointer)
+    kernels.cfg_step(
+        stream, *pointers, count=latents.size, guided=False, doubled=False, half=False, bad=flags.pointer, batch=3
+    )
+    picture, pixels = put(image), put(np.zeros((3, 7, 13, 3), np.uint8))
+    kernels.image_epilogue(
+        stream, picture.pointer, pixels.pointer, batch=3, size=(7, 13), half=False, bad=flags.pointer + 15
+    )
+    result = mask_epilogue(np.nan_to_num(logits), valid, (7, 13))
+    outputs = [put(getattr(result, name).view(np.uint8)) for name in ("labels", "area", "box", "score")]
+    stats, source, known = put(np.zeros(6 * STATS_BYTES, np.uint8)), put(logits), put(valid)
+    kernels.mask_epilogue(
+        stream, source.pointer, known.pointer, *(v.pointer for v in outputs), stats.pointer, bad=flags.pointer + 18,
+        shape=logits.shape, size=(7, 13), half=False,
+    )  # fmt: skip
+    assert np.argwhere(flags.numpy()).tolist() == [[4, 1], [5, 2], [6, 0]]
+
+
 @pytest.mark.parametrize("size", [*SIZES, (512, 512)])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_image_epilogue(gpu, size, dtype):
