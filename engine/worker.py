@@ -134,6 +134,9 @@ class Worker:
                 self.monitor.batch(len(jobs), now - started)
                 started = now
                 self._take(hand, jobs, results)
+                while self._commits and (self._commits[0].done() or len(self._commits) > COMMITS):
+                    self._commits.popleft().result()  # raises what went wrong: a full disk ends the run now
+                self.monitor.queue("commit", len(self._commits))
                 self.stop.check()
         return any_made
 
@@ -188,9 +191,6 @@ class Worker:
             return
         self._hands.discard(hand)
         self._commits.append(self._committer.submit(self._commit, hand))
-        while self._commits and (self._commits[0].done() or len(self._commits) > COMMITS):
-            self._commits.popleft().result()
-        self.monitor.queue("commit", len(self._commits))
 
     def _judge(self, hand: Hand, job: Job, result: Sample | Failed) -> None:
         """Have a sample encoded, or its slot tried again, or give it up."""

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from grounded_diffusion.engine.formats.folder import FolderFormat
 from grounded_diffusion.engine.plan import RETRY
 
 NULL = Path(__file__).with_name("null_backend.py")
@@ -170,6 +171,43 @@ def test_failures_are_tried_again_and_then_told(command, tmp_path, expected, cap
     lost = summary["quarantined"]
     assert f"{SAMPLES - lost} of {SAMPLES} images with" in said.out
     assert f"0 rejected, {lost} quarantined: the latents at step 1 of 2 are not finite {lost};" in said.err
+
+
+class BlankBackend(null.NullBackend):
+    """Some images have one colour."""
+
+    def run(self, graph, inputs):
+        outputs = super().run(graph, inputs)
+        for image, latents in zip(outputs.get("image", ()), inputs.get("latents", ()), strict=False):
+            if int(abs(latents[0, 0, 1]) * 1e4) % 3 == 0:
+                image[:] = 0.5
+        return outputs
+
+
+def test_an_empty_image_is_a_failure(command, tmp_path):
+    counts = []
+    for attempts in (1, 5):
+        out = tmp_path / str(attempts)
+        assert null.main([*command, out, "--attempts", attempts], BlankBackend) in (0, 3)
+        summary = json.loads((out / "summary.json").read_text())
+        counts.append(summary["quarantined"])
+        assert summary["reasons"] == ({"the image has one colour only": counts[-1]} if counts[-1] else {})
+    assert 5 < counts[0] < SAMPLES - 5 and counts[1] < counts[0] / 2
+
+
+def test_a_sample_that_cannot_be_encoded_is_given_up(command, tmp_path, monkeypatch):
+    def encode(self, record):
+        if record.index in (3, 7):
+            raise OSError("encoder error -2")
+        return encode_well(self, record)
+
+    encode_well = FolderFormat.encode
+    monkeypatch.setattr(FolderFormat, "encode", encode)
+    assert null.main([*command, tmp_path / "out"]) == 3
+    records = records_of(tree(tmp_path / "out"))
+    lost = [entry for record in records for entry in record["quarantined"]]
+    assert sorted(entry["index"] for entry in lost) == [3, 7]
+    assert {entry["reason"] for entry in lost} == {"cannot be encoded: encoder error -2"}
 
 
 def test_rejected_samples_are_made_again(command, tmp_path, capsys):
