@@ -145,3 +145,27 @@ def test_drift_of_a_sound_bundle(half_bundle):
 def test_drift_wants_an_fp16_bundle(tiny_bundle, capsys):
     assert drift.main([str(tiny_bundle)]) == 2
     assert "is of fp32; drift is that of an fp16 bundle" in capsys.readouterr().err
+
+
+def test_polygraphy_marks_the_same_layers(half_bundle, tmp_path):
+    """NVIDIA's own tool, which runs these graphs on TensorRT too: the same values, and the same errors."""
+    from polygraphy import constants
+    from polygraphy.backend.onnx import BytesFromOnnx, ModifyOutputs, OnnxFromPath
+    from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
+    from polygraphy.logger import G_LOGGER
+
+    bundle = open_bundle(half_bundle)
+    twin = drift.widen(bundle, tmp_path)
+    ids = np.random.default_rng(0).integers(0, 600, (2, bundle.manifest.context_length))
+    values = []
+    with G_LOGGER.verbosity(G_LOGGER.ERROR):
+        for path in (bundle.file(TEXT_ENCODER), twin.file(TEXT_ENCODER)):
+            model = ModifyOutputs(OnnxFromPath(str(path)), outputs=constants.MARK_ALL)
+            with OnnxrtRunner(SessionFromOnnx(BytesFromOnnx(model))) as runner:
+                values.append(runner.infer({"input_ids": ids}))
+    layers = drift.compare(bundle, twin, TEXT_ENCODER, [{"input_ids": ids}])
+    assert len(layers) > 50 and {layer.name for layer in layers} <= values[0].keys()
+    for layer in layers:
+        actual, expected = (part[layer.name].astype(np.float64) for part in values)
+        error = np.linalg.norm(actual - expected) / max(np.linalg.norm(expected), 1e-30)
+        assert layer.error == pytest.approx(error, rel=0.3, abs=1e-4), layer
