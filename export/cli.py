@@ -51,6 +51,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.bundle and not args.engine:
         parser.error("--bundle needs --engine: an exported bundle is only ever given engines")
+    if args.fused and args.precision != "fp16":
+        parser.error("--fused needs --precision fp16")
     if args.ckpt and not args.out:
         parser.error("--ckpt needs --out, the bundle's directory")
     engine_cli.check(parser, args)

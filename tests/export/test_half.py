@@ -20,7 +20,9 @@ from grounded_diffusion.bundle import (
     sha256,
     write_manifest,
 )
+from grounded_diffusion.errors import UsageError
 from grounded_diffusion.export import cli, drift
+from grounded_diffusion.export.bundle import export_bundle
 from grounded_diffusion.export.graphs import trace
 from grounded_diffusion.export.half import FLOAT_VALUES, ISLANDS, to_half
 from grounded_diffusion.export.verify import check_graphs, check_loop
@@ -58,6 +60,16 @@ def test_gd_export_in_fp16(tiny_checkpoint, tmp_path, capsys):
     said = capsys.readouterr().out
     assert open_bundle(out).manifest.precision == "fp16" and "FAILED" not in said
     assert all(f"cuda/{graph} " in said for graph in (UNET, UNET_GROUNDED, VAE_DECODER))
+
+
+def test_fused_graphs_are_of_fp16(tiny_checkpoint, tmp_path, capsys):
+    out = tmp_path / "bundle"
+    with pytest.raises(SystemExit):
+        cli.main(["--ckpt", str(tiny_checkpoint), "--out", str(out), "--fused"])
+    assert "--fused needs --precision fp16" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="give --precision fp16 with --fused"):
+        export_bundle(None, out, fused=True)
+    assert not out.exists()
 
 
 def test_a_trace_in_fp16(tiny_checkpoint):
