@@ -23,13 +23,15 @@ SPEC = importlib.util.spec_from_file_location("null_backend", NULL)
 null = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(null)
 PROMPT = ["--prompt", "a photograph of a [dog] and a [cat]"]
-PAIRS, IMAGES = 7, 32
+PAIRS, IMAGES = 15, 16
 
 
 def rate(pipe, out, *options):
     """Images per second of a run on an opened pipeline, from its first batch to its last record."""
-    arguments = [*PROMPT, "--images-per-prompt", IMAGES, "--batch", 8, "--shard-size", 16, "--lanes", 1, *options]
-    args = build_parser().parse_args([str(a) for a in [*arguments, "--model", pipe.bundle.path, "--out", out]])
+    arguments = [*PROMPT, "--images-per-prompt", IMAGES, "--batch", 8, "--shard-size", 8, "--lanes", 1]
+    args = build_parser().parse_args(
+        [str(a) for a in [*arguments, *options, "--model", pipe.bundle.path, "--out", out]]
+    )
     run = replace(open_run(args, print, Stop()), pipe=pipe)
     run.start()
     worker, monitor = run.worker(Monitor()), Monitor()
