@@ -90,7 +90,6 @@ class Worker:
         self.options, self.filters, self.attempts = options, filters, attempts
         self.monitor, self.say, self.stop = monitor, say, stop
         self.encoders = encoders or max(2, usable_cores() // 2)
-        self.made: set[int] = set()
 
     def run(self, shards: Iterable[int]) -> None:
         """Make every shard that has no record. When this returns all have one, whoever made it.
@@ -241,7 +240,6 @@ class Worker:
             rows = [sample.row for sample in samples]
             record = encode_shard(hand.shard, self.plan.indices(hand.shard).start, rows, files, **lost)
             self.storage.commit(hand.shard, files, record)
-        self.made.add(hand.shard)
         self.monitor.shard(hand.shard)
 
     def _drop(self) -> None:
