@@ -1,7 +1,7 @@
 """Weights of all graphs of a bundle, stored once.
 
-Tensors go to `weights.0.bin`, `weights.1.bin`, ... as they come, one after the other; equal tensors share their place,
-whichever graph they belong to. The graphs refer to them as ONNX external data.
+Tensors go to `weights.0.bin`, `weights.1.bin`, ... as they come, one after the other; equal tensors of one type share
+their place, whichever graph they belong to. The graphs refer to them as ONNX external data.
 """
 
 from __future__ import annotations
@@ -25,9 +25,15 @@ class WeightStore:
         self._size = FILE_LIMIT  # of the current file; full, so that the first tensor opens one
         self._places: dict[bytes, tuple[str, int, int]] = {}
 
-    def place(self, data: bytes | memoryview) -> tuple[str, int, int]:
-        """File, offset and length in bytes of a tensor's data, written unless it is there already."""
-        digest = hashlib.sha256(data).digest()
+    def place(self, data: bytes | memoryview, kind: str = "") -> tuple[str, int, int]:
+        """File, offset and length in bytes of a tensor's data, written unless it is there already.
+
+        Tensors of another `kind` (type) never share a place: TensorRT refuses one address with two lengths, and the
+        zeros of a type have the bytes of the zeros of any other.
+        """
+        hasher = hashlib.sha256(kind.encode() + b"\0")
+        hasher.update(data)
+        digest = hasher.digest()
         if digest not in self._places:
             start = -(-self._size // ALIGNMENT) * ALIGNMENT
             if start + len(data) > FILE_LIMIT:  # a tensor above the limit has a file for itself
@@ -47,7 +53,7 @@ class WeightStore:
             tensor = value.const_value
             if tensor is None or tensor.nbytes <= INLINE or getattr(tensor, "base_dir", None) == self.folder:
                 continue
-            file, offset, length = self.place(tensor.tobytes())
+            file, offset, length = self.place(tensor.tobytes(), tensor.dtype.name)
             value.const_value = onnx_ir.ExternalTensor(
                 file, offset, length, tensor.dtype, shape=tensor.shape, name=value.name, base_dir=self.folder
             )

@@ -17,6 +17,7 @@ from grounded_diffusion.engine.tensorrt_backend import TensorRTNetworks
 from grounded_diffusion.errors import BackendError, UsageError
 from grounded_diffusion.export import cli, engines
 from grounded_diffusion.export.engines import build_engines
+from grounded_diffusion.export.weights import WeightStore
 
 RTX = "tensorrt_rtx"
 
@@ -150,6 +151,13 @@ def test_a_graph_that_does_not_parse_is_named(text_engine):
     model.write_bytes(model.read_bytes().replace(b"MatMul", b"MatMux"))
     with pytest.raises(BackendError, match=r"cannot parse text_encoder.onnx: .*MatMux"):
         engines.build_plan(open_bundle(path, verify=False), spec)
+
+
+def test_equal_bytes_of_two_types_have_two_places(tmp_path):
+    store = WeightStore(tmp_path)
+    zeros = bytes(4096)
+    places = [store.place(zeros, kind)[:2] for kind in ("FLOAT", "FLOAT16", "FLOAT")]
+    assert places[0] == places[2] != places[1]  # TensorRT names weights by their address, and wants one length of each
 
 
 def test_devices_and_backends_that_are_not_there(tiny_bundle):
