@@ -296,8 +296,8 @@ def replace_file(name, content):
 
 
 def test_a_graph_that_does_not_load(tiny_bundle, tmp_path):
-    pipe = GroundedPipeline.open(damaged(tiny_bundle, tmp_path, replace_file("unet.onnx", b"not a graph")))
-    with pytest.raises(BackendError, match=r"cannot load .*unet\.onnx") as caught:
+    pipe = GroundedPipeline.open(damaged(tiny_bundle, tmp_path, replace_file("cpu/unet.onnx", b"not a graph")))
+    with pytest.raises(BackendError, match=r"cannot load .*cpu/unet\.onnx") as caught:
         next(pipe.generate("a [dog]", steps=2))
     assert "\n" not in str(caught.value)
 
