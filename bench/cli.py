@@ -56,8 +56,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     speed.add_argument("--sampler", default=DEFAULT_SAMPLER)
     speed.add_argument("--steps", type=int, default=DEFAULT_STEPS)
     speed.add_argument("--guidance-scale", type=float, default=7.5)
-    speed.add_argument("--rounds", type=int, help="timed turns of every system (default: what fits into 4 minutes)")
-    speed.add_argument("--repeats", type=int, default=15, help="timed calls of every stage (default 15)")
+    speed.add_argument(
+        "--rounds", type=int, help="timed turns of every system (default: what fits into 2 minutes, at least 3)"
+    )
+    speed.add_argument("--repeats", type=int, default=9, help="timed calls of every stage (default 9)")
     speed.add_argument("--images", type=int, default=32, help="images to a turn, at least (default 32)")
     speed.add_argument("--peer-batch", type=int, help="images to a call of a peer (default: eager's fastest)")
     speed.add_argument("--no-memory", action="store_true", help="skip the measurement of peak memory")

@@ -181,7 +181,16 @@ class CompiledPeer(Peer):
     name = "compile"
 
     def prepare(self, plain, grounded, decode):
-        return tuple(torch.compile(part) for part in (plain, grounded, decode))
+        plain, compiled, decode = (torch.compile(part) for part in (plain, grounded, decode))
+        ran = []
+
+        def run(*inputs):
+            if not ran:  # what the hooks keep belongs to what is traced: empty at first, it would be traced twice
+                grounded(*inputs)
+                ran.append(True)
+            return compiled(*inputs)
+
+        return plain, run, decode
 
 
 class OnnxPeer(Peer):

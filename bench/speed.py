@@ -38,8 +38,7 @@ from grounded_diffusion.engine.backends import BACKENDS
 from grounded_diffusion.engine.onnxruntime_backend import usable_cores
 from grounded_diffusion.errors import BackendError, ParityError
 
-WARM_UP = {"compile": 2}  # turns before the timed ones, if not 1: torch.compile traces once more in its second
-BUDGET = 240.0  # seconds of timed turns, where their number is not given
+BUDGET = 120.0  # seconds of timed turns, where their number is not given
 LEAST, MOST = 3, 9  # rounds, then
 LEAST_PSNR = 30.0  # dB; below this a peer has not done the same work
 Report = Callable[[str], None]
@@ -175,8 +174,8 @@ def measure_speed(pipe: GroundedPipeline, plan: Plan, report: Report = lambda li
     rounds = plan.rounds or min(MOST, max(LEAST, int(BUDGET / sum(warm.values()))))
     runs = {name: lambda number, system=system: system.run(work(number)) for name, system in systems.items()}
     timings, result["order"] = alternate(runs, rounds, report)
-    turns = {name: WARM_UP.get(name, 1) * min(timings[name].seconds) for name in prepared}
-    result["prepare_s"] = {name: max(0.0, spent - turns[name]) for name, spent in prepared.items()}
+    fastest = {name: min(timings[name].seconds) for name in prepared}
+    result["prepare_s"] = {name: max(0.0, spent - fastest[name]) for name, spent in prepared.items()}
     result["unet_share"] = share_of_unet(pipe, plan, stages, work(rounds))
     peaks = peak_memory(pipe, plan, list(systems), report) if plan.memory else {}
     result["systems"] = [
@@ -196,7 +195,7 @@ def measure_speed(pipe: GroundedPipeline, plan: Plan, report: Report = lambda li
 def prepare(
     pipe: GroundedPipeline, plan: Plan, work: Callable[[int], Work], omitted: dict[str, str], report: Report
 ) -> tuple[dict[str, System], dict[str, float], dict[str, float], dict[str, dict[str, float]]]:
-    """All systems, warm; seconds of the last turn; those from opening a peer to the end of its warm-up; agreement.
+    """All systems, warm; seconds of the last turn; those from opening a peer to the end of its first; agreement.
 
     A peer that cannot be opened is said to be left out and added to `omitted`.
     """
@@ -215,10 +214,9 @@ def prepare(
             omitted[name] = str(error)
             report(f"LEFT OUT: {name} ({error})")
             continue
-        for _ in range(WARM_UP.get(name, 1)):
-            last = time.perf_counter()
-            output = systems[name].run(work(0))
-        warm[name], seconds[name] = time.perf_counter() - last, time.perf_counter() - start
+        output = systems[name].run(work(0))
+        seconds[name] = time.perf_counter() - start
+        warm[name] = clock(lambda name=name: systems[name].run(work(0)))
         agreed[name] = agreement(name, output, expected)
     return systems, warm, seconds, agreed
 
