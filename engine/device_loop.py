@@ -78,7 +78,7 @@ class DeviceLoop:
 
     def __init__(self, device: Device, graphs: Graphs, sizes: Sizes, streams: Streams, replay: Replay = "step"):
         self.device, self.graphs, self.sizes, self.streams = device, graphs, sizes, streams
-        self.replay = replay if graphs.capturable else "none"
+        self.replay = replay
         try:
             self.memory = Memory(device, graphs, sizes, streams)
         except BaseException:
@@ -176,10 +176,11 @@ class DeviceLoop:
             half = at["conditional"].nbytes
             device.copy(stream, at["conditional"].pointer, at["context"].pointer + half, half)
         device.clear(stream, at["flags"].pointer, at["flags"].nbytes)
-        if self.replay == "loop" and not request.schedule.stochastic:
+        mode = self.replay if self.graphs.capturable else "none"  # known once all is bound
+        if mode == "loop" and not request.schedule.stochastic:
             self._replayed(kinds, lambda: self._steps(slot, request, kinds, replay=False))()
         else:  # the noise of a stochastic sampler comes from the slot's own memory, step by step
-            self._steps(slot, request, kinds, replay=self.replay != "none")
+            self._steps(slot, request, kinds, replay=mode != "none")
         self._hand_over(slot)
         self._finish(slot, request)
         slot.handle = Handle(device, slot, request)
