@@ -65,7 +65,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     speed.add_argument("--no-memory", action="store_true", help="skip the measurement of peak memory")
 
     quality = kinds.add_parser("quality", parents=[common], help="price and quality of settings, judged by an oracle")
-    quality.add_argument("--oracle", type=Path, required=True, help="oracle.pt of a training run")
+    quality.add_argument("--oracle", type=Path, help="oracle.pt of a training run (default: the checkpoint's)")
     about = "fields of Options, name, system, capture; repeatable; the first is what the others are compared with"
     quality.add_argument("--setting", action="append", default=[], metavar="'key=value ...'", help=about)
     quality.add_argument("--settings", type=Path, help="JSON file with a list of such settings as objects")
@@ -155,7 +155,7 @@ def run_quality(args: argparse.Namespace) -> None:
         raise UsageError("--model needs --ckpt, the checkpoint it was exported from")
     pipe, batch = open_model(args, Options(batch=args.batch))
     results = measure_quality(
-        pipe, checkpoint, args.oracle, settings or DEFAULT, images=args.images, batch=batch,
+        pipe, checkpoint, args.oracle or checkpoint / "oracle.pt", settings or DEFAULT, images=args.images, batch=batch,
         turn=batch * pipe.backend.lanes, objects=args.objects, report=say,
     )  # fmt: skip
     about = environment(pipe.bundle, args.threads)
