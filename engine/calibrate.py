@@ -24,8 +24,8 @@ from grounded_diffusion.engine.onnxruntime_backend import OnnxRuntimeBackend, us
 from grounded_diffusion.engine.options import LATENT_CELLS, MAX_BATCH, Options
 from grounded_diffusion.engine.shipped import cache_folder
 
-BUDGET = 15.0  # seconds; at large images only a few placements are tried
-ROUNDS = 2  # timed calls of each lane
+BUDGET = 25.0  # seconds; at large images only a few placements are tried
+TIMED = 2.0  # seconds of calls to a placement, at least one call a lane
 WORTH = 1.03  # a larger placement must be faster by this, or the smaller one, with its smaller memory, is taken
 
 
@@ -40,7 +40,7 @@ class Placement:
 def placement(
     bundle: Bundle, options: Options, threads: int | None = None, report: Callable[[str], None] = lambda line: None
 ) -> Placement:
-    """The fastest placement on this machine: remembered, or measured now within some 15 seconds.
+    """The fastest placement on this machine: remembered, or measured now within half a minute.
 
     Args:
         options: decide the image size; a batch that they fix is kept, and only the lanes are tried.
@@ -112,10 +112,15 @@ def rate(backend: Backend, bundle: Bundle, tried: Placement, latents: tuple[int,
             backend.run(UNET, inputs)
 
     with ThreadPoolExecutor(tried.lanes) as pool:
-        list(pool.map(lane, [2] * tried.lanes))  # opens the session, learns the shapes, makes the buffers
-        start = time.perf_counter()
-        list(pool.map(lane, [ROUNDS] * tried.lanes))
-    return tried.lanes * tried.batch * ROUNDS / (time.perf_counter() - start)
+
+        def seconds(rounds: int) -> float:
+            start = time.perf_counter()
+            list(pool.map(lane, [rounds] * tried.lanes))
+            return time.perf_counter() - start
+
+        seconds(1)  # opens the session, learns the shapes, makes the buffers
+        rounds = max(1, round(TIMED / seconds(1)))
+        return tried.lanes * tried.batch * rounds / seconds(rounds)
 
 
 def choose(rates: dict[Placement, float]) -> Placement:

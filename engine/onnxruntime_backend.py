@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from grounded_diffusion.bundle import CPU, GRAPH_IO, Bundle
+from grounded_diffusion.bundle import CONTEXT, CPU, GRAPH_IO, Bundle
 from grounded_diffusion.engine.backend import Arrays
 from grounded_diffusion.errors import BackendError
 
@@ -24,14 +25,35 @@ WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"  # optio
 REMEMBERED = 8  # sets of output buffers a graph keeps, one per input shape
 
 
-class Graph:
-    """One session, with output buffers of every calling thread reused as long as the input shapes stay the same."""
+class Projection:
+    """Keys and values of the cross-attention: functions of the context alone, made anew only where it has changed."""
 
-    def __init__(self, name: str, session: Any):
-        self.name, self.session = name, session
+    def __init__(self, session: Any):
+        self.session = session
+        self.outputs = [value.name for value in session.get_outputs()]
+        self._own = threading.local()  # .context, and .made of it
+
+    def __call__(self, context: np.ndarray) -> Arrays:
+        if not np.array_equal(getattr(self._own, "context", None), context):
+            made = self.session.run(self.outputs, {"context": np.ascontiguousarray(context, np.float32)})
+            self._own.context, self._own.made = context.copy(), dict(zip(self.outputs, made, strict=True))
+        return self._own.made
+
+
+class Graph:
+    """One session, with output buffers of every calling thread reused as long as the input shapes stay the same.
+
+    Args:
+        projection: what the session takes instead of the context; None where it takes the context itself.
+    """
+
+    def __init__(self, name: str, session: Any, projection: Projection | None = None):
+        self.name, self.session, self.projection = name, session, projection
         self.inputs = {value.name: value for value in session.get_inputs()}
         self.outputs = [value.name for value in session.get_outputs()]
         names_in, names_out = GRAPH_IO[name]
+        if projection:
+            names_in = names_in.keys() - {"context"} | set(projection.outputs)
         if set(self.inputs) != set(names_in) or set(self.outputs) != set(names_out):
             raise BackendError(
                 f"{name} has inputs {sorted(self.inputs)} and outputs {sorted(self.outputs)}, "
@@ -56,6 +78,9 @@ class Graph:
         return arrays
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
+        if self.projection and "context" in inputs:
+            others = {name: value for name, value in inputs.items() if name != "context"}
+            inputs = others | self.projection(inputs["context"])
         arrays = self._convert(inputs)
         key = tuple(array.shape for array in arrays.values())
         if not hasattr(self._own, "binding"):
@@ -98,6 +123,7 @@ class OnnxRuntimeBackend:
         self.bundle, self.sessions, self._ort = bundle, sessions, onnxruntime
         self.lanes = lanes
         self._graphs: dict[str, Graph] = {}
+        self._shared: Projection | None = None
         self._opening = threading.Lock()
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = max(1, (threads or usable_cores()) // lanes)
@@ -115,14 +141,22 @@ class OnnxRuntimeBackend:
             if name not in self._graphs:
                 while len(self._graphs) >= self.sessions:
                     self._graphs.pop(next(iter(self._graphs)))
-                path = self.bundle.variant(CPU, name)
-                try:
-                    content, providers = path.read_bytes(), ["CPUExecutionProvider"]
-                    session = self._ort.InferenceSession(content, self._options, providers=providers)
-                except Exception as error:  # onnxruntime's exceptions share no base class
-                    raise BackendError(f"onnxruntime cannot load {path}: {first_line(error)}") from None
-                self._graphs[name] = Graph(name, session)
+                session = self._session(self.bundle.variant(CPU, name))
+                cut = "context" in GRAPH_IO[name][0] and CONTEXT in self.bundle.manifest.files
+                self._graphs[name] = Graph(name, session, self._projection() if cut else None)
             return self._graphs[name]
+
+    def _session(self, path: Path) -> Any:
+        try:
+            return self._ort.InferenceSession(path.read_bytes(), self._options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's exceptions share no base class
+            raise BackendError(f"onnxruntime cannot load {path}: {first_line(error)}") from None
+
+    def _projection(self) -> Projection:
+        """Shared by the UNets; a captured step has the context of the steps before it."""
+        if self._shared is None:
+            self._shared = Projection(self._session(self.bundle.file(CONTEXT)))
+        return self._shared
 
     def run(self, graph: str, inputs: Mapping[str, np.ndarray]) -> Arrays:
         """See `Backend.run`."""

@@ -11,6 +11,7 @@ import onnx_ir
 
 from grounded_diffusion import __version__
 from grounded_diffusion.bundle import (
+    CONTEXT,
     CPU,
     CUDA,
     TEXT_ENCODER,
@@ -23,7 +24,7 @@ from grounded_diffusion.bundle import (
     write_manifest,
 )
 from grounded_diffusion.errors import UsageError
-from grounded_diffusion.export.cpu import for_cpu
+from grounded_diffusion.export.cpu import cut_context, for_cpu
 from grounded_diffusion.export.graphs import latent_multiple, trace, without_grounding
 from grounded_diffusion.export.staging import check_output, staged
 from grounded_diffusion.export.weights import WeightStore
@@ -91,8 +92,12 @@ def write_bundle(checkpoint: Checkpoint, folder: Path, precision: str, fused: bo
             plain = without_grounding(model)
             write(plain, f"{place}{UNET}")
             if precision == "fp32":
-                write(for_cpu(model), f"{CPU}/{UNET_GROUNDED}")
-                write(for_cpu(plain), f"{CPU}/{UNET}")
+                for name, unet in ((UNET_GROUNDED, model), (UNET, plain)):
+                    own = for_cpu(unet)
+                    context = cut_context(own)
+                    write(own, f"{CPU}/{name}")
+                write(context, CONTEXT)
+                del own, context
             del plain
         del model
     checkpoint.tokenizer.backend_tokenizer.save(str(folder / TOKENIZER))

@@ -26,6 +26,31 @@ def for_cpu(model: onnx_ir.Model) -> onnx_ir.Model:
     return model
 
 
+def cut_context(model: onnx_ir.Model) -> onnx_ir.Model:
+    """Take the products of the context with weights, cross-attention's keys and values, out of a UNet.
+
+    They become inputs of `model` in the place of the context. Returned is the graph that makes them: they are the same
+    at every step.
+    """
+    source = next(value for value in model.graph.inputs if value.name == "context")
+    products = [node for node, _ in source.uses() if node.op_type == "MatMul" and node.inputs[1].is_initializer()]
+    maker = model.clone()
+    names = {node.outputs[0].name for node in products}
+    maker.graph.outputs[:] = [node.outputs[0] for node in maker.graph if node.outputs[0].name in names]
+    passes.RemoveUnusedNodesPass()(maker)
+    maker.graph.inputs[:] = [value for value in maker.graph.inputs if value.name == "context"]
+    for node in products:
+        made = node.outputs[0]
+        given = onnx_ir.Value(name=made.name, shape=made.shape, type=made.type)
+        made.replace_all_uses_with(given)
+        model.graph.remove(node, safe=True)
+        model.graph.inputs.append(given)
+    if not source.uses():
+        model.graph.inputs.remove(source)
+    passes.RemoveUnusedNodesPass()(model)
+    return maker
+
+
 def fuse_attention(model: onnx_ir.Model) -> None:
     """Softmax attention without a mask -> MultiHeadAttention: no transposes of heads, no scores in memory."""
     for softmax in _nodes(model, "Softmax"):

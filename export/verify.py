@@ -6,6 +6,7 @@ import gc
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import onnx
 import onnxruntime
 import torch
 
-from grounded_diffusion.bundle import CPU, CUDA, GRAPH_IO, GRAPHS, open_bundle, read_manifest
+from grounded_diffusion.bundle import CPU, CUDA, GRAPH_IO, GRAPHS, Bundle, open_bundle, read_manifest
 from grounded_diffusion.engine import GroundedPipeline, Prompt
 from grounded_diffusion.engine.onnxruntime_backend import DTYPES, WEIGHTS_FOLDER, OnnxRuntimeBackend
 from grounded_diffusion.errors import ParityError
@@ -80,13 +81,22 @@ def _latent_size(checkpoint: Checkpoint) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
-def _session(folder: Path, file: str) -> onnxruntime.InferenceSession:
-    """A graph on the CPU; those of CUDA in the standard operators that its fused ones stand for."""
-    model, options = onnx.load(folder / file, load_external_data=False), onnxruntime.SessionOptions()
+def _runner(bundle: Bundle, file: str) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
+    """What runs a graph on the CPU; those of CUDA in the standard operators that its fused ones stand for."""
+    if file.startswith(CPU):
+        return partial(OnnxRuntimeBackend(bundle, sessions=1).run, Path(file).name)
+    model, options = onnx.load(bundle.file(file), load_external_data=False), onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    options.add_session_config_entry(WEIGHTS_FOLDER, str(folder))
+    options.add_session_config_entry(WEIGHTS_FOLDER, str(bundle.path))
     content = (as_standard(model) if file.startswith(CUDA) else model).SerializeToString()
-    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    outputs, types = [o.name for o in session.get_outputs()], {i.name: DTYPES[i.type] for i in session.get_inputs()}
+
+    def run(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        typed = {name: value.astype(types[name]) for name, value in inputs.items()}
+        return dict(zip(outputs, session.run(outputs, typed), strict=True))
+
+    return run
 
 
 def check_graphs(checkpoint: Checkpoint, folder: Path) -> list[Parity]:
@@ -95,21 +105,22 @@ def check_graphs(checkpoint: Checkpoint, folder: Path) -> list[Parity]:
     shapes = [Sizes(1, 1, height, width), Sizes(3, 4, 2 * step, 3 * step)]
     manifest = read_manifest(folder)
     rows, tolerance = [], TOLERANCES[manifest.precision]
-    for file in [*GRAPHS, *(name for name in manifest.files if name.startswith((f"{CPU}/", f"{CUDA}/")))]:
-        graph, session = Path(file).name, _session(folder, file)
+    variants = [f"{place}/{graph}" for place in (CPU, CUDA) for graph in GRAPHS]
+    for file in [*GRAPHS, *(name for name in variants if name in manifest.files)]:
+        graph, run = Path(file).name, _runner(Bundle(folder, manifest), file)
         module, outputs = MODULES[graph](checkpoint).eval(), list(GRAPH_IO[graph][1])
-        worst, wanted = dict.fromkeys(outputs, 0.0), session.get_inputs()
+        worst = dict.fromkeys(outputs, 0.0)
         for seed, sizes in enumerate(shapes):
             inputs = example_inputs(checkpoint, graph, sizes, seed)
             with torch.no_grad():
                 expected = module(**inputs)
             expected = expected if isinstance(expected, tuple) else (expected,)
-            actual = session.run(outputs, {i.name: inputs[i.name].numpy().astype(DTYPES[i.type]) for i in wanted})
-            for name, a, e in zip(outputs, actual, expected, strict=True):
-                error = relative_l2(a, e.numpy())
+            actual = run({name: value.numpy() for name, value in inputs.items()})
+            for name, e in zip(outputs, expected, strict=True):
+                error = relative_l2(actual[name], e.numpy())
                 worst[name] = max(worst[name], error if math.isfinite(error) else math.inf)
         rows += [Parity(f"{file} {name}", "relative L2", error, tolerance.graph) for name, error in worst.items()]
-        del session, module
+        del run, module
         gc.collect()
     return rows
 
