@@ -118,9 +118,7 @@ def test_graphs_for_the_cpu(tiny_bundle):
     assert after["MultiHeadAttention"] == before["Softmax"] > 0 == after["Softmax"]
     assert after["BatchNormalization"] == after["InstanceNormalization"] == before["InstanceNormalization"] > 0
     cut = count(tiny_bundle / CONTEXT)
-    assert cut == {
-        "MatMul": before["Softmax"]
-    }  # half of them are to the context: a key and a value each
+    assert cut == {"MatMul": before["Softmax"]}  # half of them are to the context: a key and a value each
     assert after["MatMul"] == before["MatMul"] - 2 * before["Softmax"] + before["Gelu"] - cut["MatMul"]
     standard, own = external(tiny_bundle / UNET), external(tiny_bundle / CPU / UNET)
     assert {tensor for name, tensor in own.items()} <= {tensor for name, tensor in standard.items()}
