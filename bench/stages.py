@@ -55,10 +55,9 @@ class Stage:
 def graph_inputs(pipe: GroundedPipeline, work: Work, timestep: float) -> dict[str, dict[str, np.ndarray]]:
     """What a guided call of every graph takes for the images of a round; embeddings are the prompts' own."""
     conditioning = pipe.condition(list(work.prompts))
-    both = np.concatenate([work.noise, work.noise])
     unet = {
-        "latents": both,
-        "timestep": np.full(len(both), timestep, np.float32),
+        "latents": work.noise,
+        "timestep": np.full(len(work.noise), timestep, np.float32),
         "context": conditioning.context,
     }
     return {

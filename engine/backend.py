@@ -14,7 +14,8 @@ class Backend(Protocol):
     """Runs the graphs of one bundle.
 
     Names and shapes of inputs and outputs are those of `bundle.GRAPH_IO`. Inputs are converted to the types the
-    graph wants; floating-point outputs come back as float32.
+    graph wants; floating-point outputs come back as float32. The UNets also take latents and a timestep of B rows with
+    a context of 2B: both halves of guidance then see them.
     """
 
     name: str

@@ -99,12 +99,12 @@ def measure(bundle: Bundle, tries: list[Placement], threads: int, latents: tuple
 
 def rate(backend: Backend, bundle: Bundle, tried: Placement, latents: tuple[int, int]) -> float:
     """Images a second through one guided call, all lanes at once."""
-    manifest, rows = bundle.manifest, 2 * tried.batch
-    noise = np.random.default_rng(0).standard_normal((rows, manifest.latent_channels, *latents), np.float32)
+    manifest, images = bundle.manifest, tried.batch
+    noise = np.random.default_rng(0).standard_normal((images, manifest.latent_channels, *latents), np.float32)
     inputs = {
         "latents": noise,
-        "timestep": np.full(rows, 500, np.float32),
-        "context": np.zeros((rows, manifest.context_length, manifest.context_dim), np.float32),
+        "timestep": np.full(images, 500, np.float32),
+        "context": np.zeros((2 * images, manifest.context_length, manifest.context_dim), np.float32),
     }
 
     def lane(rounds: int) -> None:

@@ -83,13 +83,12 @@ def denoise(
     slots = schedule.history
     history = np.empty((slots, *noise.shape), np.float32) if slots else None  # ring buffer of past m
     latents = noise * np.float32(schedule.init_noise_sigma)
-    scaled = latents * np.float32(rows[0].input_scale)
-    network_input = np.concatenate([scaled, scaled]) if both[0] else scaled
+    network_input = latents * np.float32(rows[0].input_scale)  # both halves of guidance see it
     mask_logits = None
     for i, row in enumerate(rows):
         inputs = {
             "latents": network_input,
-            "timestep": np.full(len(network_input), row.timestep, np.float32),
+            "timestep": np.full(batch, row.timestep, np.float32),
             "context": conditioning.context if both[i] else conditioning.context[batch:],
         }
         if i == capture:
@@ -99,8 +98,6 @@ def denoise(
             check_finite(mask_logits, names, f"mask logits at step {i + 1} of {len(rows)}")
         else:
             outputs = backend.run(UNET, inputs)
-        if both[i + 1] != both[i]:
-            network_input = np.empty((2 * batch if both[i + 1] else batch, *noise.shape[1:]), np.float32)
         cfg_step(
             outputs["model_output"],
             latents,

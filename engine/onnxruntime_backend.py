@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from grounded_diffusion.bundle import CONTEXT, CPU, GRAPH_IO, Bundle
+from grounded_diffusion.bundle import CONTEXT, CPU, GRAPH_IO, SHARED_ROWS, Bundle
 from grounded_diffusion.engine.backend import Arrays
 from grounded_diffusion.errors import BackendError
 
@@ -59,6 +59,7 @@ class Graph:
                 f"{name} has inputs {sorted(self.inputs)} and outputs {sorted(self.outputs)}, "
                 f"not those of the bundle format; run gd-export again"
             )
+        self.repeats = "context" in GRAPH_IO[name][0] and self.inputs["latents"].shape[0] != SHARED_ROWS
         self._own = threading.local()  # .binding, and .buffers: outputs by the shapes of the inputs
 
     def _convert(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
@@ -78,6 +79,8 @@ class Graph:
         return arrays
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
+        if self.repeats and len(inputs["latents"]) < len(inputs["context"]):
+            inputs = {**inputs, **{name: np.concatenate([inputs[name]] * 2) for name in ("latents", "timestep")}}
         if self.projection and "context" in inputs:
             others = {name: value for name, value in inputs.items() if name != "context"}
             inputs = others | self.projection(inputs["context"])

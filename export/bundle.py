@@ -24,7 +24,7 @@ from grounded_diffusion.bundle import (
     write_manifest,
 )
 from grounded_diffusion.errors import UsageError
-from grounded_diffusion.export.cpu import cut_context, for_cpu
+from grounded_diffusion.export.cpu import cut_context, for_cpu, share_halves
 from grounded_diffusion.export.graphs import latent_multiple, trace, without_grounding
 from grounded_diffusion.export.staging import check_output, staged
 from grounded_diffusion.export.weights import WeightStore
@@ -88,6 +88,8 @@ def write_bundle(checkpoint: Checkpoint, folder: Path, precision: str, fused: bo
         report(f"tracing {place}{graph}")
         model = trace(checkpoint, graph, precision, cuda=bool(place))
         write(model, f"{place}{graph}")
+        if graph == VAE_DECODER and precision == "fp32":
+            write(for_cpu(model), f"{CPU}/{graph}")
         if graph == UNET_GROUNDED:
             plain = without_grounding(model)
             write(plain, f"{place}{UNET}")
@@ -95,6 +97,7 @@ def write_bundle(checkpoint: Checkpoint, folder: Path, precision: str, fused: bo
                 for name, unet in ((UNET_GROUNDED, model), (UNET, plain)):
                     own = for_cpu(unet)
                     context = cut_context(own)
+                    share_halves(own)
                     write(own, f"{CPU}/{name}")
                 write(context, CONTEXT)
                 del own, context

@@ -28,8 +28,10 @@ GRAPHS = (TEXT_ENCODER, UNET, UNET_GROUNDED, VAE_DECODER)
 # the other or none. The names of weight files in them are relative to the bundle, not to the folder.
 CPU, CUDA = "cpu", "cuda"
 # What the CPU's UNets need of the context, which stays the same from step to step: context [N,L,D] -> keys and values
-# of every cross-attention. They are inputs of those graphs in the place of the context.
+# of every cross-attention. They are inputs of those graphs in the place of the context. The first axis of latents and
+# timestep is called S in those graphs: N rows, or the B that both halves of guidance have in common.
 CONTEXT = f"{CPU}/context.onnx"
+SHARED_ROWS = "S"
 
 # Names and shapes of every graph's inputs and outputs. B images, N = 2B guided rows
 # [unconditional x B; conditional x B], O objects, L tokens, D text width. input_ids are int64, query_valid is bool,

@@ -21,16 +21,18 @@ from grounded_diffusion.bundle import (
     TEXT_ENCODER,
     UNET,
     UNET_GROUNDED,
+    VAE_DECODER,
     open_bundle,
     sha256,
 )
 from grounded_diffusion.engine import GroundedPipeline
+from grounded_diffusion.engine.onnxruntime_backend import OnnxRuntimeBackend
 from grounded_diffusion.errors import BundleError, ParityError, UsageError
 from grounded_diffusion.export import cli
 from grounded_diffusion.export.graphs import MODULES, RowwiseGroupNorm, Sizes, example_inputs, rowwise, swapped
 from grounded_diffusion.export.reference import generate
 from grounded_diffusion.export.staging import check_output, staged
-from grounded_diffusion.export.verify import check_graphs, check_loop, mask_iou, psnr, table, verify_bundle
+from grounded_diffusion.export.verify import check_graphs, check_loop, mask_iou, psnr, relative_l2, table, verify_bundle
 from grounded_diffusion.export.weights import WeightStore
 from grounded_diffusion.training.checkpoint import load_checkpoint
 from grounded_diffusion.training.head import GroundingHead, HeadConfig
@@ -43,7 +45,7 @@ def checkpoint(tiny_checkpoint):
 
 def test_graphs_equal_their_torch_modules(checkpoint, tiny_bundle):
     rows = check_graphs(checkpoint, tiny_bundle)
-    assert len(rows) == 8 and all(row.tolerance == 1e-5 for row in rows)
+    assert len(rows) == 9 and all(row.tolerance == 1e-5 for row in rows)
     assert all(row.passed for row in rows), "\n".join(table(rows))
 
 
@@ -108,20 +110,42 @@ def test_graphs_are_tidy(tiny_bundle):
 
 
 def test_graphs_for_the_cpu(tiny_bundle):
-    """Every attention, GEGLU and group norm of the UNet is rewritten; the weights are those of the standard graph."""
+    """Attention, GEGLU, group norm and upsampling are rewritten; the weights are those of the standard graph."""
     bundle = open_bundle(tiny_bundle)
     assert bundle.variant(CPU, TEXT_ENCODER) == bundle.file(TEXT_ENCODER)
-    for graph in (UNET, UNET_GROUNDED):
+    for graph in (UNET, UNET_GROUNDED, VAE_DECODER):
         assert bundle.variant(CPU, graph) == tiny_bundle / CPU / graph
     count = lambda path: Counter(node.op_type for node in onnx.load(path, load_external_data=False).graph.node)
     before, after = count(bundle.file(UNET)), count(bundle.variant(CPU, UNET))
     assert after["MultiHeadAttention"] == before["Softmax"] > 0 == after["Softmax"]
     assert after["BatchNormalization"] == after["InstanceNormalization"] == before["InstanceNormalization"] > 0
+    assert after["ConvTranspose"] == before["Resize"] > 0 == after["Resize"]
     cut = count(tiny_bundle / CONTEXT)
     assert cut == {"MatMul": before["Softmax"]}  # half of them are to the context: a key and a value each
-    assert after["MatMul"] == before["MatMul"] - 2 * before["Softmax"] + before["Gelu"] - cut["MatMul"]
+    added = before["Gelu"] + 2 * before["Resize"]
+    assert after["MatMul"] == before["MatMul"] - 2 * before["Softmax"] + added - cut["MatMul"]
     standard, own = external(tiny_bundle / UNET), external(tiny_bundle / CPU / UNET)
     assert {tensor for name, tensor in own.items()} <= {tensor for name, tensor in standard.items()}
+
+
+@pytest.mark.parametrize("graph", [UNET, UNET_GROUNDED])
+def test_halves_of_guidance_share_what_they_have_in_common(checkpoint, tiny_bundle, graph):
+    """With latents given once the CPU's graphs are as with both halves; half the rows go through the first layers."""
+    bundle = open_bundle(tiny_bundle)
+    standard = replace(bundle, manifest=replace(bundle.manifest, files=dict.fromkeys(GRAPHS, "")))
+    inputs = {k: v.numpy() for k, v in example_inputs(checkpoint, graph, Sizes(3, 4, 8, 24), seed=2).items()}
+    once = inputs | {name: inputs[name][:3] for name in ("latents", "timestep")}
+    both = inputs | {name: np.concatenate([inputs[name][:3]] * 2) for name in ("latents", "timestep")}
+    expected = {k: v.copy() for k, v in OnnxRuntimeBackend(standard).run(graph, both).items()}
+    for backend in (OnnxRuntimeBackend(bundle), OnnxRuntimeBackend(standard)):
+        for given in (once, both, once):
+            outputs = backend.run(graph, given)
+            assert outputs.keys() == expected.keys()
+            assert all(relative_l2(outputs[name], expected[name]) < 1e-5 for name in expected)
+    model = onnx.load(tiny_bundle / CPU / graph, load_external_data=False)
+    tiles = {node.input[0] for node in model.graph.node if node.op_type == "Tile"}
+    convolved = {node.output[0] for node in model.graph.node if node.op_type == "Conv"}
+    assert tiles & convolved and "latents" in tiles
 
 
 def test_equal_tensors_are_stored_once(tmp_path):
