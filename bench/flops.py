@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from grounded_diffusion.bundle import SHARED_ROWS
 from grounded_diffusion.errors import BackendError, UsageError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -21,8 +22,9 @@ SUBGRAPHS = ("If", "Loop", "Scan")
 
 
 def axis_sizes(batch: int, objects: int, height: int, width: int, guided: bool = True) -> dict[str, int]:
-    """The free axes of GRAPH_IO for B images, O objects and latents of h x w; unguided calls have one row an image."""
-    return {"B": batch, "N": 2 * batch if guided else batch, "O": objects, "h": height, "w": width}
+    """The free axes of all graphs: B images, O objects, latents of h x w; unguided calls have one row an image."""
+    rows = 2 * batch if guided else batch
+    return {"B": batch, SHARED_ROWS: batch, "N": rows, "2*B": rows, "O": objects, "h": height, "w": width}
 
 
 def infer_shapes(path: Path, sizes: Mapping[str, int]) -> tuple[Any, Shapes]:
