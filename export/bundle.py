@@ -28,6 +28,7 @@ from grounded_diffusion.export.cpu import cut_context, for_cpu, share_halves
 from grounded_diffusion.export.graphs import latent_multiple, trace, without_grounding
 from grounded_diffusion.export.staging import check_output, staged
 from grounded_diffusion.export.weights import WeightStore
+from grounded_diffusion.export.winograd import LARGEST, winograd
 from grounded_diffusion.training.checkpoint import Checkpoint
 
 MAKERS = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir")
@@ -38,7 +39,7 @@ def describe(checkpoint: Checkpoint, precision: str) -> Manifest:
     """The manifest of a checkpoint, its files not yet listed."""
     unet, head, tokenizer = checkpoint.unet.config, checkpoint.head.config, checkpoint.tokenizer
     scale = checkpoint.vae_scale_factor
-    size = unet.sample_size if isinstance(unet.sample_size, (list, tuple)) else [unet.sample_size] * 2
+    size = checkpoint.latent_size
     return Manifest(
         family="stable-diffusion",
         image_size=(size[0] * scale, size[1] * scale),
@@ -98,6 +99,8 @@ def write_bundle(checkpoint: Checkpoint, folder: Path, precision: str, fused: bo
                     own = for_cpu(unet)
                     context = cut_context(own)
                     share_halves(own)
+                    if name == UNET and max(checkpoint.latent_size) <= LARGEST:
+                        winograd(own)
                     write(own, f"{CPU}/{name}")
                 write(context, CONTEXT)
                 del own, context

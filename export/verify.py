@@ -76,11 +76,6 @@ def mask_iou(actual: np.ndarray, expected: np.ndarray) -> float:
     return float((actual & expected).sum() / union) if union else 1.0
 
 
-def _latent_size(checkpoint: Checkpoint) -> tuple[int, int]:
-    size = checkpoint.unet.config.sample_size
-    return (size, size) if isinstance(size, int) else tuple(size)
-
-
 def _runner(bundle: Bundle, file: str) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
     """What runs a graph on the CPU; those of CUDA in the standard operators that its fused ones stand for."""
     if file.startswith(CPU):
@@ -101,7 +96,7 @@ def _runner(bundle: Bundle, file: str) -> Callable[[dict[str, np.ndarray]], dict
 
 def check_graphs(checkpoint: Checkpoint, folder: Path) -> list[Parity]:
     """Every graph's outputs against its module's, at the model's own size and, batched, at a small oblong one."""
-    (height, width), step = _latent_size(checkpoint), latent_multiple(checkpoint)
+    (height, width), step = checkpoint.latent_size, latent_multiple(checkpoint)
     shapes = [Sizes(1, 1, height, width), Sizes(3, 4, 2 * step, 3 * step)]
     manifest = read_manifest(folder)
     rows, tolerance = [], TOLERANCES[manifest.precision]
@@ -127,7 +122,7 @@ def check_graphs(checkpoint: Checkpoint, folder: Path) -> list[Parity]:
 
 def check_loop(checkpoint: Checkpoint, folder: Path) -> list[Parity]:
     """Images and masks from the engine against diffusers' pipeline and the plain head, from the same noise."""
-    height, width = _latent_size(checkpoint)
+    height, width = checkpoint.latent_size
     large = height * width > LARGE
     names = [*(name for group in checkpoint.names.values() for name in group), *FALLBACK_NAMES][:2]
     prompts = [f"a photograph of a {names[0]} and a {names[1]}", f"a photograph of a {names[0]}"][: 1 if large else 2]

@@ -67,6 +67,12 @@ class Checkpoint:
         """Pixels per latent cell, along each side."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """(h, w) of the latents the UNet was trained on."""
+        size = self.unet.config.sample_size
+        return (size, size) if isinstance(size, int) else tuple(size)
+
 
 def with_statistics(checkpoint: Checkpoint, statistics: str) -> Checkpoint:
     """The same checkpoint, its head's batch norm by "per_image" or "stored" statistics."""

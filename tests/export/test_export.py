@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import onnx
+import onnx_ir
 import onnxruntime
 import pytest
 import torch
@@ -29,6 +30,7 @@ from grounded_diffusion.engine import GroundedPipeline
 from grounded_diffusion.engine.onnxruntime_backend import OnnxRuntimeBackend
 from grounded_diffusion.errors import BundleError, ParityError, UsageError
 from grounded_diffusion.export import cli
+from grounded_diffusion.export.cpu import cut_context, for_cpu
 from grounded_diffusion.export.graphs import MODULES, RowwiseGroupNorm, Sizes, example_inputs, rowwise, swapped
 from grounded_diffusion.export.reference import generate
 from grounded_diffusion.export.staging import check_output, staged
@@ -115,15 +117,17 @@ def test_graphs_for_the_cpu(tiny_bundle):
     assert bundle.variant(CPU, TEXT_ENCODER) == bundle.file(TEXT_ENCODER)
     for graph in (UNET, UNET_GROUNDED, VAE_DECODER):
         assert bundle.variant(CPU, graph) == tiny_bundle / CPU / graph
-    count = lambda path: Counter(node.op_type for node in onnx.load(path, load_external_data=False).graph.node)
-    before, after = count(bundle.file(UNET)), count(bundle.variant(CPU, UNET))
+    count = lambda model: Counter(node.op_type for node in model.graph)
+    before, model = count(onnx_ir.load(bundle.file(UNET))), for_cpu(onnx_ir.load(bundle.file(UNET)))
+    cut, after = count(cut_context(model)), count(model)
     assert after["MultiHeadAttention"] == before["Softmax"] > 0 == after["Softmax"]
     assert after["BatchNormalization"] == after["InstanceNormalization"] == before["InstanceNormalization"] > 0
     assert after["ConvTranspose"] == before["Resize"] > 0 == after["Resize"]
-    cut = count(tiny_bundle / CONTEXT)
     assert cut == {"MatMul": before["Softmax"]}  # half of them are to the context: a key and a value each
+    assert cut == count(onnx_ir.load(tiny_bundle / CONTEXT))
     added = before["Gelu"] + 2 * before["Resize"]
     assert after["MatMul"] == before["MatMul"] - 2 * before["Softmax"] + added - cut["MatMul"]
+    assert count(onnx_ir.load(bundle.variant(CPU, UNET)))["EyeLike"] > 0 == after["EyeLike"]  # winograd's
     standard, own = external(tiny_bundle / UNET), external(tiny_bundle / CPU / UNET)
     assert {tensor for name, tensor in own.items()} <= {tensor for name, tensor in standard.items()}
 
