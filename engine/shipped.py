@@ -38,10 +38,12 @@ def cache_folder() -> Path:
 
 
 def checkpoint_key(checkpoint: Path) -> str:
-    """SHA-256 over a checkpoint's files and this package's version: what an export of it depends on."""
+    """SHA-256 over what an export of a checkpoint depends on: its files, the exporter's, this package's version."""
     digest = hashlib.sha256(__version__.encode())
-    for file in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
-        digest.update(f"\0{file.relative_to(checkpoint).as_posix()}\0{sha256(file)}".encode())
+    exporter = Path(__file__).resolve().parents[1] / "export"
+    for folder, pattern in ((checkpoint, "*"), (exporter, "*.py")):
+        for file in sorted(path for path in folder.rglob(pattern) if path.is_file()):
+            digest.update(f"\0{file.relative_to(folder).as_posix()}\0{sha256(file)}".encode())
     return digest.hexdigest()
 
 
