@@ -283,12 +283,18 @@ def test_shipped_model_comes_from_the_cache(tiny_checkpoint, tiny_bundle, tmp_pa
     assert shipped.cached_export(tiny_checkpoint, tmp_path, said.append) == cached and not said
 
 
-def test_the_cache_key_is_the_checkpoint(tiny_checkpoint, tmp_path):
+def test_the_cache_key_is_the_checkpoint_and_its_exporter(tiny_checkpoint, tmp_path, monkeypatch):
     copy = tmp_path / "copy"
     shutil.copytree(tiny_checkpoint, copy)
     assert shipped.checkpoint_key(copy) == shipped.checkpoint_key(tiny_checkpoint)
     (copy / "model_index.json").write_text("{}")
     assert shipped.checkpoint_key(copy) != shipped.checkpoint_key(tiny_checkpoint)
+    shutil.copytree(Path(shipped.__file__).resolve().parents[1] / "export", tmp_path / "export")
+    before = shipped.checkpoint_key(copy)
+    monkeypatch.setattr(shipped, "__file__", str(tmp_path / "engine" / "shipped.py"))
+    assert shipped.checkpoint_key(copy) == before
+    (tmp_path / "export" / "cpu.py").write_text("")
+    assert shipped.checkpoint_key(copy) != before
 
 
 def test_cache_folder_follows_the_user(monkeypatch, tmp_path):
