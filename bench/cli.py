@@ -57,7 +57,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     speed.add_argument("--steps", type=int, default=DEFAULT_STEPS)
     speed.add_argument("--guidance-scale", type=float, default=7.5)
     speed.add_argument(
-        "--rounds", type=int, help="timed turns of every system (default: what fits into 2 minutes, at least 3)"
+        "--rounds", type=int, help="timed turns of every system (default: what fits into 90 seconds, at least 3)"
     )
     speed.add_argument("--repeats", type=int, default=9, help="timed calls of every stage (default 9)")
     speed.add_argument("--images", type=int, default=32, help="images to a turn, at least (default 32)")

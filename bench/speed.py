@@ -38,7 +38,7 @@ from grounded_diffusion.engine.backends import BACKENDS
 from grounded_diffusion.engine.onnxruntime_backend import usable_cores
 from grounded_diffusion.errors import BackendError, ParityError
 
-BUDGET = 120.0  # seconds of timed turns, where their number is not given
+BUDGET = 90.0  # seconds of timed turns, where their number is not given
 LEAST, MOST = 3, 9  # rounds, then
 LEAST_PSNR = 30.0  # dB; below this a peer has not done the same work
 Report = Callable[[str], None]
