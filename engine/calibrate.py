@@ -26,7 +26,7 @@ from grounded_diffusion.engine.shipped import cache_folder
 
 BUDGET = 25.0  # seconds; at large images only a few placements are tried
 TIMED = 1.0  # seconds of calls to a placement in each of two rounds, at least one call a lane
-WORTH = 1.03  # a larger placement must be faster by this, or the smaller one, with its smaller memory, is taken
+WORTH = 1.015  # a larger placement must be faster by this, or the smaller one, with its smaller memory, is taken
 
 
 @dataclass(frozen=True, slots=True)

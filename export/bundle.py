@@ -99,7 +99,7 @@ def write_bundle(checkpoint: Checkpoint, folder: Path, precision: str, fused: bo
                     own = for_cpu(unet)
                     context = cut_context(own)
                     share_halves(own)
-                    if name == UNET and max(checkpoint.latent_size) <= LARGEST:
+                    if max(checkpoint.latent_size) <= LARGEST:
                         winograd(own)
                     write(own, f"{CPU}/{name}")
                 write(context, CONTEXT)
