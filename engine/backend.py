@@ -29,3 +29,10 @@ class Backend(Protocol):
             BackendError: the graph cannot be loaded, or fails on these inputs.
         """
         ...
+
+
+def both_halves(inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    """Inputs of a UNet with a row of latents and timestep per context; given for both halves of guidance, twice."""
+    if len(inputs["latents"]) == len(inputs["context"]):
+        return inputs
+    return {**inputs, **{name: np.concatenate([inputs[name]] * 2) for name in ("latents", "timestep")}}

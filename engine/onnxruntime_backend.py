@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from grounded_diffusion.bundle import CONTEXT, CPU, GRAPH_IO, SHARED_ROWS, Bundle
-from grounded_diffusion.engine.backend import Arrays
+from grounded_diffusion.engine.backend import Arrays, both_halves
 from grounded_diffusion.errors import BackendError
 
 DTYPES = {
@@ -79,8 +79,8 @@ class Graph:
         return arrays
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
-        if self.repeats and len(inputs["latents"]) < len(inputs["context"]):
-            inputs = {**inputs, **{name: np.concatenate([inputs[name]] * 2) for name in ("latents", "timestep")}}
+        if self.repeats:
+            inputs = both_halves(inputs)
         if self.projection and "context" in inputs:
             others = {name: value for name, value in inputs.items() if name != "context"}
             inputs = others | self.projection(inputs["context"])

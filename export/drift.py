@@ -18,8 +18,18 @@ import numpy as np
 import onnx_ir
 import onnxruntime
 
-from grounded_diffusion.bundle import GRAPHS, TOKENIZER, Bundle, open_bundle, sha256, write_manifest
+from grounded_diffusion.bundle import (
+    GRAPHS,
+    TOKENIZER,
+    UNET,
+    UNET_GROUNDED,
+    Bundle,
+    open_bundle,
+    sha256,
+    write_manifest,
+)
 from grounded_diffusion.engine import GroundedPipeline, Prompt
+from grounded_diffusion.engine.backend import both_halves
 from grounded_diffusion.engine.onnxruntime_backend import DTYPES, WEIGHTS_FOLDER, OnnxRuntimeBackend
 from grounded_diffusion.errors import GroundedDiffusionError, UsageError
 from grounded_diffusion.export.weights import WeightStore
@@ -85,7 +95,8 @@ class Recorder(OnnxRuntimeBackend):
 
     def run(self, graph: str, inputs: Inputs) -> dict[str, np.ndarray]:
         if self.counts[graph] in self.kept:
-            self.calls[graph].append({name: np.array(value) for name, value in inputs.items()})
+            given = both_halves(inputs) if graph in (UNET, UNET_GROUNDED) else inputs
+            self.calls[graph].append({name: np.array(value) for name, value in given.items()})
         self.counts[graph] += 1
         return super().run(graph, inputs)
 

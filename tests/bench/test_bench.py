@@ -63,7 +63,8 @@ def test_speed(model, tmp_path, capsys):
     assert len(stages) == 10 and stages["UNet, grounded"]["flops"] > stages["UNet, plain"]["flops"] > 0
     head = stages["UNet, grounded"]["flops"] - stages["UNet, plain"]["flops"]
     assert stages["head (grounded - plain)"]["flops"] == head
-    assert stages["head in torch, folded"]["flops"] == pytest.approx(head, rel=0.01)
+    plain, folded = (stages[f"head in torch, {form}"]["flops"] for form in ("plain", "folded"))
+    assert head < folded < plain, "the CPU's graph needs the fewest: see export/cpu.py"
     about = result["environment"]
     assert about["cpu"] and about["cores"] >= 1 and about["versions"]["onnxruntime"] and len(about["bundle"]) == 64
     assert all(f"| {name} |" in said for name in [*names, *stages]) and (tmp_path / "speed-cpu.md").read_text() == said

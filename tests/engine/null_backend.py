@@ -9,6 +9,7 @@ import numpy as np
 
 from grounded_diffusion.bundle import TEXT_ENCODER, UNET, UNET_GROUNDED, VAE_DECODER
 from grounded_diffusion.engine import cli, onnxruntime_backend
+from grounded_diffusion.engine.backend import both_halves
 
 FAILS = 0.8  # of a standard normal: about every fifth sample
 
@@ -30,7 +31,8 @@ class NullBackend:
             scale = self.manifest.vae_scale_factor
             return {"image": np.tanh(latents[:, :3]).repeat(scale, 2).repeat(scale, 3)}
         assert graph in (UNET, UNET_GROUNDED)
-        batch = len(latents) // 2
+        inputs = both_halves(inputs)
+        latents, batch = inputs["latents"], len(latents)
         output = np.tanh(latents) + inputs["context"][:, :1, :1, None]
         output[latents[:, 0, 0, 0] > self.fails] = np.nan
         outputs = {"model_output": output.astype(np.float32)}
