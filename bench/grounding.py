@@ -94,12 +94,13 @@ def measure_grounding(size: str, rounds: int, report: Callable[[str], None] = la
 
 
 def shares(timings: dict[str, Timing], flops: dict[str, int], steps: int) -> dict[str, float]:
-    """The head's part in a generation: by its own time, by the difference of the UNets' times, by operations."""
+    """The head's part in a generation: by its own time, by the difference of the UNets' times (below 0 where that is
+    within their spread), by operations."""
     plain, grounded = timings["UNet, plain"].median, timings["UNet, grounded"].median
     part = lambda head, unet: head / (steps * unet + head)
     return {
         "head_time": part(timings["head, folded"].median, plain),
-        "time_difference": part(max(0.0, grounded - plain), plain),
+        "time_difference": part(grounded - plain, plain),
         "plain_head_time": part(timings["head, plain"].median, plain),
         "flops": part(flops["head, folded"], flops["UNet, plain"]),
     }
@@ -107,9 +108,11 @@ def shares(timings: dict[str, Timing], flops: dict[str, int], steps: int) -> dic
 
 def grounding_table(result: dict[str, Any]) -> list[str]:
     """A measurement as a Markdown table."""
-    lines = [f"| {result['size']}, one guided call for one image | GFLOP | seconds |", "|---|--:|--:|"]
+    lines = [f"| {result['size']}, one guided call for one image | GFLOP | seconds | spread (IQR) |"]
+    lines += ["|---|--:|--:|--:|"]
     for name, call in result["calls"].items():
-        lines.append(f"| {name} | {call['flops'] / 1e9:,.1f} | {call['median_s']:.3f} |")
+        spread = (call["q3_s"] - call["q1_s"]) / call["median_s"]
+        lines.append(f"| {name} | {call['flops'] / 1e9:,.1f} | {call['median_s']:.3f} | {spread:.1%} |")
     lines += ["", "| grounding's share of a guided generation | " + " | ".join(map(column, STEPS)) + " |"]
     lines += ["|---|" + "--:|" * len(STEPS)]
     rows: Sequence[tuple[str, str]] = (
