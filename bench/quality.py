@@ -36,10 +36,10 @@ RECIPE = {"name": "released recipe", "system": "eager", "sampler": "ddim", "step
 DEFAULT = (  # the recipe in diffusers, the same in the engine, and what is faster
     RECIPE,
     {"name": "the same, engine", "sampler": "ddim", "steps": 50} | ALWAYS,
-    {"sampler": "ddim", "steps": 25} | ALWAYS,
-    {"sampler": "dpmpp-2m", "steps": 20} | ALWAYS,
+    {"name": "ddim, 25 steps", "sampler": "ddim", "steps": 25} | ALWAYS,
+    {"name": "dpmpp-2m, 20 steps", "sampler": "dpmpp-2m", "steps": 20} | ALWAYS,
     {"name": "the default"},
-    {"sampler": "dpmpp-2m", "steps": 15, "guidance_interval": (0.0, 0.6)},
+    {"name": "the default, 15 steps", "steps": 15},
 )
 
 

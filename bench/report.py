@@ -10,7 +10,7 @@ from xml.sax.saxutils import escape
 
 from grounded_diffusion.bench.systems import ENGINE, FOLDER
 
-WIDTH, ROW, LABEL, VALUE = 720, 34, 210, 110  # pixels: of the chart, a bar's row, and the columns beside the bars
+BARS, ROW, LETTER = 400, 34, 8  # pixels: the longest bar, a row, a letter's width
 OURS, THEIRS, INK = "#2f6f4f", "#9aa5ad", "#222222"
 
 
@@ -96,19 +96,21 @@ def bar_chart(rows: Sequence[tuple[str, float, str]], title: str, ours: Sequence
         ours: labels to set off.
     """
     height, top = ROW * len(rows) + 56, max(value for _, value, _ in rows)
+    left = LETTER * max(len(label) for label, _, _ in rows) + 24
+    width = left + BARS + LETTER * max(len(told) for _, _, told in rows) + 24
     text = f'font-family="sans-serif" font-size="14" fill="{INK}"'
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}">',
-        f'<rect width="{WIDTH}" height="{height}" fill="white"/>',
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}">',
+        f'<rect width="{width}" height="{height}" fill="white"/>',
         f'<text x="12" y="26" {text} font-weight="bold">{escape(title)}</text>',
     ]
     for i, (label, value, told) in enumerate(rows):
-        y, length = 44 + ROW * i, (WIDTH - LABEL - VALUE) * value / top
+        y, length = 44 + ROW * i, BARS * value / top
         colour = OURS if label in ours else THEIRS
         parts += [
-            f'<text x="{LABEL - 10}" y="{y + 17}" {text} text-anchor="end">{escape(label)}</text>',
-            f'<rect x="{LABEL}" y="{y}" width="{length:.1f}" height="{ROW - 10}" rx="2" fill="{colour}"/>',
-            f'<text x="{LABEL + length + 8:.1f}" y="{y + 17}" {text}>{escape(told)}</text>',
+            f'<text x="{left - 10}" y="{y + 17}" {text} text-anchor="end">{escape(label)}</text>',
+            f'<rect x="{left}" y="{y}" width="{length:.1f}" height="{ROW - 10}" rx="2" fill="{colour}"/>',
+            f'<text x="{left + length + 8:.1f}" y="{y + 17}" {text}>{escape(told)}</text>',
         ]
     return "\n".join([*parts, "</svg>", ""])
 
