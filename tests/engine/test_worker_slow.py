@@ -92,7 +92,7 @@ def test_memory_stays_flat(tiny_bundle, tmp_path):
 @pytest.mark.slow
 def test_sigterm_on_the_shipped_model(tmp_path):
     """Exit 75 within 10 seconds in the middle of a batch of the default size, and the same command goes on."""
-    options = [*PROMPT, "--images-per-prompt", "48", "--shard-size", "16", "--model", shipped_bundle()]
+    options = [*PROMPT, "--images-per-prompt", "256", "--shard-size", "64", "--model", shipped_bundle()]
     command = [sys.executable, "-m", "grounded_diffusion.engine.cli", *options, "--out", tmp_path / "out"]
     for _ in range(2):
         run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -106,4 +106,4 @@ def test_sigterm_on_the_shipped_model(tmp_path):
         print(f"ended after {time.monotonic() - asked:.1f} s")
         assert time.monotonic() - asked < 10 and "interrupted by SIGTERM" in run.stderr.read()
     assert subprocess.run(command, check=False).returncode == 0
-    assert json.loads((tmp_path / "out" / "summary.json").read_text())["accepted"] == 48
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["accepted"] == 256
