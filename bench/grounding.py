@@ -111,7 +111,7 @@ def grounding_table(result: dict[str, Any]) -> list[str]:
     lines = [f"| {result['size']}, one guided call for one image | GFLOP | seconds | spread (IQR) |"]
     lines += ["|---|--:|--:|--:|"]
     for name, call in result["calls"].items():
-        spread = (call["q3_s"] - call["q1_s"]) / call["median_s"]
+        spread = Timing(tuple(call["seconds"])).spread
         lines.append(f"| {name} | {call['flops'] / 1e9:,.1f} | {call['median_s']:.3f} | {spread:.1%} |")
     lines += ["", "| grounding's share of a guided generation | " + " | ".join(map(column, STEPS)) + " |"]
     lines += ["|---|" + "--:|" * len(STEPS)]

@@ -9,6 +9,7 @@ from typing import Any
 from xml.sax.saxutils import escape
 
 from grounded_diffusion.bench.systems import ENGINE, FOLDER
+from grounded_diffusion.bench.timing import Timing
 
 BARS, ROW, LETTER = 400, 34, 8  # pixels: the longest bar, a row, a letter's width
 OURS, THEIRS, INK = "#2f6f4f", "#9aa5ad", "#222222"
@@ -38,7 +39,7 @@ def speed_table(result: Mapping[str, Any]) -> list[str]:
         "|---|--:|--:|--:|--:|",
     ]
     for row in result["systems"]:
-        spread = (row["q3_s"] - row["q1_s"]) / row["median_s"]
+        spread = Timing(tuple(row["seconds"])).spread
         ours = row["name"] in (ENGINE, FOLDER)
         factor = "" if ours else f"{engine['images_per_s'] / row['images_per_s']:.2f}×"
         lines.append(

@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 
 from grounded_diffusion.bench import cli, speed, systems, timing
+from grounded_diffusion.bench.flops import axis_sizes, count_flops
 from grounded_diffusion.bench.report import bar_chart
 from grounded_diffusion.bench.timing import Timing, alternate
+from grounded_diffusion.bundle import UNET, UNET_GROUNDED
 from grounded_diffusion.engine import GroundedPipeline, Options
 from grounded_diffusion.errors import ParityError
 
+UNETS = (UNET_GROUNDED, UNET)
 TINY = ["--threads", "1", "--batch", "2", "--lanes", "1"]
 
 
@@ -45,7 +48,7 @@ def test_median_and_quartiles():
     assert Timing((2.0,)).quartiles == (2.0, 2.0)
 
 
-def test_speed(model, tmp_path, capsys):
+def test_speed(model, tiny_bundle, tmp_path, capsys):
     options = ["--peers", "eager", "--steps", 2, "--images", 2, "--rounds", 2, "--repeats", 2]
     options += ["--peer-batch", 2, "--no-memory", "--out", tmp_path]
     assert bench("speed", *model, *options) == 0
@@ -64,7 +67,11 @@ def test_speed(model, tmp_path, capsys):
     head = stages["UNet, grounded"]["flops"] - stages["UNet, plain"]["flops"]
     assert stages["head (grounded - plain)"]["flops"] == head
     plain, folded = (stages[f"head in torch, {form}"]["flops"] for form in ("plain", "folded"))
-    assert head < folded < plain, "the CPU's graph needs the fewest: see export/cpu.py"
+    assert head < folded < plain, "the head's convolutions are Winograd's in the CPU's graph"
+    grounded, alone = (
+        sum(count_flops(tiny_bundle / g, axis_sizes(2, systems.OBJECTS, 16, 16)).values()) for g in UNETS
+    )
+    assert folded == pytest.approx(grounded - alone, rel=0.01)
     about = result["environment"]
     assert about["cpu"] and about["cores"] >= 1 and about["versions"]["onnxruntime"] and len(about["bundle"]) == 64
     assert all(f"| {name} |" in said for name in [*names, *stages]) and (tmp_path / "speed-cpu.md").read_text() == said
