@@ -24,10 +24,10 @@ from grounded_diffusion.bench.report import (
 from grounded_diffusion.bench.systems import EVERY_STEP, PEERS, missing_packages
 from grounded_diffusion.bundle import open_bundle
 from grounded_diffusion.engine import GroundedPipeline, Options
-from grounded_diffusion.engine.backends import BACKENDS
-from grounded_diffusion.engine.calibrate import placement
-from grounded_diffusion.engine.onnxruntime_backend import usable_cores
-from grounded_diffusion.engine.shipped import shipped_bundle, shipped_checkpoint
+from grounded_diffusion.engine.backends.calibrate import placement
+from grounded_diffusion.engine.backends.onnxruntime_cpu import usable_cores
+from grounded_diffusion.engine.backends.open import BACKENDS
+from grounded_diffusion.engine.pipeline.shipped import shipped_bundle, shipped_checkpoint
 from grounded_diffusion.errors import GroundedDiffusionError, UsageError
 
 DEFAULT_STEPS, DEFAULT_SAMPLER = 20, "dpmpp-2m"

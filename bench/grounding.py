@@ -36,9 +36,9 @@ def calls(size: str) -> dict[str, Callable[[], Any]]:
     import torch
     from diffusers import UNet2DConditionModel
 
-    from grounded_diffusion.training.folded import fold
-    from grounded_diffusion.training.head import GroundingHead, HeadConfig
-    from grounded_diffusion.training.taps import Taps
+    from grounded_diffusion.training.head.folded import fold
+    from grounded_diffusion.training.head.head import GroundingHead, HeadConfig
+    from grounded_diffusion.training.head.taps import Taps
 
     torch.manual_seed(0)
     unet = UNet2DConditionModel(**SIZES[size]).eval().requires_grad_(False)

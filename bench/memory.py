@@ -12,7 +12,7 @@ from grounded_diffusion.bench.environment import gpu_memory_used, peak_rss
 from grounded_diffusion.bench.speed import Plan, open_named
 from grounded_diffusion.bench.systems import PEERS, make_work
 from grounded_diffusion.engine import GroundedPipeline
-from grounded_diffusion.engine.backends import BACKENDS
+from grounded_diffusion.engine.backends.open import BACKENDS
 
 
 def main() -> None:

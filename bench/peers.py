@@ -29,8 +29,8 @@ from grounded_diffusion.engine import Options, Prompt
 from grounded_diffusion.errors import BackendError, UsageError
 from grounded_diffusion.export.reference import object_queries, reference_pipeline
 from grounded_diffusion.training.checkpoint import Checkpoint, load_checkpoint
-from grounded_diffusion.training.head import GroundingHead, upsample_logits
-from grounded_diffusion.training.taps import Taps
+from grounded_diffusion.training.head.head import GroundingHead, upsample_logits
+from grounded_diffusion.training.head.taps import Taps
 
 SCHEDULERS = {  # the engine's samplers that draw no noise of their own, by diffusers' names
     "ddim": "DDIMScheduler",

@@ -1,6 +1,6 @@
 """What settings cost and what they give: images a second beside what an oracle says of the images and masks.
 
-The oracle is a segmenter of the model's world (training/oracle.py). Of every image it is asked whether the prompted
+The oracle is a segmenter of the model's world (training/emoji/oracle.py). Of every image it is asked whether the prompted
 objects are there, and where; the head's masks are compared with its own. All settings start from the same noise and
 take turns batch by batch, so that both prices and qualities are compared pair by pair. The first setting is what the
 others are compared with.
@@ -22,11 +22,11 @@ import torch
 from grounded_diffusion.bench.systems import EVERY_STEP, Engine, Output, System, Work, open_peer, psnr
 from grounded_diffusion.bench.timing import Timing
 from grounded_diffusion.engine import GroundedPipeline, Options, Prompt
-from grounded_diffusion.engine.noise import batch_normal
+from grounded_diffusion.engine.sampling.noise import batch_normal
 from grounded_diffusion.errors import UsageError
-from grounded_diffusion.training.evaluate import found, pooled_iou
-from grounded_diffusion.training.grounding import object_masks
-from grounded_diffusion.training.oracle import Segmenter, load_oracle
+from grounded_diffusion.training.emoji.evaluate import found, pooled_iou
+from grounded_diffusion.training.emoji.oracle import Segmenter, load_oracle
+from grounded_diffusion.training.grounding.train import object_masks
 
 SEED = 41
 SYSTEMS = ("engine", "eager", "compile")

@@ -34,8 +34,8 @@ from grounded_diffusion.bench.systems import (
 )
 from grounded_diffusion.bench.timing import alternate, clock
 from grounded_diffusion.engine import GroundedPipeline, Options
-from grounded_diffusion.engine.backends import BACKENDS
-from grounded_diffusion.engine.onnxruntime_backend import usable_cores
+from grounded_diffusion.engine.backends.onnxruntime_cpu import usable_cores
+from grounded_diffusion.engine.backends.open import BACKENDS
 from grounded_diffusion.errors import BackendError, ParityError
 
 BUDGET = 90.0  # seconds of timed turns, where their number is not given

@@ -15,9 +15,9 @@ from grounded_diffusion.bench.systems import OBJECTS, Work
 from grounded_diffusion.bench.timing import Timing, repeat
 from grounded_diffusion.bundle import CPU, TEXT_ENCODER, UNET, UNET_GROUNDED, VAE_DECODER
 from grounded_diffusion.engine import GroundedPipeline, Options
-from grounded_diffusion.engine.formats import Settings, open_format
-from grounded_diffusion.engine.onnxruntime_backend import OnnxRuntimeBackend
-from grounded_diffusion.engine.record import Record
+from grounded_diffusion.engine.backends.onnxruntime_cpu import OnnxRuntimeBackend
+from grounded_diffusion.engine.dataset.formats import Settings, open_format
+from grounded_diffusion.engine.dataset.record import Record
 from grounded_diffusion.kernels import image_epilogue, mask_epilogue
 
 PLAIN, GROUNDED, HEAD = "UNet, plain", "UNet, grounded", "head (grounded - plain)"
@@ -118,8 +118,8 @@ def torch_heads(checkpoint: Path, work: Work, repeats: int) -> Iterator[Stage]:
 
     from grounded_diffusion.bench.flops import count_torch_flops
     from grounded_diffusion.training.checkpoint import load_checkpoint
-    from grounded_diffusion.training.folded import fold
-    from grounded_diffusion.training.taps import Taps
+    from grounded_diffusion.training.head.folded import fold
+    from grounded_diffusion.training.head.taps import Taps
 
     model = load_checkpoint(checkpoint)
     text, batch = model.text_encoder.config, len(work.prompts)

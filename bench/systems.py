@@ -17,11 +17,11 @@ import numpy as np
 
 from grounded_diffusion.bundle import UNET, UNET_GROUNDED, Manifest
 from grounded_diffusion.engine import GroundedPipeline, Options, Prompt
-from grounded_diffusion.engine.formats import Settings, open_format
-from grounded_diffusion.engine.noise import batch_normal
-from grounded_diffusion.engine.record import Record
-from grounded_diffusion.engine.shards import encode_shard
-from grounded_diffusion.engine.storage import open_storage
+from grounded_diffusion.engine.dataset.formats import Settings, open_format
+from grounded_diffusion.engine.dataset.record import Record
+from grounded_diffusion.engine.dataset.shards import encode_shard
+from grounded_diffusion.engine.dataset.storage.base import open_storage
+from grounded_diffusion.engine.sampling.noise import batch_normal
 from grounded_diffusion.errors import UsageError
 
 ENGINE, FOLDER = "engine", "engine, folder writer"

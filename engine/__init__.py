@@ -1,7 +1,7 @@
 """The runtime: prompts in, images with masks out. Never imports torch."""
 
-from grounded_diffusion.engine.options import Options
-from grounded_diffusion.engine.pipeline import GroundedPipeline, Sample
-from grounded_diffusion.engine.prompts import Prompt, read_prompts
+from grounded_diffusion.engine.pipeline.pipeline import GroundedPipeline, Sample
+from grounded_diffusion.engine.prompts.prompt import Prompt, read_prompts
+from grounded_diffusion.engine.sampling.options import Options
 
 __all__ = ["GroundedPipeline", "Options", "Prompt", "Sample", "read_prompts"]

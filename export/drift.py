@@ -29,8 +29,8 @@ from grounded_diffusion.bundle import (
     write_manifest,
 )
 from grounded_diffusion.engine import GroundedPipeline, Prompt
-from grounded_diffusion.engine.backend import both_halves
-from grounded_diffusion.engine.onnxruntime_backend import DTYPES, WEIGHTS_FOLDER, OnnxRuntimeBackend
+from grounded_diffusion.engine.backends.onnxruntime_cpu import DTYPES, WEIGHTS_FOLDER, OnnxRuntimeBackend
+from grounded_diffusion.engine.sampling.backend import both_halves
 from grounded_diffusion.errors import GroundedDiffusionError, UsageError
 from grounded_diffusion.export.weights import WeightStore
 

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from grounded_diffusion.bundle import GRAPHS, open_bundle
-from grounded_diffusion.engine.engine_file import OBJECTS
-from grounded_diffusion.engine.engine_spec import Bucket, load_module, target
+from grounded_diffusion.engine.backends.tensorrt.spec import Bucket, load_module, target
+from grounded_diffusion.engine.backends.tensorrt.store import OBJECTS
 
 
 def whole_numbers(text: str) -> list[int]:

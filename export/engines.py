@@ -21,8 +21,8 @@ from typing import Any
 import onnx
 
 from grounded_diffusion.bundle import GRAPHS, UNET, Bundle, sha256
-from grounded_diffusion.engine.engine_file import PLAN, SCHEMA, SIDECAR, EngineSpec, bundle_files, load_plan
-from grounded_diffusion.engine.engine_spec import Bucket, engine_spec, load_module, quiet_logger
+from grounded_diffusion.engine.backends.tensorrt.spec import Bucket, engine_spec, load_module, quiet_logger
+from grounded_diffusion.engine.backends.tensorrt.store import PLAN, SCHEMA, SIDECAR, EngineSpec, bundle_files, load_plan
 from grounded_diffusion.errors import BackendError
 
 Progress = Callable[[str, int, int], None]

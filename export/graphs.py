@@ -27,8 +27,8 @@ from grounded_diffusion.bundle import GRAPH_IO, TEXT_ENCODER, UNET, UNET_GROUNDE
 from grounded_diffusion.export.fused import fuse_silu, fused
 from grounded_diffusion.export.half import to_half
 from grounded_diffusion.training.checkpoint import Checkpoint
-from grounded_diffusion.training.folded import fold
-from grounded_diffusion.training.taps import Taps
+from grounded_diffusion.training.head.folded import fold
+from grounded_diffusion.training.head.taps import Taps
 
 OPSET = 20
 EXAMPLE_BATCH, EXAMPLE_OBJECTS = 2, 3  # not 1, which the tracer would take for a constant

@@ -9,8 +9,8 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 
 from grounded_diffusion.training.checkpoint import Checkpoint
-from grounded_diffusion.training.head import upsample_logits
-from grounded_diffusion.training.taps import Taps
+from grounded_diffusion.training.head.head import upsample_logits
+from grounded_diffusion.training.head.taps import Taps
 
 
 @dataclass(frozen=True, slots=True)

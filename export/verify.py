@@ -16,7 +16,7 @@ import torch
 
 from grounded_diffusion.bundle import CPU, CUDA, GRAPH_IO, GRAPHS, Bundle, open_bundle, read_manifest
 from grounded_diffusion.engine import GroundedPipeline, Prompt
-from grounded_diffusion.engine.onnxruntime_backend import DTYPES, WEIGHTS_FOLDER, OnnxRuntimeBackend
+from grounded_diffusion.engine.backends.onnxruntime_cpu import DTYPES, WEIGHTS_FOLDER, OnnxRuntimeBackend
 from grounded_diffusion.errors import ParityError
 from grounded_diffusion.export.fused import as_standard
 from grounded_diffusion.export.graphs import MODULES, Sizes, example_inputs, latent_multiple

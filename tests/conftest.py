@@ -18,9 +18,9 @@ def tiny_model():
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from grounded_diffusion.training.base import train_tokenizer
     from grounded_diffusion.training.checkpoint import Checkpoint
-    from grounded_diffusion.training.head import GroundingHead, HeadConfig
+    from grounded_diffusion.training.emoji.base import train_tokenizer
+    from grounded_diffusion.training.head.head import GroundingHead, HeadConfig
 
     torch.manual_seed(0)
     tokenizer = train_tokenizer([TINY_CORPUS] * 10, 658)

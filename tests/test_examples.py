@@ -30,7 +30,7 @@ def test_scripts(file):
 
 @pytest.mark.parametrize("file", [*SCRIPTS, *MANIFESTS, ROOT / "docs/many-machines.md"], ids=lambda file: file.name)
 def test_command_lines(file):
-    from grounded_diffusion.engine.cli import build_parser
+    from grounded_diffusion.engine.cli.infer import build_parser
 
     found = list(commands(file))
     assert found, "no gd-infer command"
@@ -67,7 +67,7 @@ def test_the_slurm_script_queues_itself_again_when_interrupted(tmp_path, status)
 
 
 def test_kubernetes():
-    from grounded_diffusion.engine.distribute import KUBERNETES_TOTAL
+    from grounded_diffusion.engine.runs.share import KUBERNETES_TOTAL
 
     job = manifest("kubernetes-job.yaml")
     spec, pod = job["spec"], job["spec"]["template"]["spec"]

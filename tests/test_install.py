@@ -20,7 +20,9 @@ def run(*command: str, cwd: Path) -> subprocess.CompletedProcess:
 
 def test_the_package_under_test_is_the_installed_one():
     engine = importlib.import_module("grounded_diffusion.engine")
-    assert Path(engine.__file__).resolve().parent != ROOT / "engine", "test the installed package: make test"
+    assert Path(engine.__file__).resolve().is_relative_to(ROOT / "engine") == editable(), (
+        "test the installed package: make test"
+    )
     assert metadata.version("grounded-diffusion") == grounded_diffusion.__version__
 
 
@@ -35,7 +37,13 @@ def test_commands_explain_themselves(command, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "file", ["models/emoji-64/model_index.json", "models/emoji-64.toml", "engine/preview.html", "training/glyphs.png"]
+    "file",
+    [
+        "models/emoji-64/model_index.json",
+        "models/emoji-64.toml",
+        "engine/dataset/preview.html",
+        "training/emoji/glyphs.png",
+    ],
 )
 def test_data_files_are_installed(file):
     engine = importlib.import_module("grounded_diffusion.engine")

@@ -92,7 +92,7 @@ def test_every_import_goes_the_allowed_way():
         (("engine", "denoise"), "from ..training import head"),
         (("training", "head"), "from grounded_diffusion import engine"),
         (("training", "head"), "import engine"),
-        (("kernels", "cfg_step"), "import grounded_diffusion.engine.denoise"),
+        (("kernels", "cfg_step"), "import grounded_diffusion.engine.sampling.denoise"),
         (("export", "cli"), "from grounded_diffusion.bench import run"),
         (("bundle",), "import PIL"),
         (("bundle",), "from grounded_diffusion.kernels import cfg_step"),

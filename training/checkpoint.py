@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from grounded_diffusion.errors import CheckpointError, UsageError
-from grounded_diffusion.training.head import GroundingHead, HeadConfig, load_released, load_state
+from grounded_diffusion.training.head.head import GroundingHead, HeadConfig, load_released, load_state
 
 HEAD = "grounding_head"
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")

@@ -40,36 +40,36 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> None:
     import torch
 
-    from grounded_diffusion.training.config import load_config
-    from grounded_diffusion.training.world import World
+    from grounded_diffusion.training.emoji.config import load_config
+    from grounded_diffusion.training.emoji.world import World
 
     if args.threads:
         torch.set_num_threads(args.threads)
     config = load_config(args.config)
     args.run.mkdir(parents=True, exist_ok=True)
     if args.stage == "pack":
-        from grounded_diffusion.training.pack import pack
+        from grounded_diffusion.training.emoji.pack import pack
 
         pack(config, args.config, args.run, args.out)
         return
     world = World(config.world, list(config.names), args.device)
     if args.stage == "base":
-        from grounded_diffusion.training.base import train_base
-        from grounded_diffusion.training.vae import train_vae
+        from grounded_diffusion.training.emoji.base import train_base
+        from grounded_diffusion.training.emoji.vae import train_vae
 
         train_vae(config, world, args.run)
         train_base(config, world, args.run)
     elif args.stage == "oracle":
-        from grounded_diffusion.training.oracle import train_oracle
+        from grounded_diffusion.training.emoji.oracle import train_oracle
 
         for name in ("labeller", "oracle"):
             train_oracle(name, config, args.run, args.device)
     elif args.stage == "head":
-        from grounded_diffusion.training.grounding import train_head
+        from grounded_diffusion.training.grounding.train import train_head
 
         train_head(config, world, args.run)
     else:
-        from grounded_diffusion.training.evaluate import evaluate
+        from grounded_diffusion.training.emoji.evaluate import evaluate
 
         evaluate(config, world, args.run)
 

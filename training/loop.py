@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from grounded_diffusion.training.config import StageConfig
+from grounded_diffusion.training.emoji.config import StageConfig
 from grounded_diffusion.training.optim import Muon
 
 

@@ -19,8 +19,8 @@ class Blobs:
 
     def sample(self, index):
         """Blobs with holes and several pieces, which overlap; the last object is empty in every third sample."""
-        from grounded_diffusion.engine.formats.common import mask_box
-        from grounded_diffusion.engine.pipeline import Sample
+        from grounded_diffusion.engine.dataset.formats.common import mask_box
+        from grounded_diffusion.engine.pipeline.pipeline import Sample
 
         rng = np.random.default_rng(index)
         size, names, masks = (self.height, self.width), self.names[index % 2 :], {}
@@ -54,11 +54,11 @@ class Blobs:
         """Write samples, numbered anew, as a folder data set without split lists, four to a shard."""
         import json
 
-        from grounded_diffusion.engine.formats.common import Settings
-        from grounded_diffusion.engine.formats.folder import FolderFormat
-        from grounded_diffusion.engine.record import Record
-        from grounded_diffusion.engine.shards import write_shards
-        from grounded_diffusion.engine.storage import open_storage
+        from grounded_diffusion.engine.dataset.formats.common import Settings
+        from grounded_diffusion.engine.dataset.formats.folder import FolderFormat
+        from grounded_diffusion.engine.dataset.record import Record
+        from grounded_diffusion.engine.dataset.shards import write_shards
+        from grounded_diffusion.engine.dataset.storage.base import open_storage
 
         storage, format, settings = open_storage(path), FolderFormat(Settings()), {"seed": 7}
         storage.put("run.json", json.dumps({"format": "folder", "settings": settings}).encode())
@@ -68,7 +68,7 @@ class Blobs:
 
     def convert(self, out, format, *options):
         """Convert the shared data set through the command line."""
-        from grounded_diffusion.engine.dataset_cli import main
+        from grounded_diffusion.engine.cli.dataset import main
 
         assert main(["convert", str(self.path), "--format", format, "--out", str(out), *map(str, options)]) == 0
         return out

@@ -39,7 +39,7 @@ def sd15(tiny_checkpoint, tmp_path):
     import torch
     from transformers import CLIPTokenizer
 
-    from grounded_diffusion.training.head import GroundingHead, HeadConfig
+    from grounded_diffusion.training.head.head import GroundingHead, HeadConfig
 
     config = save_base(tmp_path / "base", CLIPTokenizer.from_pretrained(tiny_checkpoint / "tokenizer"))
     torch.save(GroundingHead(HeadConfig.for_unet(config)).state_dict(), tmp_path / "grounding_module.pth")

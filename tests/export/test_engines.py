@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import pytest
 
 from grounded_diffusion.bundle import GRAPHS, TEXT_ENCODER, UNET, UNET_GROUNDED, open_bundle
-from grounded_diffusion.engine.engine_file import PLAN, SIDECAR, load_plan, read_sidecar
-from grounded_diffusion.engine.engine_spec import Bucket, engine_spec, load_module, profile_shapes
-from grounded_diffusion.engine.tensorrt_backend import TensorRTNetworks
+from grounded_diffusion.engine.backends.gpu.tensorrt import TensorRTNetworks
+from grounded_diffusion.engine.backends.tensorrt.spec import Bucket, engine_spec, load_module, profile_shapes
+from grounded_diffusion.engine.backends.tensorrt.store import PLAN, SIDECAR, load_plan, read_sidecar
 from grounded_diffusion.errors import BackendError, UsageError
 from grounded_diffusion.export import cli, engines
 from grounded_diffusion.export.engines import build_engines

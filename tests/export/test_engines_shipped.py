@@ -3,9 +3,9 @@
 import pytest
 
 from grounded_diffusion.bundle import GRAPHS, UNET, open_bundle
-from grounded_diffusion.engine.engine_file import load_plan
-from grounded_diffusion.engine.engine_spec import Bucket
-from grounded_diffusion.engine.shipped import shipped_checkpoint
+from grounded_diffusion.engine.backends.tensorrt.spec import Bucket
+from grounded_diffusion.engine.backends.tensorrt.store import load_plan
+from grounded_diffusion.engine.pipeline.shipped import shipped_checkpoint
 from grounded_diffusion.export.engines import build_engines
 
 

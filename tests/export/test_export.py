@@ -27,7 +27,7 @@ from grounded_diffusion.bundle import (
     sha256,
 )
 from grounded_diffusion.engine import GroundedPipeline
-from grounded_diffusion.engine.onnxruntime_backend import OnnxRuntimeBackend
+from grounded_diffusion.engine.backends.onnxruntime_cpu import OnnxRuntimeBackend
 from grounded_diffusion.errors import BundleError, ParityError, UsageError
 from grounded_diffusion.export import cli
 from grounded_diffusion.export.cpu import cut_context, for_cpu
@@ -37,7 +37,7 @@ from grounded_diffusion.export.staging import check_output, staged
 from grounded_diffusion.export.verify import check_graphs, check_loop, mask_iou, psnr, relative_l2, table, verify_bundle
 from grounded_diffusion.export.weights import WeightStore
 from grounded_diffusion.training.checkpoint import load_checkpoint
-from grounded_diffusion.training.head import GroundingHead, HeadConfig
+from grounded_diffusion.training.head.head import GroundingHead, HeadConfig
 
 
 @pytest.fixture(scope="module")

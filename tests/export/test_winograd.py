@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from grounded_diffusion.bundle import CPU, UNET
-from grounded_diffusion.engine.onnxruntime_backend import WEIGHTS_FOLDER
+from grounded_diffusion.engine.backends.onnxruntime_cpu import WEIGHTS_FOLDER
 from grounded_diffusion.export import winograd as module
 from grounded_diffusion.export.winograd import matrices, winograd
 

@@ -11,10 +11,10 @@ import pytest
 
 from grounded_diffusion.bundle import GRAPHS, open_bundle
 from grounded_diffusion.engine import GroundedPipeline
-from grounded_diffusion.engine.backends import open_backend
-from grounded_diffusion.engine.cuda_device import CudaDevice
-from grounded_diffusion.engine.device import DeviceMemoryError
-from grounded_diffusion.engine.engine_spec import Bucket, load_module
+from grounded_diffusion.engine.backends.gpu.cuda import CudaDevice
+from grounded_diffusion.engine.backends.gpu.device import DeviceMemoryError
+from grounded_diffusion.engine.backends.open import open_backend
+from grounded_diffusion.engine.backends.tensorrt.spec import Bucket, load_module
 from grounded_diffusion.errors import NumericsError
 from grounded_diffusion.export.engines import build_engines
 

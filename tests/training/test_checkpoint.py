@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from grounded_diffusion.errors import CheckpointError, UsageError
 from grounded_diffusion.training.checkpoint import load_checkpoint, save_checkpoint, with_statistics
-from grounded_diffusion.training.head import GroundingHead, HeadConfig
+from grounded_diffusion.training.head.head import GroundingHead, HeadConfig
 
 
 @pytest.fixture

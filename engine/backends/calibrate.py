@@ -1,0 +1,133 @@
+"""How many images to a call, and how many calls at once: measured once on each machine and remembered.
+
+One call on all threads waits at every operation for the slowest of them; several calls with fewer threads each do
+not. Which is faster depends on the model, the processor and its load, so it is tried.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from grounded_diffusion.bundle import MANIFEST, UNET, Bundle, sha256
+from grounded_diffusion.engine.backends.onnxruntime_cpu import OnnxRuntimeBackend, usable_cores
+from grounded_diffusion.engine.pipeline.shipped import cache_folder
+from grounded_diffusion.engine.sampling.backend import Backend
+from grounded_diffusion.engine.sampling.options import LATENT_CELLS, MAX_BATCH, Options
+
+BUDGET = 25.0  # seconds; at large images only a few placements are tried
+TIMED = 1.0  # seconds of calls to a placement in each of two rounds, at least one call a lane
+WORTH = 1.015  # a larger placement must be faster by this, or the smaller one, with its smaller memory, is taken
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Images to a call of the network, and calls at once."""
+
+    batch: int
+    lanes: int
+
+
+def placement(
+    bundle: Bundle, options: Options, threads: int | None = None, report: Callable[[str], None] = lambda line: None
+) -> Placement:
+    """The fastest placement on this machine: remembered, or measured now within half a minute.
+
+    Args:
+        options: decide the image size; a batch that they fix is kept, and only the lanes are tried.
+        threads: CPU threads in all; None takes all cores.
+        report: told what has been measured.
+    """
+    threads = threads or usable_cores()
+    height, width = (side // bundle.manifest.vae_scale_factor for side in options.image_size(bundle.manifest))
+    asked = {
+        "model": sha256(bundle.file(MANIFEST)),
+        "latents": [height, width],
+        "batch": options.batch,
+        "threads": threads,
+        "host": [platform.node(), platform.machine()],
+    }
+    key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:24]
+    file = cache_folder() / "placements" / f"{key}.json"
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return Placement(**json.loads(file.read_text(encoding="utf-8")))
+    rates = measure(bundle, list(candidates(options, height * width, threads)), threads, (height, width))
+    chosen = choose(rates)
+    for tried, rate in rates.items():
+        report(f"batch {tried.batch} x {tried.lanes}: {rate:.2f} guided calls of one image a second")
+    with contextlib.suppress(OSError):  # a cache that cannot be written is measured again
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(asdict(chosen)), encoding="utf-8")
+        temporary.replace(file)
+    return chosen
+
+
+def candidates(options: Options, cells: int, threads: int) -> Iterator[Placement]:
+    """Placements to try, the safest first: lanes double up to one a thread, batches around the default."""
+    usual = options.batch_size(cells)
+    batches = [options.batch] if options.batch else [usual, *{max(1, usual // 2), min(2 * usual, MAX_BATCH)} - {usual}]
+    lanes = 1
+    while lanes <= threads:
+        for batch in batches:
+            if lanes == 1 or lanes * batch * cells <= 16 * LATENT_CELLS:  # keeps the memory in bounds
+                yield Placement(batch, lanes)
+        lanes *= 2
+
+
+def measure(bundle: Bundle, tries: list[Placement], threads: int, latents: tuple[int, int]) -> dict[Placement, float]:
+    """Guided network calls for one image a second, of as many placements as fit the budget; at least one.
+
+    The better of two rounds counts: what disturbs a placement in one hardly does so in the other.
+    """
+    rates: dict[Placement, float] = {}
+    started, backend = time.monotonic(), None
+    for tried in [*tries, *tries]:
+        if rates and time.monotonic() - started > BUDGET:
+            break
+        if backend is None or backend.lanes != tried.lanes:
+            backend = OnnxRuntimeBackend(bundle, threads, tried.lanes)
+        rates[tried] = max(rates.get(tried, 0.0), rate(backend, bundle, tried, latents))
+    return rates
+
+
+def rate(backend: Backend, bundle: Bundle, tried: Placement, latents: tuple[int, int]) -> float:
+    """Images a second through one guided call, all lanes at once."""
+    manifest, images = bundle.manifest, tried.batch
+    noise = np.random.default_rng(0).standard_normal((images, manifest.latent_channels, *latents), np.float32)
+    inputs = {
+        "latents": noise,
+        "timestep": np.full(images, 500, np.float32),
+        "context": np.zeros((2 * images, manifest.context_length, manifest.context_dim), np.float32),
+    }
+
+    def lane(rounds: int) -> None:
+        for _ in range(rounds):
+            backend.run(UNET, inputs)
+
+    with ThreadPoolExecutor(tried.lanes) as pool:
+
+        def seconds(rounds: int) -> float:
+            start = time.perf_counter()
+            list(pool.map(lane, [rounds] * tried.lanes))
+            return time.perf_counter() - start
+
+        seconds(1)  # opens the session, learns the shapes, makes the buffers
+        rounds = max(1, round(TIMED / seconds(1)))
+        return tried.lanes * tried.batch * rounds / seconds(rounds)
+
+
+def choose(rates: dict[Placement, float]) -> Placement:
+    """The fastest, unless a smaller one is nearly as fast."""
+    best = max(rates.values())
+    fast = [tried for tried, rate in rates.items() if rate * WORTH >= best]
+    return min(fast, key=lambda tried: (tried.lanes * tried.batch, tried.lanes))

@@ -1,0 +1,162 @@
+"""A backend on a GPU: batches are submitted and collected, in buckets of sizes that stay allocated."""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from grounded_diffusion.bundle import Bundle
+from grounded_diffusion.engine.backends.gpu.device import Device, DeviceMemoryError, Graphs
+from grounded_diffusion.engine.backends.gpu.loop import DeviceLoop, Handle, Replay
+from grounded_diffusion.engine.backends.gpu.memory import Sizes, Streams
+from grounded_diffusion.engine.sampling.backend import Arrays
+from grounded_diffusion.engine.sampling.batch import Made, Request
+from grounded_diffusion.engine.sampling.options import MAX_BATCH
+from grounded_diffusion.errors import BackendError
+
+LOOPS = 3  # buckets kept open at once; opening one more closes the one used longest ago
+OBJECTS = 8  # objects are padded to a multiple of this where a backend takes any number
+T = TypeVar("T")
+
+
+class Networks(Protocol):
+    """How a library runs a bundle's graphs on a device."""
+
+    name: str
+
+    def buckets(self, batch: int, objects: int, size: tuple[int, int]) -> list[tuple[int, int]] | None:
+        """(batch, objects) of what can be opened with at least these objects at an image size; None: any.
+
+        Raises:
+            BackendError: nothing can be opened; the message says what would be needed for `batch`.
+        """
+        ...
+
+    def open(self, sizes: Sizes, streams: Streams) -> Graphs:
+        """The graphs for one bucket. Raises BackendError, DeviceMemoryError."""
+        ...
+
+    def run(self, graph: str, inputs: Mapping[str, np.ndarray], streams: Streams) -> Arrays:
+        """See `Backend.run`; returns when it is done."""
+        ...
+
+    def close(self) -> None:
+        """Free what `run` has opened."""
+        ...
+
+
+class Pending:
+    """A batch that is being made."""
+
+    def __init__(self, handles: Future[Sequence[Handle]]):
+        self._handles = handles
+
+    def result(self) -> Made:
+        """The batch. Raises NumericsError naming stage, step and sample; BackendError."""
+        return Made.join([handle.result() for handle in self._handles.result()])
+
+
+class DeviceBackend:
+    """Runs whole batches on a device; also single graphs, as any Backend.
+
+    All calls of the device come from one thread: captured graphs of ONNX Runtime belong to the thread that made them.
+
+    Args:
+        bundle: the opened bundle.
+        device: where it runs.
+        networks: what runs its graphs.
+        replay: what the device loop captures.
+    """
+
+    lanes = 2  # batches under way in the pipeline: one runs while the next is queued
+
+    def __init__(self, bundle: Bundle, device: Device, networks: Networks, replay: Replay = "step"):
+        self.bundle, self.device, self.networks, self.replay = bundle, device, networks, replay
+        self.name = networks.name
+        self._thread = ThreadPoolExecutor(1, "device", initializer=device.activate)
+        self._streams = self._call(Streams.on, device)
+        self._loops: OrderedDict[Sizes, DeviceLoop] = OrderedDict()
+        self._largest: dict[tuple[int, int], int] = {}  # batch asked for yet, by image size
+        self._limits: dict[tuple[int, int], int] = {}  # batch that is known to be allowed, by image size
+
+    def _call(self, function: Callable[..., T], *args: Any) -> T:
+        return self._thread.submit(function, *args).result()
+
+    def run(self, graph: str, inputs: Mapping[str, np.ndarray]) -> Arrays:
+        """See `Backend.run`."""
+        return self._call(self.networks.run, graph, inputs, self._streams)
+
+    def submit(self, request: Request) -> Pending:
+        """Queue a batch; its bytes and masks are made and copied while later ones run."""
+        return Pending(self._thread.submit(self._enqueue, request))
+
+    def close(self) -> None:
+        """Wait for what is under way, free the device's memory and end the thread."""
+        for loop in self._loops.values():
+            self._call(loop.close)
+        self._loops.clear()
+        self._call(self.networks.close)
+        self._thread.shutdown()
+
+    def _enqueue(self, request: Request) -> list[Handle]:
+        """Queue a batch, in parts where it does not fit the device as a whole."""
+        while True:
+            handles, start, count = [], 0, len(request.noise)
+            try:
+                while start < count:
+                    sizes = self._sizes(request, count - start)
+                    stop = min(count, start + sizes.batch)
+                    part = request if (start, stop) == (0, count) else request.part(start, stop)
+                    handles.append(self._loop(sizes).enqueue(part))
+                    start = stop
+                return handles
+            except DeviceMemoryError as error:
+                self._halve(sizes, error)
+
+    def _sizes(self, request: Request, batch: int) -> Sizes:
+        """The smallest bucket that takes `batch` images, or the largest that there is and that fits."""
+        manifest, size = self.bundle.manifest, tuple(request.size)
+        objects = request.conditioning.query_valid.shape[1]
+        limit = self._limits.get(size, MAX_BATCH)
+        buckets = self.networks.buckets(batch, objects, size)
+        if buckets is None:  # any: the largest batch yet, a quarter of it, and so on
+            largest = self._largest[size] = min(limit, max(batch, self._largest.get(size, 0)))
+            padded = -(-objects // OBJECTS) * OBJECTS
+            buckets = [(largest >> k, padded) for k in range(0, largest.bit_length(), 2)]
+        fitting = [bucket for bucket in buckets if bucket[0] <= limit]
+        if not fitting:
+            raise BackendError(f"no engine is small enough for {self.device.name}; build one with --batch {limit}")
+        enough = [bucket for bucket in fitting if bucket[0] >= batch]
+        chosen = min(enough) if enough else max(fitting, key=lambda bucket: (bucket[0], -bucket[1]))
+        return Sizes(*chosen, request.noise.shape[1:], manifest.context_length, manifest.context_dim, size)
+
+    def _loop(self, sizes: Sizes) -> DeviceLoop:
+        if sizes not in self._loops:
+            while len(self._loops) >= LOOPS:
+                self._loops.popitem(last=False)[1].close()
+            graphs = self.networks.open(sizes, self._streams)
+            self._loops[sizes] = DeviceLoop(self.device, graphs, sizes, self._streams, self.replay)
+        self._loops.move_to_end(sizes)
+        return self._loops[sizes]
+
+    def _halve(self, sizes: Sizes, error: DeviceMemoryError) -> None:
+        """Free everything and allow half of a batch that did not fit. Raises DeviceMemoryError for one image."""
+        while self._loops:
+            self._loops.popitem()[1].close()
+        height, width = sizes.image
+        limit, place = sizes.batch // 2, f"at {height}x{width} in the memory of {self.device.name}"
+        if not limit:
+            raise DeviceMemoryError(
+                f"not even one image fits {place} ({error}); use a smaller --size, a bundle exported with "
+                "--precision fp16, or a GPU with more memory"
+            ) from None
+        self._limits[sizes.image] = limit
+        warnings.warn(
+            f"a batch of {sizes.batch} does not fit {place}; going on with {limit}, as with --batch {limit}",
+            stacklevel=2,
+        )

@@ -1,0 +1,260 @@
+"""The denoising loop on a device: all work is queued on streams, and the host waits only for finished batches.
+
+    loop stream    upload, UNet, step, UNet, step, ..., hand over | upload, UNet, step, ...       (the next batch)
+    decode stream                                                 | VAE, image and mask epilogues
+    copy stream                                                   |                               results to the host
+
+It is `denoise` with the pipeline's epilogues, operation for operation. A step is captured once and replayed: what
+differs between steps, coefficients and timesteps, lies in one record that is copied to a fixed place before each.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from grounded_diffusion.bundle import UNET, UNET_GROUNDED, VAE_DECODER
+from grounded_diffusion.engine.backends.gpu.device import ALIGNMENT, Device, Graphs, Tensor
+from grounded_diffusion.engine.backends.gpu.memory import BYTE, F32, Memory, Sizes, Slot, Streams
+from grounded_diffusion.engine.sampling.batch import MASKS, PIXELS, Made, Request, failure, unpack
+from grounded_diffusion.engine.sampling.denoise import guided_calls
+from grounded_diffusion.errors import NumericsError
+from grounded_diffusion.kernels.cuda import pack_step
+
+REMEMBERED = 4  # whole loops kept captured
+
+Replay = Literal["none", "step", "loop"]
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What a call is: calls of the same kind replay the same captured work."""
+
+    grounded: bool
+    both: bool  # the network runs both halves, 2B rows
+    doubled: bool  # the next call's input has 2B rows
+
+
+class Handle:
+    """A batch that was submitted."""
+
+    def __init__(self, device: Device, slot: Slot, request: Request):
+        self._device, self._slot, self._request = device, slot, request
+        self._lock = threading.Lock()
+        self._outcome: Made | NumericsError | None = None
+
+    def wait(self) -> Made | NumericsError:
+        """Stop until the batch is made, and copy it out of the slot."""
+        with self._lock:
+            if self._outcome is None:
+                self._device.activate()
+                self._device.sync(self._slot.done)
+                arrays = self._slot.arrays
+                self._outcome = failure(self._request, arrays["flags"]) or unpack(self._request, arrays)
+            return self._outcome
+
+    def result(self) -> Made:
+        """The batch. Raises NumericsError naming stage, step and sample."""
+        outcome = self.wait()
+        if isinstance(outcome, NumericsError):
+            raise outcome
+        return outcome
+
+
+class DeviceLoop:
+    """One bucket of sizes: its buffers, its bound graphs and its captured work. Called by one thread.
+
+    Args:
+        replay: what is captured and replayed: nothing, single steps, or the whole loop.
+
+    Raises:
+        DeviceMemoryError: it does not fit.
+        BackendError: the graphs cannot be had, or do not fit together.
+    """
+
+    def __init__(self, device: Device, graphs: Graphs, sizes: Sizes, streams: Streams, replay: Replay = "step"):
+        self.device, self.graphs, self.sizes, self.streams = device, graphs, sizes, streams
+        self.replay = replay
+        try:
+            self.memory = Memory(device, graphs, sizes, streams)
+        except BaseException:
+            graphs.close()
+            raise
+        self.at, self.slots = self.memory.at, self.memory.slots
+        self._bound: dict[tuple[str, bool], Callable[[], None]] = {}
+        self._captured: dict[Any, Callable[[], None]] = {}
+        self._next = 0
+        try:
+            for kind in (Kind(True, True, True), Kind(False, True, True)):  # the largest first: others share its memory
+                self._network(kind)
+            for slot in self.slots:
+                tensors = {"latents": slot.at["decode"], "image": self.at["image"]}
+                slot.decode = graphs.bind(VAE_DECODER, tensors, streams.decode)
+        except BaseException:
+            self.close()
+            raise
+
+    def _network(self, kind: Kind) -> Callable[[], None]:
+        """One run of the network that a call needs."""
+        graph, key = (UNET_GROUNDED if kind.grounded else UNET), (kind.grounded, kind.both)
+        if key not in self._bound:
+            at, rows = self.at, (2 if kind.both else 1) * self.sizes.batch
+            record = at["record"]
+            tensors = {
+                "latents": at["input"].rows(rows),
+                "timestep": Tensor(record.pointer + ALIGNMENT, (rows,), self.memory.timestep),
+                "context": at["context"] if kind.both else at["conditional"],
+                "model_output": at["model_output"].rows(rows),
+            }
+            if kind.grounded:
+                tensors |= {name: at[name] for name in ("queries", "query_valid", "mask_logits")}
+            self._bound[key] = self.graphs.bind(graph, tensors, self.streams.loop)
+        return self._bound[key]
+
+    def _step(self, kind: Kind) -> None:
+        """The network, then the kernel that turns its output into the next input."""
+        at, b = self.at, self.sizes.batch
+        self._network(kind)()
+        names = ("record", "model_output", "latents", "history", "noise", "latents", "input")
+        self.device.kernels.cfg_step(
+            self.streams.loop,
+            *(at[name].pointer for name in names),
+            count=at["latents"].nbytes // F32.itemsize,
+            guided=kind.both,
+            doubled=kind.doubled,
+            half=self.memory.half,
+            bad=at["flags"].pointer,
+            batch=b,
+        )
+
+    def _replayed(self, key: Any, work: Callable[[], None]) -> Callable[[], None]:
+        """`work`, captured now if it was not."""
+        if key not in self._captured:
+            whole = [k for k in self._captured if isinstance(k, tuple)]
+            if len(whole) >= REMEMBERED:
+                del self._captured[whole[0]]
+            self._captured[key] = self.device.capture(self.streams.loop, work)
+        return self._captured[key]
+
+    def _steps(self, slot: Slot, request: Request, kinds: tuple[Kind, ...], replay: bool) -> None:
+        """All steps of a schedule, each of them replayed or queued as it is."""
+        copy, stream, at = self.device.copy, self.streams.loop, self.at
+        records, size = at["records"], at["record"].nbytes
+        drawn = 0
+        for i, (row, kind) in enumerate(zip(request.schedule.rows, kinds, strict=True)):
+            if row.n:
+                source = slot.noise.ctypes.data + drawn * at["noise"].nbytes
+                copy(stream, at["noise"].pointer, source, at["noise"].nbytes)
+                drawn += 1
+            copy(stream, at["record"].pointer, records.pointer + i * size, size)
+            if replay:
+                self._replayed(kind, lambda kind=kind: self._step(kind))()
+            else:
+                self._step(kind)
+
+    def enqueue(self, request: Request) -> Handle:
+        """Queue a batch of at most `sizes.batch` images; stops only while all slots are under way."""
+        slot = self.slots[self._next]
+        self._next = (self._next + 1) % len(self.slots)
+        if slot.handle:
+            slot.handle.wait()
+        scales, both = guided_calls(
+            request.schedule, request.guidance_scale, request.guidance_interval, request.capture
+        )
+        kinds = tuple(Kind(i == request.capture, both[i], both[i + 1]) for i in range(len(scales)))
+        for kind in dict.fromkeys(kinds):
+            self._network(kind)  # binds what is new before anything of this batch is queued
+        self._stage(slot, request, scales, both)
+        device, stream, at = self.device, self.streams.loop, self.at
+        used = self.memory.upload.offsets["records"] + len(kinds) * at["record"].nbytes
+        device.copy(stream, at["latents"].pointer, slot.upload.ctypes.data, used)
+        if not all(both):
+            half = at["conditional"].nbytes
+            device.copy(stream, at["conditional"].pointer, at["context"].pointer + half, half)
+        device.clear(stream, at["flags"].pointer, at["flags"].nbytes)
+        mode = self.replay if self.graphs.capturable else "none"  # known once all is bound
+        if mode == "loop" and not request.schedule.stochastic:
+            self._replayed(kinds, lambda: self._steps(slot, request, kinds, replay=False))()
+        else:  # the noise of a stochastic sampler comes from the slot's own memory, step by step
+            self._steps(slot, request, kinds, replay=mode != "none")
+        self._hand_over(slot)
+        self._finish(slot, request)
+        slot.handle = Handle(device, slot, request)
+        return slot.handle
+
+    def _stage(self, slot: Slot, request: Request, scales: list[float], both: list[bool]) -> None:
+        """Write a batch into the slot's pinned memory. What is missing to the bucket repeats the last image."""
+        views, given, rows = slot.views, request.conditioning, request.schedule.rows
+        batch, objects = given.query_valid.shape
+        fill = np.minimum(np.arange(self.sizes.batch), batch - 1)
+        latents = request.noise[fill] * np.float32(request.schedule.init_noise_sigma)
+        views["latents"][:] = latents
+        views["input"].reshape(2, *latents.shape)[:] = latents * np.float32(rows[0].input_scale)
+        views["context"].reshape(2, *views["context"][: self.sizes.batch].shape)[:] = given.context.reshape(
+            2, batch, *given.context.shape[1:]
+        )[:, fill]
+        views["queries"][:], views["query_valid"][:] = 0, False
+        views["queries"][:, :objects], views["query_valid"][:, :objects] = given.queries[fill], given.query_valid[fill]
+        slots = request.schedule.history
+        for i, row in enumerate(rows):
+            packed = pack_step(
+                guidance_scale=scales[i] if both[i] else None, cx=row.cx, co=row.co, a=row.a, b=row.b,
+                head=i % slots if slots else 0, slots=slots, n=row.n, row=i,
+                next_scale=rows[i + 1].input_scale if i + 1 < len(rows) else 1.0,
+            ).view(BYTE)  # fmt: skip
+            record = views["records"][i]
+            record[: packed.size] = packed
+            record[ALIGNMENT:].view(self.memory.timestep)[:] = row.timestep
+        drawn = [request.step_noise(i)[fill] for i, row in enumerate(rows) if row.n]
+        if drawn:
+            noise = np.ascontiguousarray(drawn, F32).view(BYTE).reshape(-1)
+            if slot.noise.size < noise.size:
+                slot.noise = self.device.pinned(noise.size)
+            slot.noise[: noise.size] = noise
+
+    def _hand_over(self, slot: Slot) -> None:
+        """Copy what the loop leaves behind to the slot, so that the next batch may begin."""
+        device, stream, at = self.device, self.streams.loop, self.at
+        decode = slot.at["decode"]
+        final = at["latents"] if decode.dtype == F32 else at["input"]  # the last step scales its next input by 1
+        device.copy(stream, decode.pointer, final.pointer, decode.nbytes)
+        for name in ("latents", "mask_logits", "flags", "query_valid"):
+            device.copy(stream, slot.at[name].pointer, at[name].pointer, at[name].nbytes)
+        device.record(slot.denoised, stream)
+
+    def _finish(self, slot: Slot, request: Request) -> None:
+        """Decode, turn into bytes and masks, and copy to the host, on their own streams."""
+        device, at, s = self.device, slot.at, self.sizes
+        stream, flags = self.streams.decode, at["flags"].pointer
+        device.wait(stream, slot.denoised)
+        slot.decode()
+        image = self.at["image"]
+        device.kernels.image_epilogue(
+            stream, image.pointer, at["pixels"].pointer, batch=s.batch, size=s.image,
+            half=image.dtype == np.float16, bad=flags + PIXELS * s.batch,
+        )  # fmt: skip
+        names = ("mask_logits", "query_valid", "labels", "area", "box", "score")
+        device.kernels.mask_epilogue(
+            stream, *(at[name].pointer for name in names), self.at["stats"].pointer, bits=at["bits"].pointer,
+            bad=flags + MASKS * s.batch, shape=at["mask_logits"].shape, size=s.image, threshold=request.threshold,
+            half=at["mask_logits"].dtype == np.float16,
+        )  # fmt: skip
+        device.record(slot.decoded, stream)
+        device.wait(self.streams.copy, slot.decoded)
+        device.copy(self.streams.copy, slot.host.ctypes.data, slot.pointer, self.memory.results.nbytes)
+        device.record(slot.done, self.streams.copy)
+
+    def close(self) -> None:
+        """Wait for what is under way and free the device's memory."""
+        for slot in self.slots:
+            if slot.handle:
+                slot.handle.wait()
+        self._captured.clear()
+        self._bound.clear()
+        self.graphs.close()
+        self.memory.free()
+        self.slots = []

@@ -1,0 +1,1 @@
+"""TensorRT's engines as files."""

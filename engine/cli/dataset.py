@@ -1,0 +1,272 @@
+"""gd-dataset: watch, look at, convert, check, count, split and merge what gd-infer wrote.
+
+Exit status: 0 done, 1 verify has found problems, 2 an option or a folder cannot be used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import NoReturn
+
+from grounded_diffusion import __version__
+from grounded_diffusion.engine.cli.format_options import add_format_options, settings_of
+from grounded_diffusion.engine.dataset.card import CARD, write_card
+from grounded_diffusion.engine.dataset.formats import FORMATS, WITHOUT_CLASSES, open_format
+from grounded_diffusion.engine.dataset.plot import plot
+from grounded_diffusion.engine.dataset.preview import PAGE, write_preview
+from grounded_diffusion.engine.dataset.reader import FolderDataset
+from grounded_diffusion.engine.dataset.shards import finished_shards, read_shard, write_shards
+from grounded_diffusion.engine.dataset.status import describe_status, read_status
+from grounded_diffusion.engine.dataset.storage.atomic import fresh_folder, readable_errors, replace_file
+from grounded_diffusion.engine.dataset.storage.local import LocalStorage
+from grounded_diffusion.engine.dataset.tools import merge, split, statistics
+from grounded_diffusion.engine.dataset.verify import MARKER, verify
+from grounded_diffusion.errors import GroundedDiffusionError, UsageError
+
+SHOWN = 20  # problems that verify lists
+
+EXAMPLES = """\
+examples:
+  gd-dataset status out/
+  gd-dataset verify out/
+  gd-dataset split out/ --val 0.1
+  gd-dataset convert out/ --format coco --out coco/
+  gd-dataset convert out/ --format voc --names voc --void-border 2 --out voc/
+  gd-dataset merge out1/ out2/ --out both/
+
+exit status: 0 done; 1 verify has found problems; 2 an option or a folder cannot be used
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports bad options as every other error: in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog="gd-dataset",
+        description="Work with the data sets that gd-infer writes.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"gd-dataset {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+    add_convert(commands)
+
+    command = commands.add_parser("verify", help="check every file against its record")
+    command.add_argument("dir", type=Path, metavar="DIR")
+    command.set_defaults(run=run_verify)
+
+    command = commands.add_parser("stats", help="counts and areas of the classes, and their overlaps")
+    command.add_argument("dir", type=Path, metavar="DIR")
+    command.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    command.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw counts, histograms and overlaps")
+    command.set_defaults(run=run_stats)
+
+    command = commands.add_parser("status", help="how far a run is, whether it goes on, has died or is finished")
+    command.add_argument("dir", metavar="DIR", help="the --out of gd-infer, a folder or a URL")
+    command.add_argument("--json", action="store_true", help="print JSON instead of text")
+    command.set_defaults(run=run_status)
+
+    command = commands.add_parser("preview", help=f"make {PAGE} anew, a page to look at the data set")
+    command.add_argument("dir", type=Path, metavar="DIR")
+    command.set_defaults(run=run_preview)
+
+    command = commands.add_parser("card", help=f"write {CARD}, a data set card with recipe, classes and pictures")
+    command.add_argument("dir", type=Path, metavar="DIR")
+    command.add_argument("--title", metavar="TEXT", help="default: the folder's name")
+    command.add_argument("--license", metavar="ID", help="as the Hugging Face hub spells it, such as cc-by-4.0")
+    command.add_argument("--model", type=Path, metavar="BUNDLE", help="the model, for the licence notes")
+    command.add_argument("--overwrite", action="store_true", help=f"replace a {CARD} that is not ours")
+    command.set_defaults(run=run_card)
+
+    command = commands.add_parser("split", help="write train.txt and val.txt; convert follows them")
+    command.add_argument("dir", type=Path, metavar="DIR")
+    command.add_argument("--val", type=float, required=True, metavar="SHARE", help="share of val, as in 0.1")
+    command.set_defaults(run=run_split)
+
+    command = commands.add_parser("merge", help="join data sets, numbering the samples anew")
+    command.add_argument("dirs", type=Path, nargs="+", metavar="DIR")
+    add_out(command)
+    command.set_defaults(run=run_merge)
+    return parser
+
+
+def add_out(command: argparse.ArgumentParser) -> None:
+    """Options of what a command writes."""
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder")
+    command.add_argument("--overwrite", action="store_true", help="replace what this command wrote there before")
+
+
+def add_convert(commands) -> None:
+    command = commands.add_parser("convert", help="write the data set in another format")
+    command.add_argument("dir", type=Path, metavar="SRC", help="folder that gd-infer wrote")
+    formats = [name for name in FORMATS if name not in WITHOUT_CLASSES]
+    command.add_argument("--format", required=True, choices=formats, help="what to write: %(choices)s", metavar="NAME")
+    add_out(command)
+    command.add_argument(
+        "--shard-size", type=int, default=1000, metavar="N", help="samples in a tar or Parquet file (default: 1000)"
+    )
+    add_format_options(command, band=False)
+    command.set_defaults(run=run_convert)
+
+
+def run_convert(args: argparse.Namespace) -> int:
+    if not 1 <= args.shard_size <= 1_000_000:
+        raise UsageError(f"--shard-size must be from 1 to 1000000, not {args.shard_size}")
+    data = FolderDataset(args.dir)
+    inside(args.out, [args.dir])
+    settings = settings_of(args, args.format, data.names)
+    format = open_format(args.format, settings)
+    for row in data.rows():
+        names = [thing["name"] for thing in row["objects"]]
+        settings.classes.check(names, f"the record {row['id']} of {data.path}")
+    with fresh_folder(args.out, args.overwrite, is_ours=MARKER) as folder:
+        storage = LocalStorage(folder)
+        losses = write_shards(storage, format, data.parts(), format.encode, args.shard_size, {})
+        content = {"format": args.format, "samples": len(data), **asdict(settings)}
+        content["classes"] = {name: k for k, name in settings.classes.items()}
+        storage.put(MARKER, json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
+        storage.clean()
+    if losses:
+        note(losses)
+    print(f"{len(data)} images with {len(settings.classes.names)} classes as {args.format} in {args.out}")
+    return 0
+
+
+def inside(out: Path, sources: list[Path]) -> None:
+    """Raise UsageError where writing `out` would touch a source."""
+    for source in sources:
+        if out.resolve().is_relative_to(source.resolve()) or source.resolve().is_relative_to(out.resolve()):
+            raise UsageError(f"--out {out} and {source} lie within each other; choose another --out")
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    if not args.dir.is_dir():
+        raise UsageError(f"there is no folder {args.dir}")
+    problems = verify(args.dir)
+    shown = list(islice(problems, SHOWN))
+    for problem in shown:
+        print(problem)
+    if rest := sum(1 for _ in problems):
+        print(f"and {rest} more")
+    if not shown:
+        print(f"{args.dir}: {count_samples(args.dir)} records, no problems")
+    return int(bool(shown))
+
+
+def count_samples(path: Path) -> int:
+    """Accepted samples of all shards."""
+    storage = LocalStorage(path)
+    return sum(read_shard(storage, shard)["accepted"] for shard in finished_shards(storage))
+
+
+def run_stats(args: argparse.Namespace) -> int:
+    result = statistics(FolderDataset(args.dir))
+    if args.plot:
+        with readable_errors(args.plot):
+            replace_file(args.plot, plot(result).encode())
+    if args.json:
+        print(json.dumps(result, indent=1, ensure_ascii=False))
+        return 0
+    print(f"{result['images']} images, {result['objects']} objects\n")
+    percent = lambda value: f"{100 * value:.1f}%"
+    rows = [
+        [
+            name,
+            c["images"],
+            c["empty"],
+            *(percent(c[f"{k}_area"]) for k in ("min", "mean", "max")),
+            f"{c['mean_score']:.3f}",
+        ]
+        for name, c in result["classes"].items()
+    ]
+    print(table(["class", "images", "empty", "min area", "mean", "max", "score"], rows))
+    if result["overlaps"]:
+        rows = [
+            [" + ".join(o["classes"]), o["images"], o["overlapping"], f"{o['mean_iou']:.3f}"]
+            for o in result["overlaps"]
+        ]
+        print("\n" + table(["pair", "images", "overlapping", "mean IoU"], rows))
+    return 0
+
+
+def table(head: list[str], rows: list[list]) -> str:
+    """Columns as wide as their widest entry, the first to the left, the others to the right."""
+    cells = [head, *([str(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[k]) for row in cells) for k in range(len(head))]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if k else cell.ljust(width)
+            for k, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in cells
+    )
+
+
+def run_status(args: argparse.Namespace) -> int:
+    status = read_status(args.dir)
+    print(json.dumps(status, indent=1, ensure_ascii=False) if args.json else describe_status(status))
+    return 0
+
+
+def run_preview(args: argparse.Namespace) -> int:
+    data = FolderDataset(args.dir, splits=False)
+    storage = LocalStorage(args.dir)
+    images = write_preview(storage, data.rows(), data.settings)
+    storage.clean()
+    print(f"{images} images in {args.dir / PAGE}")
+    return 0
+
+
+def run_card(args: argparse.Namespace) -> int:
+    options = {name: getattr(args, name) for name in ("title", "license", "model", "overwrite")}
+    contents = write_card(args.dir, **options)
+    print(f"{contents.images} images with {len(contents.classes)} classes described in {args.dir / CARD}")
+    if not args.license:
+        note("the card names no licence; --license ID adds it")
+    return 0
+
+
+def run_split(args: argparse.Namespace) -> int:
+    counts = split(FolderDataset(args.dir, splits=False), args.val)
+    print(f"{counts['train']} images in train.txt, {counts['val']} in val.txt")
+    return 0
+
+
+def run_merge(args: argparse.Namespace) -> int:
+    if len(args.dirs) < 2:
+        raise UsageError("merge needs two or more data sets")
+    inside(args.out, args.dirs)
+    print(f"{merge(args.dirs, args.out, args.overwrite)} images in {args.out}")
+    return 0
+
+
+def note(line: str) -> None:
+    """One line to the person who waits."""
+    print(f"gd-dataset: {line}", file=sys.stderr, flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    try:
+        args = build_parser().parse_args(argv)
+        return args.run(args)
+    except GroundedDiffusionError as error:
+        note(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,248 @@
+"""gd-infer: prompts in, images with masks out.
+
+Exit status: 0 complete; 3 complete, but for samples that were rejected or failed; 75 interrupted or out of disk space,
+and the same command goes on; 2 an option, prompt or output cannot be used; 1 any other failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import re
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any, NoReturn
+
+from grounded_diffusion import __version__
+from grounded_diffusion.engine.backends.open import BACKENDS
+from grounded_diffusion.engine.cli.format_options import add_format_options
+from grounded_diffusion.engine.dataset.formats import FORMATS
+from grounded_diffusion.engine.dataset.shards import finished_shards, read_shard
+from grounded_diffusion.engine.runs.estimate import print_estimate
+from grounded_diffusion.engine.runs.filters import add_filter_options
+from grounded_diffusion.engine.runs.monitor import Monitor, add_monitor_options, open_monitor
+from grounded_diffusion.engine.runs.open import open_run
+from grounded_diffusion.engine.runs.run import SUMMARY, Run
+from grounded_diffusion.engine.runs.stop import Stop
+from grounded_diffusion.engine.sampling.options import Options
+from grounded_diffusion.engine.sampling.schedule import SAMPLERS
+from grounded_diffusion.errors import GroundedDiffusionError, Interrupted, UsageError
+
+ATTEMPTS = 4
+LOST = 3  # exit status of a run that is complete without some of its samples
+
+EXAMPLES = """\
+prompt files:
+  One prompt a line, the objects to mask in brackets:   a photograph of a [dog] and a [cat]
+  Or a JSON line: {"prompt": "a busy street", "objects": ["car", "bus"], "seed": 3, "count": 4}
+  Empty lines and lines that start with # are skipped.
+
+examples:
+  gd-infer --prompts prompts.txt --out out/
+  gd-infer --prompt "a photograph of a [unicorn]" --images-per-prompt 16 --out out/ --sampler dpmpp-2m --steps 20
+  gd-infer --prompts prompts.txt --out s3://bucket/train --format webdataset --require-masks --shard 3/8
+
+The same command given again makes what is missing. Several at once share the work, shard by shard.
+
+exit status: 0 complete; 3 complete, but for samples that were rejected or failed; 75 interrupted or out of disk
+space, and the same command goes on; 2 an option, prompt or output cannot be used; 1 any other failure
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports bad options as every other error: in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """ "512" or "512x768" -> (height, width)."""
+    if not (match := re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; give pixels, as in 512, or HEIGHTxWIDTH")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def build_parser() -> Parser:
+    default = Options()
+    parser = Parser(
+        prog="gd-infer",
+        description="Generate images from prompts, with a segmentation mask for every object you name.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"gd-infer {__version__}")
+    what = parser.add_argument_group("what to make")
+    what.add_argument("--prompts", type=Path, metavar="FILE", help="prompt file")
+    what.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be given repeatedly")
+    what.add_argument(
+        "--out", required=True, metavar="DIR", help="folder to write to, or a URL such as s3://bucket/name"
+    )
+    what.add_argument(
+        "--format", choices=FORMATS, default="folder", metavar="NAME", help="%(choices)s (default: folder)"
+    )
+    what.add_argument(
+        "--images-per-prompt", type=int, default=1, metavar="N", help="images of each prompt (default: 1)"
+    )
+    what.add_argument("--seed", type=int, default=default.seed, help=f"seed of the data set (default: {default.seed})")
+    what.add_argument(
+        "--overwrite", action="store_true", help="remove all that is in --out, if a run of ours, and start anew"
+    )
+    what.add_argument(
+        "--dry-run", action="store_true", help="tell what would be made, how long it takes and how much it is"
+    )
+    how = parser.add_argument_group("how to make it")
+    how.add_argument("--model", type=Path, metavar="BUNDLE", help="exported model (default: the shipped one)")
+    how.add_argument("--steps", type=int, default=default.steps, help=f"denoising steps (default: {default.steps})")
+    how.add_argument("--sampler", choices=SAMPLERS, default=default.sampler, help=f"default: {default.sampler}")
+    how.add_argument(
+        "--guidance-scale", type=float, default=default.guidance_scale, metavar="W",
+        help=f"how strongly the prompt is followed; 1 turns guidance off (default: {default.guidance_scale})",
+    )  # fmt: skip
+    how.add_argument(
+        "--guidance-interval", type=float, nargs=2, default=default.guidance_interval, metavar=("START", "END"),
+        help="guide only in this part of the way from noise (0) to image (1) (default: {} {})".format(
+            *default.guidance_interval
+        ),
+    )  # fmt: skip
+    how.add_argument("--size", type=parse_size, metavar="PIXELS", help="512 or HEIGHTxWIDTH (default: the model's own)")
+    how.add_argument(
+        "--threshold", type=float, default=default.threshold, metavar="P",
+        help=f"probability above which a pixel is inside a mask (default: {default.threshold})",
+    )  # fmt: skip
+    how.add_argument(
+        "--batch", type=int, metavar="N", help="images to one call of the network (default: the fastest here)"
+    )
+    how.add_argument("--backend", choices=BACKENDS, default=BACKENDS[0], help=f"default: {BACKENDS[0]}, on the CPU")
+    how.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
+    how.add_argument("--lanes", type=int, metavar="N", help="batches at once on the CPU (default: the fastest here)")
+    how.add_argument(
+        "--attempts", type=int, default=ATTEMPTS, metavar="N",
+        help=f"noises to try for a sample that fails or is rejected (default: {ATTEMPTS})",
+    )  # fmt: skip
+    add_format_options(parser, band=True)
+    add_filter_options(parser)
+    add_sharing_options(parser)
+    add_monitor_options(parser)
+    return parser
+
+
+def add_sharing_options(parser: argparse.ArgumentParser) -> None:
+    """How work is cut up, and who does it."""
+    group = parser.add_argument_group(
+        "shards", "a shard is made as a whole: what a killed worker loses, and one archive"
+    )
+    group.add_argument("--shard-size", type=int, metavar="N", help="samples of a shard (default: 16 batches or more)")
+    group.add_argument(
+        "--shard",
+        metavar="I/N",
+        help="make only the shards of worker I of N, from 0; auto asks Slurm, Kubernetes, torchrun",
+    )
+    group.add_argument(
+        "--ray",
+        nargs="?",
+        const="",
+        metavar="ADDRESS",
+        help="hand the shards to Ray's workers (default: start it here)",
+    )
+    group.add_argument("--workers", type=int, metavar="N", help="workers of --ray (default: one a GPU, or a CPU)")
+
+
+def note(line: str) -> None:
+    """One line to the person who waits."""
+    print(f"gd-infer: {line}", file=sys.stderr, flush=True)
+
+
+def run(args: argparse.Namespace, stop: Stop) -> int:
+    """The whole command; returns the exit status."""
+    if args.workers is not None and args.ray is None:
+        raise UsageError("--workers is for --ray; give --threads for the threads of this process")
+    run = open_run(args, note, stop)
+    if args.dry_run:
+        print_estimate(run)
+        return 0
+    monitor = open_monitor(args, note)
+    stop.last = functools.partial(last_words, monitor)
+    status = "failed"
+    try:
+        run.start(args.overwrite)
+        missing = run.missing()
+        if missing and run.storage.exists(SUMMARY):
+            run.storage.remove(SUMMARY)
+        make = run.worker(monitor).run
+        if args.ray is not None:
+            from grounded_diffusion.engine.runs.ray import make_with_ray
+
+            make = functools.partial(make_with_ray, args, run, monitor)
+        monitor.begin(run.samples(run.shards), run.samples(run.shards) - run.samples(missing))
+        if missing:
+            announce(run, missing)
+            started = time.monotonic()
+            make(missing)
+            note(f"{monitor.accepted_images / (time.monotonic() - started):.2f} images/s")
+        summary = run.finish(make)
+        status = "complete" if summary else "share complete"
+    except Interrupted:
+        status = "interrupted"
+        raise
+    finally:
+        monitor.close(status)
+    return report(run, summary)
+
+
+def last_words(monitor: Monitor, name: str) -> None:
+    """Said before the program is ended while it is busy."""
+    note(f"interrupted by {name}; what is not finished is dropped, and the same command goes on")
+    monitor.close("interrupted")
+
+
+def announce(run: Run, missing: list[int]) -> None:
+    """Say what is about to be made."""
+    total, left = run.samples(run.shards), run.samples(missing)
+    if left < total:
+        note(f"{total - left} of {total} images are there already")
+    schedule, trained = run.pipe.schedule(run.options), run.pipe.bundle.manifest.capture_timestep
+    capture = schedule.capture_index(trained)
+    note(
+        f"{left} images with {run.options.sampler}{f', {run.share}' if run.share else ''}; masks are read at step "
+        f"{capture + 1} of {len(schedule.rows)}, timestep {schedule.rows[capture].timestep:g} (the head was trained at "
+        f"{trained})"
+    )
+
+
+def report(run: Run, summary: dict[str, Any] | None) -> int:
+    """Say what came of it; returns the exit status."""
+    if summary is None:
+        there = len(finished_shards(run.storage))
+        print(f"{run.share}: all of its {len(run.shards)} shards are made; {there} of the run's {run.plan.shards} are")
+        lost = sum(len(read_shard(run.storage, shard)["rows"]) for shard in run.shards) < run.samples(run.shards)
+        return LOST if lost else 0
+    samples, accepted = summary["samples"], summary["accepted"]
+    of = "" if accepted == samples else f" of {samples}"
+    look = f"; look at {run.storage.root}/index.html" if run.storage.exists("index.html") else ""
+    print(f"{accepted}{of} images with {summary['masks']} masks in {run.storage.root}{look}")
+    if accepted == samples:
+        return 0
+    reasons = ", ".join(f"{reason} {n}" for reason, n in summary["reasons"].items())
+    lost = f"{summary['rejected']} rejected, {summary['quarantined']} quarantined"
+    note(f"{lost}: {reasons}; {run.storage.root}/shards has each with its reason")
+    return LOST
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    try:
+        with Stop() as stop, warnings.catch_warnings():
+            warnings.simplefilter("once", UserWarning)
+            warnings.showwarning = lambda message, *_, **__: note(f"warning: {message}")
+            return run(build_parser().parse_args(argv), stop)
+    except GroundedDiffusionError as error:
+        note(str(error))
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

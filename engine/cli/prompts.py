@@ -1,0 +1,154 @@
+"""gd-prompts: a prompt file from names, pairs of names and counts (Algorithm 2 and B.3 of the paper).
+
+The paper draws names at random until it has enough images. Here every name and every pair gets its exact count, which
+is what the paper's totals (500 x 20 and 71 x 142) amount to. Exit status: 0 done, 2 an option or file cannot be used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+from grounded_diffusion import __version__
+from grounded_diffusion.engine.dataset.storage.atomic import readable_errors, replace_file
+from grounded_diffusion.engine.prompts.prompt import MAX_COUNT, Prompt
+from grounded_diffusion.engine.prompts.vocabulary import (
+    BUILT_IN,
+    Vocabulary,
+    built_in,
+    read_lines,
+    read_names,
+    read_pairs,
+)
+from grounded_diffusion.errors import GroundedDiffusionError, UsageError
+
+TEMPLATES = ("a photograph of a {}", "a photograph of a {} and a {}")  # the paper's, for one name and for two
+
+EXAMPLES = """\
+examples:
+  gd-prompts --vocabulary voc --out prompts.jsonl                  10,000 images of a name, 10,082 of a pair
+  gd-prompts --names names.txt --pairs pairs.txt --per-name 100 --per-pair 20 --out prompts.jsonl
+
+files:
+  names       one name a line
+  pairs       two names a line, with a comma between
+  templates   one template a line; {} stands for a name, so those with one {} are for names, with two for pairs
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports bad options as every other error: in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog="gd-prompts",
+        description="Write a prompt file for gd-infer from a vocabulary.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"gd-prompts {__version__}")
+    words = parser.add_mutually_exclusive_group(required=True)
+    words.add_argument("--vocabulary", metavar="NAME", help="voc, coco, or emoji-64 (the names of the shipped model)")
+    words.add_argument("--names", metavar="NAMES", help="your own names, in a file; or as --vocabulary")
+    parser.add_argument("--pairs", type=Path, metavar="FILE", help="your own pairs (default: the vocabulary's)")
+    parser.add_argument("--per-name", type=int, default=500, metavar="N", help="images of each name (default: 500)")
+    parser.add_argument("--per-pair", type=int, default=71, metavar="N", help="images of each pair (default: 71)")
+    parser.add_argument(
+        "--templates", type=Path, metavar="FILE", help=f"your own templates (default: {TEMPLATES[0]!r})"
+    )
+    parser.add_argument("--shuffle-seed", type=int, metavar="N", help="a line an image, in mixed order")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="prompt file to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file")
+    return parser
+
+
+def read_templates(path: Path) -> tuple[list[str], list[str]]:
+    """(for names, for pairs). Raises UsageError, with the line."""
+    found: dict[int, list[str]] = {1: [], 2: []}
+    for number, line in read_lines(path, "template"):
+        line, places = " ".join(line.split()), line.count("{}")
+        if places not in found or set(line.replace("{}", "")) & set("[]{}"):
+            raise UsageError(f"{path}:{number}: write {{}} once or twice, where names go, and no other brackets")
+        if line in found[places]:
+            raise UsageError(f"{path}:{number}: the template {line!r} occurs twice")
+        found[places].append(line)
+    return found[1], found[2]
+
+
+def plan(words: list[tuple[str, ...]], templates: list[str], count: int) -> Iterator[Prompt]:
+    """Prompts with their counts: `count` images of each entry, spread over the templates, the first ones taking the
+    rest."""
+    for names in words:
+        for k, template in enumerate(templates):
+            if share := count // len(templates) + (k < count % len(templates)):
+                yield Prompt(template.format(*names), names, count=share)
+
+
+def shuffled(prompts: list[Prompt], seed: int) -> list[Prompt]:
+    """One prompt an image, ordered by a hash of seed and place: the same on every machine and Python."""
+    singles = [Prompt(prompt.text, prompt.objects, count=1) for prompt in prompts for _ in range(prompt.count)]
+    order = [hashlib.sha256(f"{seed}:{k}".encode()).digest() for k in range(len(singles))]
+    return [singles[k] for k in sorted(range(len(singles)), key=order.__getitem__)]
+
+
+def to_line(prompt: Prompt) -> str:
+    """A line of a prompt file."""
+    fields = {"prompt": prompt.text, "objects": list(prompt.objects), "count": prompt.count}
+    return json.dumps(fields, ensure_ascii=False) + "\n"
+
+
+def choose_vocabulary(args: argparse.Namespace) -> Vocabulary:
+    """The vocabulary of the options."""
+    name = args.vocabulary or args.names
+    known = built_in(name) if args.vocabulary or name in BUILT_IN else Vocabulary(read_names(name))
+    return Vocabulary(known.names, read_pairs(args.pairs, known.names)) if args.pairs else known
+
+
+def run(args: argparse.Namespace) -> None:
+    for name in ("per_name", "per_pair"):
+        if not 0 <= getattr(args, name) <= MAX_COUNT:
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{option} must be from 0 to {MAX_COUNT}, not {getattr(args, name)}")
+    if args.out.is_dir() or (args.out.exists() and not args.overwrite):
+        raise UsageError(f"{args.out} exists; choose another --out" + ("" if args.out.is_dir() else ", or --overwrite"))
+    vocabulary = choose_vocabulary(args)
+    single, double = read_templates(args.templates) if args.templates else ([TEMPLATES[0]], [TEMPLATES[1]])
+    names = [(name,) for name in vocabulary.names] if args.per_name else []
+    pairs = list(vocabulary.pairs) if args.per_pair else []
+    for words, templates, what, option in ((names, single, "one {}", "name"), (pairs, double, "two {}", "pair")):
+        if words and not templates:
+            raise UsageError(f"{args.templates} has no template with {what}; add one, or give --per-{option} 0")
+    prompts = [*plan(names, single, args.per_name), *plan(pairs, double, args.per_pair)]
+    if not prompts:
+        raise UsageError("nothing to make; raise --per-name, or --per-pair with a vocabulary that has pairs")
+    if args.shuffle_seed is not None:
+        prompts = shuffled(prompts, args.shuffle_seed)
+    with readable_errors(args.out):
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(args.out, "".join(map(to_line, prompts)).encode())
+    ones, twos = len(names) * args.per_name, len(pairs) * args.per_pair
+    print(f"{ones:,} images of {len(names)} names and {twos:,} of {len(pairs)} pairs in {args.out}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    try:
+        run(build_parser().parse_args(argv))
+    except GroundedDiffusionError as error:
+        print(f"gd-prompts: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""Data sets in the formats that training code reads, one module a format."""
+
+from __future__ import annotations
+
+import importlib
+
+from grounded_diffusion.engine.dataset.formats.common import Classes, Encoded, Format, Settings
+from grounded_diffusion.errors import UsageError
+
+__all__ = ["FORMATS", "Classes", "Encoded", "Format", "Settings", "default_quality", "open_format"]
+
+# format -> where it is. Modules are imported when used, since Parquet needs an optional package.
+FORMATS = {
+    "folder": ("folder", "FolderFormat"),
+    "voc": ("voc", "VocFormat"),
+    "coco": ("coco", "CocoFormat"),
+    "coco-panoptic": ("panoptic", "PanopticFormat"),
+    "mmseg": ("mmseg", "MmsegFormat"),
+    "webdataset": ("webdataset", "WebDatasetFormat"),
+    "hf-imagefolder": ("imagefolder", "ImageFolderFormat"),
+    "hf-parquet": ("parquet", "ParquetFormat"),
+    "yolo": ("yolo", "YoloFormat"),
+    "yolo-seg": ("yolo", "YoloSegFormat"),
+    "null": ("null", "NullFormat"),
+}
+WITHOUT_CLASSES = ("folder", "null")
+WITHOUT_VOID = ("coco", "yolo", "yolo-seg", "null")
+
+
+def default_quality(name: str) -> int | None:
+    """The JPEG quality of a format unless asked otherwise; None, PNG, where the data set is read again by us."""
+    return None if name in WITHOUT_CLASSES else 95
+
+
+def open_format(name: str, settings: Settings) -> Format:
+    """A format by name. Raises UsageError for settings that it cannot have, or a package that it lacks."""
+    if name not in FORMATS:
+        raise UsageError(f"there is no format {name!r}; known are {', '.join(FORMATS)}")
+    if (settings.void_border or settings.void_band) and name in WITHOUT_VOID:
+        option = "--void-border" if settings.void_border else "--void-band"
+        raise UsageError(f"{name} has no void pixels; leave {option} out")
+    if settings.polygons and name != "coco":
+        raise UsageError(f"--polygons is for coco, not {name}")
+    if name == "voc" and settings.jpeg_quality is None:
+        raise UsageError("VOC's readers look for .jpg images; leave --png out")
+    module, kind = FORMATS[name]
+    module = importlib.import_module(f"grounded_diffusion.engine.dataset.formats.{module}")
+    return getattr(module, kind)(settings)

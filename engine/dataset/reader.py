@@ -1,0 +1,207 @@
+"""Reading a folder data set back: the layout of formats/folder.py, as records whose arrays load when asked for.
+
+The metadata is read line by line, anew at every iteration. Of ten million samples, only the indices are kept.
+"""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from grounded_diffusion.engine.dataset.formats.folder import METADATA
+from grounded_diffusion.engine.dataset.record import SPLITS, Record, Thing, sample_id
+from grounded_diffusion.engine.dataset.storage.base import SHARDS
+from grounded_diffusion.errors import UsageError
+
+RUN = "run.json"
+FIELDS = {"id": str, "index": int, "prompt": str, "seed": int, "draw": int, "width": int, "height": int,
+          "capture_timestep": (int, float), "image": str, "mask": str, "objects": list}  # fmt: skip
+OBJECT_FIELDS = {"name": str, "label": int, "area": int, "box": list, "score": (int, float), "mask": str}
+
+
+class FolderDataset:
+    """A data set that gd-infer wrote in the format "folder".
+
+    Args:
+        path: the folder.
+        splits: whether to read train.txt and val.txt; without them all is "train".
+
+    Attributes:
+        path: the folder.
+        indices: int64 [n], of the samples, increasing.
+        names: names of all objects, sorted.
+
+    Raises:
+        UsageError: not such a folder, unfinished, or a line of the metadata or a split list cannot be used.
+    """
+
+    def __init__(self, path: str | Path, splits: bool = True):
+        self.path = Path(path)
+        indices, names = array("q"), set()
+        for row in read_rows(self.path):
+            indices.append(row["index"])
+            names.update(thing["name"] for thing in row["objects"])
+        self.indices, self.names = np.frombuffer(indices, np.int64), sorted(names)
+        in_val = read_splits(self.path, self.indices) if splits else None
+        self._in_val = np.zeros(len(self.indices), np.bool_) if in_val is None else in_val
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[Record]:
+        for row, val in zip(self.rows(), self._in_val, strict=True):
+            yield self.record(row, SPLITS[int(val)])
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The objects of metadata.jsonl, in order."""
+        with (self.path / METADATA).open(encoding="utf-8") as lines:
+            yield from map(json.loads, lines)
+
+    def parts(self) -> list[tuple[int, Iterator[Record]]]:
+        """Number and records of each split that has any."""
+        in_val = int(self._in_val.sum())
+        counts = dict(zip(SPLITS, (len(self) - in_val, in_val), strict=True))
+        return [(count, self.part(split)) for split, count in counts.items() if count]
+
+    def part(self, split: str) -> Iterator[Record]:
+        """The records of a split."""
+        return (record for record in self if record.split == split)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Settings of the run, from run.json. Raises UsageError."""
+        return read_settings(self.path)
+
+    def record(self, row: dict[str, Any], split: str = SPLITS[0]) -> Record:
+        """A row of the metadata with its arrays in reach."""
+        size = row["height"], row["width"]
+        objects = tuple(
+            Thing(
+                thing["name"], thing["label"], thing["area"], tuple(thing["box"]), thing["score"],
+                lambda file=thing["mask"]: read_array(self.path / file, ("1", "L"), size) > 0,
+            )
+            for thing in row["objects"]
+        )  # fmt: skip
+        return Record(
+            row["index"], split, row["prompt"], row["seed"], row["draw"], row["width"], row["height"],
+            row["capture_timestep"], objects,
+            lambda: read_array(self.path / row["image"], ("RGB",), size),
+            lambda: read_array(self.path / row["mask"], ("P", "L"), size),
+        )  # fmt: skip
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings of a run, from its run.json. Raises UsageError."""
+    try:
+        run = json.loads((path / RUN).read_text(encoding="utf-8"))
+        return dict(run.get("settings", run))
+    except (OSError, ValueError, TypeError, AttributeError):
+        raise UsageError(f"{path / RUN} is missing or damaged; restore it, or generate the data set again") from None
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Checked lines of a data set's metadata. Raises UsageError."""
+    file, last, number = path / METADATA, -1, 0
+    if not file.is_file():
+        if (path / SHARDS).is_dir():
+            raise UsageError(
+                f"{path} has no {METADATA}: either it is not finished, and the same gd-infer command finishes it, or "
+                f"it has another format than folder"
+            )
+        raise UsageError(f"{path} is not a data set of gd-infer: it has no {METADATA}")
+    try:
+        with file.open("rb") as lines:
+            for line in lines:
+                number += 1
+                row = json.loads(line)
+                check_row(row)
+                if row["index"] <= last:
+                    raise ValueError(f"the id {row['id']} does not come after {sample_id(last)}, the one before")
+                last = row["index"]
+                yield row
+    except OSError as error:
+        raise UsageError(f"cannot read {file}: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{file}:{number}: {error}; restore the file, or generate the data set again") from None
+    if not number:
+        raise UsageError(f"{file} is empty; there is nothing to work on")
+
+
+def check_row(row: Any) -> None:
+    """Raise ValueError where a metadata line lacks a field, or a field has the wrong type."""
+    check_fields(row, FIELDS, "record")
+    if row["index"] < 0 or row["id"] != sample_id(row["index"]):
+        raise ValueError(f"the id {row['id']!r} does not belong to index {row['index']}")
+    for thing in row["objects"]:
+        check_fields(thing, OBJECT_FIELDS, "object")
+        if len(thing["box"]) != 4 or not all(isinstance(side, int) for side in thing["box"]):
+            raise ValueError(f"the box of {thing['name']!r} is not four whole numbers")
+    for file in (row["image"], row["mask"], *(thing["mask"] for thing in row["objects"])):
+        if file.startswith("/") or ".." in file.split("/"):
+            raise ValueError(f"the file {file} lies outside the data set")
+    if sorted(thing["label"] for thing in row["objects"]) != list(range(1, len(row["objects"]) + 1)):
+        raise ValueError("the labels of the objects are not 1, 2, ...")
+    if len({thing["name"] for thing in row["objects"]}) < len(row["objects"]):
+        raise ValueError("an object is named twice")
+
+
+def check_fields(value: Any, fields: dict[str, Any], what: str) -> None:
+    """Raise ValueError unless `value` is an object with these fields of these types."""
+    if not isinstance(value, dict):
+        raise ValueError(f"the {what} is not a JSON object")
+    for name, kind in fields.items():
+        if isinstance(value.get(name), bool) or not isinstance(value.get(name), kind):
+            raise ValueError(f"the {what} has no usable field {name!r}")
+
+
+def read_splits(path: Path, indices: np.ndarray) -> np.ndarray | None:
+    """Whether each sample is in val, bool [n], from train.txt and val.txt; None without such files. Raises UsageError.
+
+    Args:
+        indices: int64 [n], of the samples, increasing.
+    """
+    files = [path / f"{name}.txt" for name in SPLITS]
+    if not any(file.exists() for file in files):
+        return None
+    listed = [np.frombuffer(read_ids(file, path), np.int64) for file in files]
+    everything = np.sort(np.concatenate(listed))
+    twice = everything[1:][everything[1:] == everything[:-1]]
+    if twice.size:
+        raise UsageError(f"{files[1]}: {sample_id(twice[0])} is listed twice; run gd-dataset split {path} again")
+    if (wrong := np.setxor1d(everything, indices)).size:
+        raise UsageError(
+            f"train.txt and val.txt do not fit the records ({sample_id(wrong[0])}); run gd-dataset split {path}"
+        )
+    return np.isin(indices, listed[1])
+
+
+def read_ids(file: Path, path: Path) -> array:
+    """Indices of the ids that a list has. Raises UsageError."""
+    try:
+        with file.open(encoding="utf-8") as lines:
+            return array("q", (int(line) for line in lines if line.strip()))
+    except (OSError, ValueError, OverflowError):
+        raise UsageError(f"cannot read {file}; make both lists again with gd-dataset split {path}") from None
+
+
+def read_array(file: Path, modes: tuple[str, ...], size: tuple[int, int]) -> np.ndarray:
+    """Pixels of an image file, [H,W] or [H,W,3]. Raises UsageError: missing, damaged, other mode or size."""
+    from PIL import Image
+
+    try:
+        with Image.open(file) as image:
+            pixels, mode = np.asarray(image), image.mode
+    except FileNotFoundError:
+        raise UsageError(f"{file} is missing") from None
+    except Exception as error:  # Pillow raises many kinds, SyntaxError and struct.error among them, for damaged files
+        raise UsageError(f"{file} cannot be read: {error}") from None
+    if mode not in modes:
+        raise UsageError(f"{file} has mode {mode} instead of {modes[0]}")
+    if pixels.shape[:2] != size:
+        raise UsageError(f"{file} has {pixels.shape[1]}x{pixels.shape[0]} pixels instead of {size[1]}x{size[0]}")
+    return pixels

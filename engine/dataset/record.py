@@ -1,0 +1,104 @@
+"""A sample as the data set formats take it: values at hand, arrays when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from grounded_diffusion.engine.pipeline.pipeline import Sample
+
+SPLITS = ("train", "val")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Thing:
+    """An object of a record.
+
+    Attributes:
+        name: as the prompt names it; different for every object of a record.
+        label: its value in the record's label map, from 1.
+        area: pixels of the mask.
+        box: x, y, width, height of the mask; zeros when it is empty.
+        score: mean probability inside the mask, to four decimals.
+        read_mask: loads the mask, bool [H,W].
+    """
+
+    name: str
+    label: int
+    area: int
+    box: tuple[int, int, int, int]
+    score: float
+    read_mask: Callable[[], np.ndarray]
+
+    @property
+    def mask(self) -> np.ndarray:
+        """bool [H,W], read anew each time."""
+        return self.read_mask()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Record:
+    """An image with its objects. Arrays are read anew each time, so that a data set never fills the memory.
+
+    Attributes:
+        index: position in the run; `id` is the same as text, and stem of the sample's files.
+        split: "train" or "val".
+        read_image, read_labels: load uint8 [H,W,3], and uint8 [H,W] with 0 background, k where the object of label k
+            lies on top, and 255 where the run has marked pixels as void.
+        mask_logits: float32 [O,h',w'] before upsampling, by object; None for a record that was read from files.
+    """
+
+    index: int
+    split: str
+    prompt: str
+    seed: int
+    draw: int
+    width: int
+    height: int
+    capture_timestep: float
+    objects: tuple[Thing, ...]
+    read_image: Callable[[], np.ndarray]
+    read_labels: Callable[[], np.ndarray]
+    mask_logits: np.ndarray | None = None
+
+    @property
+    def id(self) -> str:
+        return sample_id(self.index)
+
+    @property
+    def image(self) -> np.ndarray:
+        return self.read_image()
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self.read_labels()
+
+    @classmethod
+    def from_sample(cls, sample: Sample, split: str = SPLITS[0]) -> Record:
+        """A sample of the pipeline as a record."""
+        height, width = sample.labels.shape
+        objects = tuple(
+            Thing(
+                name, k, sample.areas[name], tuple(sample.boxes[name]), round(sample.scores[name], 4),
+                lambda name=name: sample.masks[name],
+            )
+            for k, name in enumerate(sample.objects, 1)
+        )  # fmt: skip
+        return cls(
+            sample.index, split, sample.prompt, sample.seed, sample.draw, width, height, sample.capture_timestep,
+            objects, lambda: sample.image, lambda: sample.labels, sample.mask_logits,
+        )  # fmt: skip
+
+
+def sample_id(index: int) -> str:
+    """The id of a sample: six digits, more from the millionth on."""
+    return f"{index:06d}"
+
+
+def subfolder(index: int) -> str:
+    """A thousand samples share a folder, so that no folder grows with the data set: 3072 -> "003"."""
+    return f"{index // 1000:03d}"

@@ -1,0 +1,1 @@
+"""Where files go: a folder or an object store."""

@@ -1,0 +1,108 @@
+"""Where a run's files go: a local folder, or an object store behind a URL. Nothing is ever there by half.
+
+A shard is the unit of work. Its files come first and its record last, so what has a record is complete; whatever a
+killed worker left without one is written again, with the same bytes.
+
+    shards/000012.json      record of a finished shard
+    shards/000012.lock      held by the worker that is on it: {"host", "pid", "started"}
+    .partial/               local only: files that are being written
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+SHARDS, PARTIAL = "shards", ".partial"
+FINISH = "finish"  # what to claim for the one who writes a finished run's lists and tables
+
+
+class Storage(Protocol):
+    """Paths are relative, with forward slashes. Every failure is one line of UsageError, DiskFullError or StorageError.
+
+    Attributes:
+        root: the folder or URL, for messages.
+    """
+
+    root: str
+
+    def put(self, path: str, content: bytes) -> None:
+        """Write a file whole or not at all; it replaces an older one."""
+        ...
+
+    def create(self, path: str) -> AbstractContextManager[BinaryIO]:
+        """The same for a stream: the file is there once the block ends, and not if the block raises."""
+        ...
+
+    def read(self, path: str) -> bytes:
+        """Content of a file. Raises FileNotFoundError."""
+        ...
+
+    def list(self, prefix: str) -> list[str]:
+        """Names of the files directly under a folder, sorted; none if there is no such folder."""
+        ...
+
+    def exists(self, path: str) -> bool:
+        """Whether there is such a file."""
+        ...
+
+    def remove(self, path: str) -> None:
+        """Remove a file, and the folders that it leaves empty. Quiet if there is none."""
+        ...
+
+    def claim(self, shard: int | str) -> AbstractContextManager[bool]:
+        """Hold a shard (or FINISH) against other workers; False if another holds it. A dead worker holds nothing.
+
+        The holder may have finished between a look at the records and the claim: look again inside the block.
+        """
+        ...
+
+    def claims(self) -> dict[str, dict]:
+        """What living workers hold: "000012" -> {"host", "pid", "started"}."""
+        ...
+
+    def commit(self, shard: int, files: Iterable[tuple[str, bytes]], record: bytes) -> None:
+        """Write a shard: its files, and when all are safe its record. `files` is iterated once."""
+        ...
+
+    def clear(self) -> None:
+        """Remove everything, the records first and run.json last."""
+        ...
+
+    def clean(self) -> None:
+        """Remove .partial/ with what dead workers left in it. For the last to write: who holds FINISH, at its end."""
+        ...
+
+
+def open_storage(out: str | Path) -> Storage:
+    """A folder, or a URL such as s3://bucket/prefix. Creates nothing. Raises UsageError."""
+    scheme, separator, rest = str(out).partition("://")
+    if not separator or scheme == "file":
+        from grounded_diffusion.engine.dataset.storage.local import LocalStorage
+
+        return LocalStorage(Path(rest if separator else out))
+    from grounded_diffusion.engine.dataset.storage.remote import FsspecStorage
+
+    return FsspecStorage(str(out))
+
+
+def record_path(shard: int) -> str:
+    """Where the record of a shard is."""
+    return f"{SHARDS}/{shard:06d}.json"
+
+
+def lock_path(shard: int | str) -> str:
+    """Where the lock of a shard is."""
+    return f"{SHARDS}/{shard if isinstance(shard, str) else f'{shard:06d}'}.lock"
+
+
+def holder() -> bytes:
+    """What a lock says: who holds it, and since when."""
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    return json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": started}).encode()

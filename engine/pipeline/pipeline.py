@@ -1,0 +1,299 @@
+"""Prompts in, images with masks out."""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from collections.abc import Container, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from grounded_diffusion.bundle import Bundle, open_bundle
+from grounded_diffusion.engine.backends.gpu.backend import DeviceBackend
+from grounded_diffusion.engine.backends.open import open_backend
+from grounded_diffusion.engine.pipeline.text_encoder import TextEncoder
+from grounded_diffusion.engine.pipeline.tokenizer import Tokenizer
+from grounded_diffusion.engine.prompts.prompt import Prompt, as_prompts
+from grounded_diffusion.engine.sampling.backend import Backend
+from grounded_diffusion.engine.sampling.batch import Made, Request, make
+from grounded_diffusion.engine.sampling.denoise import Conditioning
+from grounded_diffusion.engine.sampling.noise import batch_normal
+from grounded_diffusion.engine.sampling.options import Options
+from grounded_diffusion.engine.sampling.schedule import Schedule, build_schedule
+from grounded_diffusion.errors import NumericsError, UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One image to make: `index` within the run, and its noise's key (seed, draw)."""
+
+    index: int
+    prompt: Prompt
+    seed: int
+    draw: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sample:
+    """One image with its masks.
+
+    Attributes:
+        index: position in the run, from 0.
+        prompt: text of the prompt.
+        objects: names in the prompt's order; masks, areas, boxes and scores are by name.
+        seed, draw: the key of the noise.
+        image: uint8 [H,W,3].
+        labels: uint8 [H,W]; 0 background, k where object k (from 1) has the highest logit inside its mask.
+        masks: bool [H,W] each; they may overlap.
+        areas: pixels of each mask.
+        boxes: x, y, width, height of each mask; zeros when it is empty.
+        scores: mean probability inside each mask; 0 when it is empty.
+        capture_timestep: training timestep at which the grounding head read the network.
+        mask_logits: float32 [O,h',w'], before upsampling.
+        latents: float32 [4,h,w], what the image was decoded from.
+    """
+
+    index: int
+    prompt: str
+    objects: tuple[str, ...]
+    seed: int
+    draw: int
+    image: np.ndarray
+    labels: np.ndarray
+    masks: dict[str, np.ndarray]
+    areas: dict[str, int]
+    boxes: dict[str, tuple[int, int, int, int]]
+    scores: dict[str, float]
+    capture_timestep: float
+    mask_logits: np.ndarray
+    latents: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A sample that could not be made, and why."""
+
+    job: Job
+    reason: str
+
+
+def plan(prompts: Iterable[Prompt], options: Options) -> list[Job]:
+    """All images of a run. A prompt with a seed of its own draws from that, wherever it stands in the file."""
+    jobs: list[Job] = []
+    for prompt in prompts:
+        for i in range(prompt.count or options.images_per_prompt):
+            own = prompt.seed is not None
+            jobs.append(Job(len(jobs), prompt, prompt.seed if own else options.seed, i if own else len(jobs)))
+    return jobs
+
+
+class GroundedPipeline:
+    """A model ready to run.
+
+        pipe = GroundedPipeline.open("bundle")
+        for sample in pipe.generate(["a photograph of a [dog] and a [cat]"], steps=25, seed=7):
+            sample.image, sample.masks["dog"]
+
+    Attributes:
+        bundle: the opened bundle.
+        backend: what runs its graphs.
+    """
+
+    def __init__(self, bundle: Bundle, backend: Backend):
+        self.bundle, self.backend = bundle, backend
+        self.tokenizer = Tokenizer(bundle)
+        self.text_encoder = TextEncoder(backend, self.tokenizer)
+
+    @classmethod
+    def open(
+        cls,
+        bundle: str | Path | None = None,
+        *,
+        backend: str = "onnxruntime",
+        threads: int | None = None,
+        lanes: int = 1,
+    ) -> GroundedPipeline:
+        """Open a bundle.
+
+        Args:
+            bundle: directory that gd-export wrote; None takes the model that ships with the package, exported into
+                the user's cache at first use (which needs the `export` extra).
+            backend: "onnxruntime" for the CPU; "cuda", "tensorrt" or "tensorrt-rtx" for an NVIDIA GPU.
+            threads: CPU threads; None takes all cores.
+            lanes: batches at once on the CPU, each on its share of the threads: slower for one, faster for many.
+
+        Raises:
+            BundleError: not a bundle, damaged, or of another version.
+            UsageError: there is no such backend.
+            BackendError: the backend is not installed, or finds no GPU.
+        """
+        if bundle is None:
+            from grounded_diffusion.engine.pipeline.shipped import shipped_bundle
+
+            bundle = shipped_bundle()
+        opened = open_bundle(bundle)
+        return cls(opened, open_backend(backend, opened, threads=threads, lanes=lanes))
+
+    def schedule(self, options: Options) -> Schedule:
+        """The sampler's table for this model. Raises UsageError for what the model's scheduler does not allow."""
+        return build_schedule(self.bundle.manifest.scheduler, options.sampler, options.steps)
+
+    def latent_shape(self, options: Options) -> tuple[int, int, int]:
+        """(channels, h, w) of one latent. Raises UsageError for a size the model cannot make."""
+        manifest = self.bundle.manifest
+        height, width = options.image_size(manifest)
+        return manifest.latent_channels, height // manifest.vae_scale_factor, width // manifest.vae_scale_factor
+
+    def generate(
+        self,
+        prompts: str | Prompt | Iterable[str | Prompt],
+        options: Options | None = None,
+        *,
+        skip: Container[int] = (),
+        noise: np.ndarray | None = None,
+        **changes: Any,
+    ) -> Iterator[Sample]:
+        """Make images with masks, in order. Everything is checked before this returns; the work is done as you iterate.
+
+        Args:
+            prompts: bracketed strings ("a photograph of a [dog]"), JSON lines or Prompt objects.
+            options: the options; fields of Options may also be given by name, as in `steps=25`.
+            skip: indices of images not to make.
+            noise: standard normal [n,4,h,w] to start from, a row for each image of the run; None draws it.
+
+        Raises:
+            UsageError: a prompt or an option that cannot be used.
+            BackendError, NumericsError: while iterating.
+        """
+        options = replace(options or Options(), **changes)
+        jobs = plan(as_prompts(prompts), options)
+        self.schedule(options)  # raises for what the model's scheduler does not allow
+        shape = self.latent_shape(options)
+        if noise is not None and noise.shape != (len(jobs), *shape):
+            raise UsageError(f"noise must have shape {[len(jobs), *shape]} for these prompts, not {list(noise.shape)}")
+        for prompt in dict.fromkeys(job.prompt for job in jobs):
+            if dropped := self.tokenizer.encode(prompt.text).dropped:
+                limit = self.bundle.manifest.context_length
+                warnings.warn(
+                    f"the prompt {shorten(prompt.text)!r} is over {limit} tokens; the model does not see its end: "
+                    f"{shorten(' '.join(dropped), 200)!r}",
+                    stacklevel=2,
+                )
+            for name in prompt.objects:
+                self.tokenizer.encode_query(name)  # raises for a name without tokens
+        jobs = [job for job in jobs if job.index not in skip]
+        return self._generate(jobs, options, noise)
+
+    def _generate(self, jobs: list[Job], options: Options, noise: np.ndarray | None) -> Iterator[Sample]:
+        _, height, width = self.latent_shape(options)
+        batch = options.batch_size(height * width, isinstance(self.backend, DeviceBackend))
+        for results in self.batches(chunks(jobs, batch), options, noise=noise):
+            for result in results:
+                if isinstance(result, Failed):
+                    raise NumericsError(result.reason)
+                yield result
+
+    def batches(
+        self, batches: Iterable[Sequence[Job]], options: Options, *, noise: np.ndarray | None = None
+    ) -> Iterator[list[Sample | Failed]]:
+        """Make batches of images, several at once: a result for every job, in order.
+
+        `batches` is read ahead by as many batches as the backend runs at once. A batch in which a number is not
+        finite is made again sample by sample; what still fails comes back as Failed.
+
+        Args:
+            noise: standard normal [n,4,h,w], rows by the jobs' indices; None draws each job's own.
+
+        Raises:
+            BackendError: the backend has failed.
+        """
+        schedule, lanes = self.schedule(options), self.backend.lanes
+        waiting: deque[Future[list[Sample | Failed]]] = deque()
+        with ThreadPoolExecutor(lanes, "lane") as pool:
+            try:
+                for jobs in batches:
+                    conditioning = self.condition([job.prompt for job in jobs])
+                    waiting.append(pool.submit(self._batch, list(jobs), conditioning, schedule, options, noise))
+                    if len(waiting) > lanes:
+                        yield waiting.popleft().result()
+                while waiting:
+                    yield waiting.popleft().result()
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+    def _batch(self, jobs: list[Job], conditioning: Conditioning, schedule: Schedule, options: Options, noise):
+        """One batch, or where it fails each of its samples alone."""
+        try:
+            return self._make(jobs, conditioning, schedule, options, noise)
+        except NumericsError as error:
+            if len(jobs) == 1:
+                return [Failed(jobs[0], str(error))]
+        return [self._batch([job], conditioning.row(b), schedule, options, noise)[0] for b, job in enumerate(jobs)]
+
+    def _make(
+        self, jobs: list[Job], conditioning: Conditioning, schedule: Schedule, options: Options, noise
+    ) -> list[Sample]:
+        shape = self.latent_shape(options)
+        keys = [(job.seed, job.draw) for job in jobs]
+        request = Request(
+            schedule,
+            conditioning,
+            batch_normal(keys, shape) if noise is None else noise[[job.index for job in jobs]].astype(np.float32),
+            size=options.image_size(self.bundle.manifest),
+            guidance_scale=options.guidance_scale,
+            guidance_interval=options.guidance_interval,
+            capture=schedule.capture_index(self.bundle.manifest.capture_timestep),
+            step_noise=lambda row: batch_normal(keys, shape, row + 1),
+            names=[f"sample {job.index}" for job in jobs],
+            threshold=options.threshold,
+        )
+        on_device = isinstance(self.backend, DeviceBackend)
+        made = self.backend.submit(request).result() if on_device else make(self.backend, request)
+        return [make_sample(job, b, made) for b, job in enumerate(jobs)]
+
+    def condition(self, prompts: list[Prompt]) -> Conditioning:
+        """Encode the prompts and object queries of a batch."""
+        conditional = self.text_encoder.contexts(prompt.text for prompt in prompts)  # [B,L,D]
+        unconditional = np.broadcast_to(self.text_encoder.unconditional(), conditional.shape)
+        queries, valid = self.text_encoder.queries([prompt.objects for prompt in prompts])
+        return Conditioning(np.concatenate([unconditional, conditional]), queries, valid)
+
+
+def chunks(jobs: Iterable[Job], size: int) -> Iterator[tuple[Job, ...]]:
+    """Jobs in batches of `size`, the last one shorter."""
+    jobs = iter(jobs)
+    while chunk := tuple(islice(jobs, size)):
+        yield chunk
+
+
+def make_sample(job: Job, b: int, made: Made) -> Sample:
+    """Row b of a batch as a Sample."""
+    objects, result, denoised = job.prompt.objects, made.masks, made.denoised
+    rows = {name: (b, o) for o, name in enumerate(objects)}
+    return Sample(
+        index=job.index,
+        prompt=job.prompt.text,
+        objects=objects,
+        seed=job.seed,
+        draw=job.draw,
+        image=made.images[b],
+        labels=result.labels[b],
+        masks={name: result.masks[at] for name, at in rows.items()},
+        areas={name: int(result.area[at]) for name, at in rows.items()},
+        boxes={name: tuple(result.box[at].tolist()) for name, at in rows.items()},
+        scores={name: float(result.score[at]) for name, at in rows.items()},
+        capture_timestep=denoised.capture_timestep,
+        mask_logits=denoised.mask_logits[b, : len(objects)],
+        latents=denoised.latents[b],
+    )
+
+
+def shorten(text: str, limit: int = 60) -> str:
+    """`text`, cut to `limit` characters."""
+    return text if len(text) <= limit else text[: limit - 3] + "..."

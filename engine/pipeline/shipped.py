@@ -1,0 +1,108 @@
+"""The model that ships with the package: exported once into the user's cache.
+
+Exporting needs torch, the engine must not have it, so it happens in a process of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import grounded_diffusion
+from grounded_diffusion import __version__
+from grounded_diffusion.bundle import open_bundle, sha256
+from grounded_diffusion.errors import BundleError, UsageError
+
+PACKAGE = Path(grounded_diffusion.__file__).parent
+NAME = "emoji-64"
+NEEDED = ("torch", "diffusers", "transformers", "onnxscript")
+
+
+def shipped_checkpoint() -> Path:
+    """Directory of the shipped checkpoint, in the wheel as in the source tree."""
+    path = PACKAGE / "models" / NAME
+    if not (path / "model_index.json").is_file():
+        raise UsageError(f"this installation has no shipped model in {path}; pass --model BUNDLE, made by gd-export")
+    return path
+
+
+def cache_folder() -> Path:
+    """Where exported bundles are kept: $XDG_CACHE_HOME/grounded-diffusion, or ~/.cache/grounded-diffusion."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "grounded-diffusion"
+
+
+def checkpoint_key(checkpoint: Path) -> str:
+    """SHA-256 over what an export of a checkpoint depends on: its files, the exporter's, this package's version."""
+    digest = hashlib.sha256(__version__.encode())
+    for folder, pattern in ((checkpoint, "*"), (PACKAGE / "export", "*.py")):
+        for file in sorted(path for path in folder.rglob(pattern) if path.is_file()):
+            digest.update(f"\0{file.relative_to(folder).as_posix()}\0{sha256(file)}".encode())
+    return digest.hexdigest()
+
+
+def shipped_bundle(report: Callable[[str], None] = lambda line: None) -> Path:
+    """The shipped model's bundle, exported now if the cache does not have it.
+
+    Args:
+        report: told, line by line, that an export starts and how it goes.
+
+    Raises:
+        UsageError: no shipped model, the export extra is not installed, or the cache cannot be written.
+        BundleError: the export failed.
+    """
+    return cached_export(shipped_checkpoint(), cache_folder(), report)
+
+
+def cached_export(checkpoint: Path, cache: Path, report: Callable[[str], None]) -> Path:
+    """The bundle of a checkpoint in a cache folder; a damaged one is made again. Raises as shipped_bundle does."""
+    bundle = cache / f"{checkpoint.name}-{checkpoint_key(checkpoint)[:16]}"
+    if bundle.is_dir():
+        try:
+            open_bundle(bundle)
+            return bundle
+        except BundleError:
+            shutil.rmtree(bundle)
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        raise UsageError(
+            f"exporting the shipped model needs {', '.join(missing)}: pip install 'grounded-diffusion[export]', "
+            "or pass --model BUNDLE with a bundle exported elsewhere"
+        )
+    report(f"exporting the shipped model {checkpoint.name}, once, to {bundle} (a minute or two)")
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=".export-", dir=cache))
+    except OSError as error:
+        raise UsageError(f"cannot write to the cache {cache}: {error.strerror}; set XDG_CACHE_HOME") from None
+    try:
+        export(checkpoint, work / "bundle", report)
+        open_bundle(work / "bundle")
+        if not bundle.exists():  # another process may have been faster
+            (work / "bundle").rename(bundle)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return bundle
+
+
+def export(checkpoint: Path, bundle: Path, report: Callable[[str], None]) -> None:
+    """Run gd-export in a process of its own and pass on what it says. Raises BundleError with its last line."""
+    module = ["-P", "-m", "grounded_diffusion.export"]  # -P: never modules that happen to lie in the current folder
+    command = [sys.executable, *module, "--ckpt", str(checkpoint), "--out", str(bundle)]
+    said = "it said nothing"
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            for line in filter(str.strip, process.stdout):
+                said = line.rstrip()
+                report(said)
+        except BaseException:  # an interrupted export must not go on by itself
+            process.kill()
+            raise
+    if process.returncode:
+        raise BundleError(f"exporting {checkpoint} failed: {said}")

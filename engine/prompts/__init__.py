@@ -1,0 +1,1 @@
+"""Prompts: their marks, files of them, vocabularies."""

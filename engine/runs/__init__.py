@@ -1,0 +1,1 @@
+"""A whole run: planned, shared, made, watched."""

@@ -1,0 +1,78 @@
+"""What a run will make, before it makes anything: samples with their noise, in batches, in shards.
+
+The plan follows from prompts and settings alone. Batches never cross a shard, so that a shard has the same bytes
+whoever makes it and however often it was begun.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from grounded_diffusion.engine.pipeline.pipeline import Job, chunks
+from grounded_diffusion.engine.prompts.file import PromptFile
+from grounded_diffusion.engine.sampling.options import check_int
+
+MAX_SHARD = 1_000_000
+BATCHES = 16  # to a shard, unless asked otherwise: little is lost when a worker is killed
+SHARDS = 10_000  # at most, unless asked otherwise: a folder of that many records is still quickly listed
+RETRY = 1 << 40  # from an attempt's draw to the next one's: more than the images that a seed can have
+MAX_ATTEMPTS = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All samples of a run. Each is the same at any time and on any machine.
+
+    Attributes:
+        prompts: what to draw, and how often.
+        seed: of prompts that have no seed of their own.
+        batch: images to one call of the network.
+        shard_size: samples of a shard; the last one may have fewer.
+
+    Raises:
+        UsageError: a size outside its range.
+    """
+
+    prompts: PromptFile
+    seed: int
+    batch: int
+    shard_size: int
+
+    def __post_init__(self):
+        check_int(self.shard_size, "--shard-size", 1, MAX_SHARD)
+
+    @property
+    def samples(self) -> int:
+        return self.prompts.samples
+
+    @property
+    def shards(self) -> int:
+        return -(-self.samples // self.shard_size)
+
+    def indices(self, shard: int) -> range:
+        """The samples of a shard."""
+        first = shard * self.shard_size
+        return range(first, min(first + self.shard_size, self.samples))
+
+    def jobs(self, shard: int) -> list[Job]:
+        """The samples of a shard. A prompt with a seed of its own draws from that, wherever it stands in the file."""
+        jobs, indices = [], self.indices(shard)
+        for index, prompt, number in self.prompts.between(indices.start, indices.stop):
+            own = prompt.seed is not None
+            jobs.append(Job(index, prompt, prompt.seed if own else self.seed, number if own else index))
+        return jobs
+
+    def batches(self, jobs: list[Job]) -> Iterator[tuple[Job, ...]]:
+        """Samples of one shard in batches."""
+        return chunks(jobs, self.batch)
+
+
+def default_shard_size(samples: int, batch: int) -> int:
+    """BATCHES batches to a shard, or more where that would be over SHARDS shards."""
+    return batch * max(BATCHES, -(-samples // (SHARDS * batch)))
+
+
+def next_attempt(job: Job) -> Job:
+    """The same sample with other noise."""
+    return replace(job, draw=job.draw + RETRY)

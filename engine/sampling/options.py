@@ -1,0 +1,99 @@
+"""How to generate: the options of a run, checked when they are made."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from grounded_diffusion.bundle import Manifest
+from grounded_diffusion.engine.sampling.noise import MAX_SEED
+from grounded_diffusion.engine.sampling.schedule import SAMPLERS
+from grounded_diffusion.errors import UsageError
+
+MAX_BATCH = 256
+LATENT_CELLS = 4096  # to a default batch: 16 images at 16x16 latents, 1 at the 64x64 of Stable Diffusion
+GPU_LATENT_CELLS = 16 * LATENT_CELLS  # the same on a GPU, which one image of Stable Diffusion leaves half idle
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Options of one run. The defaults are the fast ones whose price docs/benchmarks.md states.
+
+    Attributes:
+        steps: denoising steps.
+        guidance_scale: weight of classifier-free guidance; 1 turns it off.
+        guidance_interval: (start, end) of the guided part of the way from noise (0) to image (1); outside, only the
+            conditional half of the network runs (Kynkaanniemi et al. 2024).
+        sampler: one of schedule.SAMPLERS.
+        seed: seed of the data set; the same seed and sample index give the same image at any batch size.
+        images_per_prompt: images of each prompt that does not say its own count.
+        batch: images to one call of the network; None chooses by size.
+        threshold: a pixel is inside a mask where its probability is above this.
+        size: (height, width) in pixels, or one number for both; None takes the model's own.
+
+    Raises:
+        UsageError: an option outside its range, at construction.
+    """
+
+    steps: int = 20
+    guidance_scale: float = 7.5
+    guidance_interval: tuple[float, float] = (0.0, 0.6)
+    sampler: str = "dpmpp-2m"
+    seed: int = 7
+    images_per_prompt: int = 1
+    batch: int | None = None
+    threshold: float = 0.5
+    size: tuple[int, int] | int | None = None
+
+    def __post_init__(self):
+        check_int(self.steps, "steps", 1, 1000)
+        check_float(self.guidance_scale, "guidance_scale", 1.0, 100.0)
+        interval = self.guidance_interval
+        if not isinstance(interval, tuple | list) or len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
+            raise UsageError(f"guidance_interval must be (start, end) with 0 <= start <= end <= 1, not {interval!r}")
+        object.__setattr__(self, "guidance_interval", tuple(map(float, interval)))
+        if self.sampler not in SAMPLERS:
+            raise UsageError(f"unknown sampler {self.sampler!r}; choose one of {', '.join(SAMPLERS)}")
+        check_int(self.seed, "seed", 0, MAX_SEED)
+        check_int(self.images_per_prompt, "images_per_prompt", 1, 1_000_000)
+        if self.batch is not None:
+            check_int(self.batch, "batch", 1, MAX_BATCH)
+        check_float(self.threshold, "threshold", 0.001, 0.999)
+        if isinstance(self.size, int):
+            object.__setattr__(self, "size", (self.size, self.size))
+        if self.size is not None:
+            if not isinstance(self.size, tuple | list) or len(self.size) != 2:
+                raise UsageError(f"size must be (height, width) in pixels, not {self.size!r}")
+            for value in self.size:
+                check_int(value, "size", 1, 8192)
+            object.__setattr__(self, "size", tuple(self.size))
+
+    def image_size(self, manifest: Manifest) -> tuple[int, int]:
+        """(H, W) of the images a model is to make. Raises UsageError where the model cannot."""
+        size, multiple = self.size or manifest.image_size, manifest.size_multiple
+        for value, side in zip(size, ("height", "width"), strict=True):
+            if value % multiple:
+                near = [n for n in (value // multiple * multiple, (value // multiple + 1) * multiple) if n]
+                raise UsageError(
+                    f"{side} {value} is not divisible by {multiple}, as this model needs; "
+                    f"use {' or '.join(map(str, near))}"
+                )
+        return tuple(size)
+
+    def batch_size(self, latent_cells: int, gpu: bool = False) -> int:
+        """Images to a call: what was asked for, or what keeps the network busy without filling the memory."""
+        return self.batch or max(1, min(16, (GPU_LATENT_CELLS if gpu else LATENT_CELLS) // latent_cells))
+
+
+def check_int(value: Any, name: str, low: int, high: int) -> None:
+    """Raise UsageError unless `value` is a whole number from low to high."""
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise UsageError(f"{name} must be a whole number from {low} to {high}, not {value!r}")
+
+
+def check_float(value: Any, name: str, low: float, high: float) -> None:
+    """Raise UsageError unless `value` is a finite number from low to high."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not low <= value <= high:
+        raise UsageError(f"{name} must be a number from {low:g} to {high:g}, not {value!r}")

@@ -1,0 +1,1 @@
+"""A world of emoji glyphs, and a base model trained on it."""

@@ -1,0 +1,178 @@
+"""The base model: a Stable Diffusion of our own, in diffusers' format, trained from scratch.
+
+The text encoder learns jointly with the UNet, on latents that are encoded once beforehand.
+"""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from grounded_diffusion.training.emoji.config import TrainConfig
+from grounded_diffusion.training.emoji.world import COLOURS, NAMES, World
+from grounded_diffusion.training.generator.sampling import sample_images
+from grounded_diffusion.training.images import save_grid
+from grounded_diffusion.training.loop import step_generator, train
+
+CONTEXT_LENGTH = 77  # CLIP's, kept so that whatever runs this model runs Stable Diffusion 1.x
+VOCABULARY = 2048
+EMPTY_CAPTIONS = 0.1  # Ho and Salimans, 2022: share of unconditional training
+MIN_SNR = 5.0  # Hang et al., 2023
+SCHEDULER = dict(
+    beta_start=0.00085,
+    beta_end=0.012,
+    beta_schedule="scaled_linear",
+    num_train_timesteps=1000,
+    prediction_type="v_prediction",
+    clip_sample=False,
+    set_alpha_to_one=False,
+    steps_offset=1,
+    timestep_spacing="leading",
+)
+
+
+def build_tokenizer() -> CLIPTokenizer:
+    """A tokenizer for the world's words, and for others by the Unicode names of all emoji."""
+    words = [*NAMES, *COLOURS, *(kind for _, kind in NAMES.values())]
+    words += "a photograph painting picture of and next to kind on background the with in an".split()  # noqa: SIM905
+    emoji = [unicodedata.name(chr(code), "").lower() for code in range(0x1F300, 0x1FB00)]
+    return train_tokenizer([" ".join(words)] * 50 + emoji, VOCABULARY)
+
+
+def train_tokenizer(corpus: list[str], size: int) -> CLIPTokenizer:
+    """CLIP's byte-level BPE with a vocabulary of at most `size` tokens, learnt from a corpus."""
+    clip = CLIPTokenizer().backend_tokenizer
+    draft = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    draft.normalizer, draft.pre_tokenizer = clip.normalizer, clip.pre_tokenizer
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=size - 258, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+    )
+    draft.train_from_iterator(corpus, trainer)
+    merges = [tuple(pair) for pair in json.loads(draft.to_str())["model"]["merges"]]
+    tokens = dict.fromkeys([*alphabet, *(c + "</w>" for c in alphabet), *(a + b for a, b in merges)])
+    vocabulary = {token: i for i, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=CONTEXT_LENGTH)
+
+
+def build_text_encoder(config: TrainConfig, tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    sizes = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4)
+    sizes |= dict(projection_dim=128, hidden_act="quick_gelu", max_position_embeddings=CONTEXT_LENGTH) | config.text
+    ids = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    return CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **ids, **sizes))
+
+
+def build_unet(config: TrainConfig, latent_size: int, text_width: int) -> UNet2DConditionModel:
+    """Three levels with cross-attention on the lower two, unless the configuration says otherwise."""
+    sizes = dict(block_out_channels=(48, 96, 160), layers_per_block=1, norm_num_groups=16, attention_head_dim=4)
+    sizes |= dict(attention_levels=(False, True, True)) | config.unet
+    attention = sizes.pop("attention_levels")
+    down = ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attention]
+    up = ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)]
+    return UNet2DConditionModel(
+        sample_size=latent_size, down_block_types=down, up_block_types=up, cross_attention_dim=text_width, **sizes
+    )
+
+
+def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
+    """Token ids [B,77], padded and cut."""
+    options = dict(padding="max_length", max_length=CONTEXT_LENGTH, truncation=True, return_tensors="pt")
+    return tokenizer(texts, **options).input_ids
+
+
+@torch.no_grad()
+def encode_scenes(vae: AutoencoderKL, world: World, tokenizer: CLIPTokenizer, count: int, file: Path):
+    """Scaled latents [count,4,h,w] in bfloat16 and token ids [count,77], made once and kept in `file`."""
+    if file.exists():
+        cached = torch.load(file, weights_only=True)
+        return cached["latents"], cached["ids"]
+    device, latents, ids = world.bank.device.type, [], []
+    for chunk in range(0, count, 500):
+        scene = world.render(min(500, count - chunk), step_generator(7, chunk))
+        images = scene.images.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device, dtype=torch.bfloat16):
+            mode = vae.encode(images).latent_dist.mode()
+        latents.append((mode.float() * vae.config.scaling_factor).bfloat16().contiguous())
+        ids.append(tokenize(tokenizer, scene.captions).short())
+        if chunk % 10_000 == 0:
+            print(f"encoded {chunk}/{count}", flush=True)
+    latents, ids = torch.cat(latents), torch.cat(ids)
+    torch.save(dict(latents=latents, ids=ids), file)
+    return latents, ids
+
+
+class TextToImage(torch.nn.Module):
+    """UNet and text encoder, trained as one."""
+
+    def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel):
+        super().__init__()
+        self.unet, self.text_encoder = unet, text_encoder
+
+    def forward(self, latents: torch.Tensor, timestep: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Latents [B,4,h,w], timesteps [B], ids [B,77] -> model output [B,4,h,w]."""
+        context = self.text_encoder(ids).last_hidden_state
+        return self.unet(latents, timestep, context, return_dict=False)[0]
+
+
+def denoising_loss(model, scheduler: DDIMScheduler, latents, ids, generator: torch.Generator) -> torch.Tensor:
+    """Velocity prediction (Salimans and Ho, 2022) with min-SNR weighting (Hang et al., 2023)."""
+    device = latents.device
+    noise = torch.randn(latents.shape, generator=generator).to(device)
+    t = torch.randint(0, scheduler.config.num_train_timesteps, (len(latents),), generator=generator).to(device)
+    noisy, target = scheduler.add_noise(latents, noise, t), scheduler.get_velocity(latents, noise, t)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        output = model(noisy.contiguous(memory_format=torch.channels_last), t, ids)
+    alpha_bar = scheduler.alphas_cumprod.to(device)[t]
+    snr = alpha_bar / (1 - alpha_bar)
+    weight = snr.clamp(max=MIN_SNR) / (snr + 1)
+    return (weight * (output.float() - target).square().mean(dim=(1, 2, 3))).mean() / weight.mean()
+
+
+def train_base(config: TrainConfig, world: World, folder: Path) -> None:
+    """Train on the autoencoder in `folder/vae` and write `folder/{unet,text_encoder,tokenizer,scheduler}`."""
+    stage, device = config.stages["unet"], world.bank.device
+    torch.manual_seed(stage.seed)
+    vae = AutoencoderKL.from_pretrained(folder / "vae").to(device, memory_format=torch.channels_last).eval()
+    if not (folder / "tokenizer").is_dir():  # ties between rare merges fall differently every time it is learnt
+        build_tokenizer().save_pretrained(folder / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    scheduler = DDIMScheduler(**SCHEDULER | config.scheduler)
+    text_encoder = build_text_encoder(config, tokenizer)
+    latent_size = config.world.size // 2 ** (len(vae.config.block_out_channels) - 1)
+    unet = build_unet(config, latent_size, text_encoder.config.hidden_size)
+    model = TextToImage(unet, text_encoder).to(device, memory_format=torch.channels_last)
+    latents, ids = encode_scenes(vae, world, tokenizer, config.latents, folder / "latents.pt")
+    empty = tokenize(tokenizer, [""]).to(device)
+    run = torch.compile(model) if stage.compile else model
+    prompts = [f"a photograph of a {name}" for name in config.names]
+
+    def loss(step: int, generator: torch.Generator) -> torch.Tensor:
+        pick = torch.randint(len(latents), (stage.batch,), generator=generator)
+        drop = torch.rand(stage.batch, 1, generator=generator) < EMPTY_CAPTIONS
+        batch_ids = torch.where(drop.to(device), empty, ids[pick].long().to(device))
+        return denoising_loss(run, scheduler, latents[pick].float().to(device), batch_ids, generator)
+
+    def sample(average: TextToImage, step: int) -> str:
+        save(average)
+        images, _ = sample_images(
+            average.unet, average.text_encoder, tokenizer, vae, scheduler, prompts, step_generator(1, 0)
+        )
+        save_grid(images, folder / f"base-{step:06d}.png", columns=7)
+        return f"wrote base-{step:06d}.png"
+
+    def save(trained: TextToImage) -> None:
+        trained.unet.save_pretrained(folder / "unet")
+        trained.text_encoder.save_pretrained(folder / "text_encoder")
+        scheduler.save_pretrained(folder / "scheduler")
+
+    # On a CPU the backward pass of the fused attention costs twice that of the plain one at these sizes.
+    with sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext():
+        save(train("unet", model, stage, folder, loss, sample))
