@@ -1,6 +1,7 @@
 """What pip installed is whole: commands, data files, a light import, and no surprise in a source checkout."""
 
 import importlib
+import json
 import subprocess
 import sys
 from importlib import metadata
@@ -20,9 +21,9 @@ def run(*command: str, cwd: Path) -> subprocess.CompletedProcess:
 
 def test_the_package_under_test_is_the_installed_one():
     engine = importlib.import_module("grounded_diffusion.engine")
-    assert Path(engine.__file__).resolve().is_relative_to(ROOT / "engine") == editable(), (
-        "test the installed package: make test"
-    )
+    installed_from = json.loads(metadata.distribution("grounded-diffusion").read_text("direct_url.json") or "{}")
+    editable = installed_from.get("dir_info", {}).get("editable", False)
+    assert Path(engine.__file__).resolve().is_relative_to(ROOT / "engine") == editable, "see CONTRIBUTING.md"
     assert metadata.version("grounded-diffusion") == grounded_diffusion.__version__
 
 

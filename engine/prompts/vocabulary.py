@@ -10,8 +10,8 @@ Sources:
     COCO: names, ids and supercategories of COCO's 80 classes, whose ids run to 90 (cocodataset.org, the `categories` of
         instances_val2017.json). The pairs are NOT counted from COCO's annotations either: people with everything, and
         every two names whose supercategories stand in COCO_SCENES.
-    EMOJI_NAMES: the world that the shipped model was trained on, in the order of training/emoji/world.py. That world draws
-        any two names together, so all pairs count.
+    EMOJI_NAMES: the world that the shipped model was trained on, in the order of training/emoji/world.py. That
+        world draws any two names together, so all pairs count.
 """
 
 from __future__ import annotations
