@@ -1,9 +1,9 @@
 """What settings cost and what they give: images a second beside what an oracle says of the images and masks.
 
 The oracle is a segmenter of the model's world (training/emoji/oracle.py). Of every image it is asked whether the
-prompted objects are there, and where; the head's masks are compared with its own. All settings start from the same noise and
-take turns batch by batch, so that both prices and qualities are compared pair by pair. The first setting is what the
-others are compared with.
+prompted objects are there, and where; the head's masks are compared with its own. All settings start from the same
+noise and take turns batch by batch, so that both prices and qualities are compared pair by pair. The first setting is
+what the others are compared with.
 """
 
 from __future__ import annotations
