@@ -92,7 +92,7 @@ class Engine:
 
     def run(self, work: Work) -> Output:
         samples = list(self.pipe.generate(work.prompts, self.options, noise=work.noise))
-        masks = [np.stack([sample.masks[name] for name in sample.objects]) for sample in samples]
+        masks = [np.stack([found.mask for found in sample.objects]) for sample in samples]
         return Output(np.stack([sample.image for sample in samples]), np.stack(masks))
 
 
