@@ -2,6 +2,7 @@
 // Stricter than a GPU: lanes that meet at different intrinsics, or a mask that names other lanes than those that
 // came, are errors. There is no __syncthreads, since no kernel uses it.
 #pragma once
+#include <ucontext.h>
 #include <cstdint>
 #include <cstring>
 #include <functional>
@@ -9,7 +10,6 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
-#include <ucontext.h>
 #include <utility>
 #include <vector>
 
@@ -23,8 +23,8 @@ struct Dim {
 };
 enum class Place { kRunning, kBallot, kShuffleDown, kEnd };
 
-// The compiler's own setjmp is a few instructions, where libc's calls the kernel or, under a sanitizer, sweeps the stack.
-// No assumption about these functions may reach their callers, and no sanitizer may look at them.
+// The compiler's own setjmp is a few instructions, where libc's calls the kernel or, under a sanitizer, sweeps the
+// stack. No assumption about these functions may reach their callers, and no sanitizer may look at them.
 using Point = void* [5];
 #define GD_SWITCHES __attribute__((noipa, no_sanitize("address")))
 

@@ -1,6 +1,6 @@
 // What Python calls: memory as exact as the compiler's sanitizers can see it, and launches by a kernel's name.
-#include "lanes.h"
 #include <cstdlib>
+#include "lanes.h"
 
 extern "C" void* device_allocate(std::size_t bytes) {
     void* memory = nullptr;
