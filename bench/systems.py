@@ -21,7 +21,7 @@ from grounded_diffusion.engine.backends.host import HostBackend
 from grounded_diffusion.engine.dataset.formats import Settings, open_format
 from grounded_diffusion.engine.dataset.record import Record
 from grounded_diffusion.engine.dataset.shards import encode_shard
-from grounded_diffusion.engine.dataset.storage.base import open_storage
+from grounded_diffusion.engine.dataset.storage.open import open_storage
 from grounded_diffusion.engine.sampling.backend import Backend
 from grounded_diffusion.engine.sampling.noise import batch_normal
 from grounded_diffusion.errors import UsageError

@@ -17,6 +17,7 @@ from grounded_diffusion.bundle import Bundle, open_bundle
 from grounded_diffusion.engine.backends.open import open_backend
 from grounded_diffusion.engine.checks import shorten
 from grounded_diffusion.engine.pipeline.job import Failed, Job, chunks, list_jobs
+from grounded_diffusion.engine.pipeline.shipped import shipped_bundle
 from grounded_diffusion.engine.pipeline.text_encoder import TextEncoder
 from grounded_diffusion.engine.pipeline.tokenizer import Tokenizer
 from grounded_diffusion.engine.prompts.prompt import Prompt, as_prompts
@@ -70,11 +71,7 @@ class GroundedPipeline:
             UsageError: there is no such backend.
             BackendError: the backend is not installed, or finds no GPU.
         """
-        if bundle is None:
-            from grounded_diffusion.engine.pipeline.shipped import shipped_bundle
-
-            bundle = shipped_bundle()
-        opened = open_bundle(bundle)
+        opened = open_bundle(shipped_bundle() if bundle is None else bundle)
         return cls(opened, open_backend(backend, opened, threads=threads, lanes=lanes))
 
     def close(self) -> None:

@@ -48,7 +48,7 @@ class Blobs:
         from grounded_diffusion.engine.dataset.formats.folder import FolderFormat
         from grounded_diffusion.engine.dataset.record import Record
         from grounded_diffusion.engine.dataset.shards import write_shards
-        from grounded_diffusion.engine.dataset.storage.base import open_storage
+        from grounded_diffusion.engine.dataset.storage.open import open_storage
 
         storage, format, settings = open_storage(path), FolderFormat(Settings()), {"seed": 7}
         storage.put("run.json", json.dumps({"format": "folder", "settings": settings}).encode())

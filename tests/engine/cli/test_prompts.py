@@ -8,7 +8,7 @@ import pytest
 
 from grounded_diffusion.engine.cli.prompts import main
 from grounded_diffusion.engine.pipeline.job import list_jobs
-from grounded_diffusion.engine.prompts.prompt import read_prompts
+from grounded_diffusion.engine.prompts.file import read_prompts
 from grounded_diffusion.engine.prompts.vocabulary import (
     COCO_IDS,
     COCO_NAMES,

@@ -13,7 +13,7 @@ from grounded_diffusion.engine.dataset.formats.polygons import contours
 from grounded_diffusion.engine.dataset.reader import FolderDataset
 from grounded_diffusion.engine.dataset.record import Record
 from grounded_diffusion.engine.dataset.shards import write_shards
-from grounded_diffusion.engine.dataset.storage.base import open_storage
+from grounded_diffusion.engine.dataset.storage.open import open_storage
 from grounded_diffusion.engine.dataset.verify import MARKER
 
 CONVERTED = [name for name in FORMATS if name not in WITHOUT_CLASSES]

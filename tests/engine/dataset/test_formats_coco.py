@@ -15,7 +15,7 @@ from grounded_diffusion.engine.dataset.formats.common import class_colour, mask_
 from grounded_diffusion.engine.dataset.formats.panoptic import colour_id
 from grounded_diffusion.engine.dataset.formats.polygons import contours, solid_polygons
 from grounded_diffusion.engine.dataset.formats.rle import encode_rle
-from grounded_diffusion.engine.dataset.storage.base import open_storage
+from grounded_diffusion.engine.dataset.storage.open import open_storage
 from grounded_diffusion.engine.prompts.vocabulary import COCO_IDS
 
 

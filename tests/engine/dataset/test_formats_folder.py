@@ -21,7 +21,7 @@ from grounded_diffusion.engine.dataset.shards import (
     read_shard,
     write_shards,
 )
-from grounded_diffusion.engine.dataset.storage.base import open_storage
+from grounded_diffusion.engine.dataset.storage.open import open_storage
 from grounded_diffusion.errors import StorageError
 
 RUN = {"sampler": "ddim", "steps": 25, "seed": 7}
