@@ -239,8 +239,8 @@ def licence_notes(digest: str | None, bundle: Path | None) -> str:
         text += f"\nThe model is of the family {manifest.family}, in {manifest.precision}.\n"
         if names and names <= set(EMOJI_NAMES):
             text += (
-                f"\nIt is `{SHIPPED}`, which comes with {SIGN} (Apache-2.0), or was trained like it: on pictures composed "
-                "of glyphs of Noto Color Emoji, copyright Google, under the SIL Open Font License 1.1 "
+                f"\nIt is `{SHIPPED}`, which comes with {SIGN} (Apache-2.0), or was trained like it: on pictures "
+                "composed of glyphs of Noto Color Emoji, copyright Google, under the SIL Open Font License 1.1 "
                 "(https://openfontlicense.org).\n"
             )
         break
