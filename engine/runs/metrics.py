@@ -83,11 +83,11 @@ def write_metrics(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def parse_address(text: str) -> tuple[str, int]:
-    """ "9100" or "0.0.0.0:9100" -> (host, port). Raises UsageError."""
-    host, _, port = text.rpartition(":")
+def parse_address(address: str | int) -> tuple[str, int]:
+    """9100 or "0.0.0.0:9100" -> (host, port). Raises UsageError."""
+    host, _, port = str(address).rpartition(":")
     if not port.isdecimal() or int(port) > 65535:
-        raise UsageError(f"--metrics-port must be a port, as in 9100, or HOST:PORT, not {text!r}")
+        raise UsageError(f"metrics_port must be a port, as in 9100, or HOST:PORT, not {address!r}", "metrics_port")
     return host or "127.0.0.1", int(port)
 
 
@@ -116,6 +116,7 @@ def serve_metrics(address: tuple[str, int], render: Callable[[], str]) -> Thread
         server = Server(address, Handler)
     except OSError as error:
         why = error.strerror or error
-        raise UsageError(f"cannot serve metrics at {host}:{port}: {why}; choose another --metrics-port") from None
+        line = f"cannot serve metrics at {host}:{port}: {why}; choose another metrics_port"
+        raise UsageError(line, "metrics_port") from None
     threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
     return server

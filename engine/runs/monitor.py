@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import threading
@@ -12,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
+from grounded_diffusion.engine.runs.config import RunConfig
 from grounded_diffusion.engine.runs.metrics import (
     Histogram,
     family,
@@ -20,30 +20,19 @@ from grounded_diffusion.engine.runs.metrics import (
     serve_metrics,
     write_metrics,
 )
-from grounded_diffusion.engine.runs.progress import Progress, Rate
+from grounded_diffusion.engine.runs.progress import Progress, ProgressBar, Rate
 from grounded_diffusion.errors import UsageError
 
 REFRESH = 10.0  # seconds between two metrics files
 REASONS = 32  # different reasons that get a label of their own, so that a collector never meets thousands
 
 
-def add_monitor_options(parser: argparse.ArgumentParser) -> None:
-    """The options that `open_monitor` reads."""
-    group = parser.add_argument_group("seen from outside")
-    group.add_argument("--log", type=Path, metavar="FILE", help="append a structured log, one JSON object a line")
-    group.add_argument(
-        "--metrics-file", type=Path, metavar="FILE",
-        help="keep a Prometheus text file there, as node_exporter's textfile collector reads it (*.prom)",
-    )  # fmt: skip
-    group.add_argument(
-        "--metrics-port", metavar="[HOST:]PORT", help="serve /metrics for Prometheus there (host: 127.0.0.1)"
-    )
-
-
-def open_monitor(args: argparse.Namespace, say: Callable[[str], None]) -> Monitor:
-    """The monitor that the options ask for. Raises UsageError for a file or port that cannot be used."""
-    address = parse_address(args.metrics_port) if args.metrics_port is not None else None
-    return Monitor(say, log=args.log, metrics_file=args.metrics_file, address=address)
+def open_monitor(
+    config: RunConfig, say: Callable[[str], None], on_progress: Callable[[Progress], None] | None = None
+) -> Monitor:
+    """The monitor that a configuration asks for. Raises UsageError for a file or port that cannot be used."""
+    address = parse_address(config.metrics_port) if config.metrics_port is not None else None
+    return Monitor(say, on_progress, log=config.log, metrics_file=config.metrics_file, address=address)
 
 
 class Monitor:
@@ -51,6 +40,7 @@ class Monitor:
 
     Args:
         say: takes a line for the person who waits; None shows no progress.
+        on_progress: called by `report`, and no bar is shown.
         log: file to append JSON lines to: `time` (UTC), `event`, and the event's fields.
         metrics_file: replaced every REFRESH seconds, and at the end.
         address: host and port to serve /metrics at; port 0 takes a free one, see `address`.
@@ -64,19 +54,20 @@ class Monitor:
     def __init__(
         self,
         say: Callable[[str], None] | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
         *,
         log: Path | None = None,
         metrics_file: Path | None = None,
         address: tuple[str, int] | None = None,
     ):
-        self.say, self.metrics_file = say, metrics_file
+        self.say, self.on_progress, self.metrics_file = say, on_progress, metrics_file
         self.total = self.done = 0
         self.accepted_images = self.batches_images = self.shards = 0
         self.rejections, self.quarantines, self.failures = Counter(), Counter(), Counter()
         self.queues: dict[str, int] = {}
         self.batch_seconds, self.rate = Histogram(), Rate()
         self.gpus: list[tuple[str, float]] = []
-        self._progress: Progress | None = None
+        self._bar: ProgressBar | None = None
         self._lock, self._closing = threading.RLock(), threading.Event()
         self._log = open_log(log) if log else None
         self._server = self._ticker = None
@@ -84,7 +75,7 @@ class Monitor:
             try:
                 write_metrics(metrics_file, self.render())
             except OSError as error:
-                raise unwritable("--metrics-file", metrics_file, error) from None
+                raise unwritable("metrics_file", metrics_file, error) from None
         if address:
             self._server = serve_metrics(address, self.render)
         if metrics_file or address:
@@ -100,8 +91,8 @@ class Monitor:
         """The run has `total` samples, `done` of which an earlier run has finished."""
         with self._lock:
             self.total, self.done, self.rate = total, done, Rate()
-            if self.say:
-                self._progress = Progress(total, done, self.say)
+            if self.say and not self.on_progress:
+                self._bar = ProgressBar(total, done, self.say)
             self.event("begin", total=total, done=done)
 
     def shard(self, index: int) -> None:
@@ -168,6 +159,17 @@ class Monitor:
                 self._log = None
                 self._tell(f"the log ends here: {error.strerror or error}")
 
+    def progress(self) -> Progress:
+        """How far the run is."""
+        with self._lock:
+            return Progress(self.total, self.done, self.accepted_images, self.rejections.total(),
+                            self.quarantines.total(), self.rate.value)  # fmt: skip
+
+    def report(self) -> None:
+        """Tell `on_progress`. For the thread that makes the run: what the callback raises ends it."""
+        if self.on_progress:
+            self.on_progress(self.progress())
+
     def summary(self) -> str:
         """What came of this run: "12 accepted, 3 rejected (no mask 2, area 1), 1 quarantined (NaN 1)"."""
         with self._lock:
@@ -183,8 +185,8 @@ class Monitor:
         if self._closing.is_set():
             return
         self._closing.set()
-        if self._progress:
-            self._progress.close()
+        if self._bar:
+            self._bar.close()
         if self._ticker:
             self._ticker.join()
             self._save()
@@ -239,9 +241,8 @@ class Monitor:
         self._show()
 
     def _show(self) -> None:
-        if self._progress:
-            counts = ((self.rejections.total(), "rejected"), (self.quarantines.total(), "quarantined"))
-            self._progress.show(self.done, self.rate.value, ", ".join(f"{n} {what}" for n, what in counts if n))
+        if self._bar:
+            self._bar.show(self.progress())
 
     def _tick(self) -> None:
         while True:
@@ -268,9 +269,10 @@ def open_log(path: Path) -> TextIO:
     try:
         return path.open("a", encoding="utf-8", buffering=1)
     except OSError as error:
-        raise unwritable("--log", path, error) from None
+        raise unwritable("log", path, error) from None
 
 
-def unwritable(option: str, path: Path, error: OSError) -> UsageError:
-    """What to say of a file that an option names."""
-    return UsageError(f"cannot write {path}: {error.strerror or error}; give {option} a file in a folder that exists")
+def unwritable(field: str, path: Path, error: OSError) -> UsageError:
+    """What to say of a file that a field names."""
+    line = f"cannot write {path}: {error.strerror or error}; give `{field}` a file in a folder that exists"
+    return UsageError(line, field)

@@ -1,6 +1,5 @@
 """What a run shows of itself: metrics that Prometheus' own parser reads, a log of JSON lines, progress."""
 
-import argparse
 import json
 import socket
 import threading
@@ -10,8 +9,9 @@ import urllib.request
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from grounded_diffusion.engine.cli.infer import build_parser, config_of
 from grounded_diffusion.engine.runs import metrics, monitor, progress
-from grounded_diffusion.engine.runs.monitor import Monitor, add_monitor_options, open_monitor
+from grounded_diffusion.engine.runs.monitor import Monitor, open_monitor
 from grounded_diffusion.errors import UsageError
 
 PREFIX = "grounded_diffusion_"
@@ -212,15 +212,13 @@ def test_duration(seconds, text):
 
 
 def test_options(tmp_path):
-    parser = argparse.ArgumentParser()
-    add_monitor_options(parser)
-    args = parser.parse_args(["--log", str(tmp_path / "log"), "--metrics-port", "0"])
-    watch = open_monitor(args, print)
+    given = ["--prompt", "a [dog]", "--out", "out", "--log", str(tmp_path / "log"), "--metrics-port", "0"]
+    watch = open_monitor(config_of(build_parser().parse_args(given)), print)
     assert watch.address[0] == "127.0.0.1"
     watch.close()
     assert metrics.parse_address("0.0.0.0:9100") == ("0.0.0.0", 9100)
     for wrong in ("x", "host:", "70000"):
-        with pytest.raises(UsageError, match="--metrics-port"):
+        with pytest.raises(UsageError, match="metrics_port"):
             metrics.parse_address(wrong)
 
 
