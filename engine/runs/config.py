@@ -75,6 +75,9 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         prompts = [self.prompts] if isinstance(self.prompts, str | Prompt) else self.prompts
+        for number, prompt in enumerate(prompts, 1):
+            if not isinstance(prompt, str | Prompt):
+                raise UsageError(f"prompt {number} must be a string or a Prompt, not {type(prompt).__name__}")
         self._set("prompts", tuple(to_line(prompt) if isinstance(prompt, Prompt) else prompt for prompt in prompts))
         for name in ("prompt_file", "model", "log", "metrics_file"):
             if isinstance(path := getattr(self, name), str):

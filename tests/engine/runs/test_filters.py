@@ -7,8 +7,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from grounded_diffusion.engine.pipeline.pipeline import Sample
 from grounded_diffusion.engine.cli.options import add_filter_options, filters_of
+from grounded_diffusion.engine.pipeline.pipeline import Sample
 from grounded_diffusion.engine.runs.filters import Filters, difference_hash
 from grounded_diffusion.errors import UsageError
 
