@@ -6,17 +6,22 @@ import json
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
+from prometheus_client import generate_latest
+from prometheus_client.core import Metric
+
 from grounded_diffusion.engine.runs.config import RunConfig
 from grounded_diffusion.engine.runs.metrics import (
     Histogram,
-    family,
+    counter,
+    gauge,
     gpu_busy,
     parse_address,
+    registry_of,
     serve_metrics,
     write_metrics,
 )
@@ -66,18 +71,19 @@ class Monitor:
         self.rejections, self.quarantines, self.failures = Counter(), Counter(), Counter()
         self.queues: dict[str, int] = {}
         self.batch_seconds, self.rate = Histogram(), Rate()
-        self.gpus: list[tuple[str, float]] = []
+        self.gpus: dict[str, float] = {}
+        self.registry = registry_of(self)
         self._bar: ProgressBar | None = None
         self._lock, self._closing = threading.RLock(), threading.Event()
         self._log = open_log(log) if log else None
         self._server = self._ticker = None
         if metrics_file:
             try:
-                write_metrics(metrics_file, self.render())
+                write_metrics(metrics_file, self.registry)
             except OSError as error:
                 raise unwritable("metrics_file", metrics_file, error) from None
         if address:
-            self._server = serve_metrics(address, self.render)
+            self._server = serve_metrics(address, self.registry)
         if metrics_file or address:
             self._ticker = threading.Thread(target=self._tick, name="monitor", daemon=True)
             self._ticker.start()
@@ -200,36 +206,28 @@ class Monitor:
             self._log.close()
             self._log = None
 
+    def collect(self) -> Iterator[Metric]:
+        """The metrics, as prometheus_client asks for them. What is unknown is left out."""
+        with self._lock:
+            families = (
+                gauge("images_planned", "Samples of the whole run.", self.total),
+                gauge("images_done", "Samples settled, those of earlier runs included.", self.done),
+                counter("images_accepted", "Samples of this process that were accepted.", self.accepted_images),
+                counter("images_rejected", "Samples that the filters refused for good.", self.rejections, "reason"),
+                counter("images_quarantined", "Samples that could not be made.", self.quarantines, "reason"),
+                counter("attempt_failures", "Attempts that gave no sample.", self.failures, "reason"),
+                counter("shards_finished", "Shards that this process has finished.", self.shards),
+                counter("images_generated", "Images that the model made, all attempts counted.", self.batches_images),
+                gauge("images_per_second", "Samples settled a second, over the last minutes.", self.rate.value),
+                gauge("queue_depth", "Samples that wait in a queue.", self.queues.copy(), "queue"),
+                self.batch_seconds.family("batch_seconds", "Seconds from one batch to the next."),
+                gauge("gpu_busy_ratio", "Share of time in which a GPU of this machine was busy.", self.gpus, "gpu"),
+            )
+        return (family for family in families if family.samples)
+
     def render(self) -> str:
         """The metrics in Prometheus' text format."""
-        with self._lock:
-            by_reason = lambda counter: [("", {"reason": reason}, n) for reason, n in sorted(counter.items())]
-            one = lambda value: [("", {}, value)]
-            return "".join(
-                family(*row)
-                for row in (
-                    ("images_planned", "gauge", "Samples of the whole run.", one(self.total)),
-                    ("images_done", "gauge", "Samples settled, those of earlier runs included.", one(self.done)),
-                    ("images_accepted_total", "counter", "Samples of this process that were accepted.",
-                     one(self.accepted_images)),
-                    ("images_rejected_total", "counter", "Samples that the filters refused for good.",
-                     by_reason(self.rejections)),
-                    ("images_quarantined_total", "counter", "Samples that could not be made.",
-                     by_reason(self.quarantines)),
-                    ("attempt_failures_total", "counter", "Attempts that gave no sample.", by_reason(self.failures)),
-                    ("shards_finished_total", "counter", "Shards that this process has finished.", one(self.shards)),
-                    ("images_generated_total", "counter", "Images that the model made, all attempts counted.",
-                     one(self.batches_images)),
-                    ("images_per_second", "gauge", "Samples settled a second, over the last minutes.",
-                     one(self.rate.value)),
-                    ("queue_depth", "gauge", "Samples that wait in a queue.",
-                     [("", {"queue": name}, depth) for name, depth in sorted(self.queues.copy().items())]),
-                    ("batch_seconds", "histogram", "Seconds from one batch to the next.",
-                     self.batch_seconds.samples()),
-                    ("gpu_busy_ratio", "gauge", "Share of time in which a GPU of this machine was busy.",
-                     [("", {"gpu": index}, share) for index, share in self.gpus]),
-                )
-            )  # fmt: skip
+        return generate_latest(self.registry).decode()
 
     def _add(self, counter: Counter, reason: str) -> None:
         label = re.split(r"\s*[:;(\d'\"]| of ", reason.strip(), maxsplit=1)[0].strip() or "unknown"
@@ -254,7 +252,7 @@ class Monitor:
     def _save(self) -> None:
         if self.metrics_file:
             try:
-                write_metrics(self.metrics_file, self.render())
+                write_metrics(self.metrics_file, self.registry)
             except OSError as error:
                 self._tell(f"{self.metrics_file} is not kept any more: {error.strerror or error}")
                 self.metrics_file = None

@@ -72,8 +72,9 @@ def test_what_is_unknown_is_left_out():
 
 def test_label_values_survive_quotes_and_backslashes():
     awkward = 'a "b"\\c\nd'
-    text = metrics.family("x", "gauge", "About.", [("", {"queue": awkward}, 1)])
-    assert parse(text)[0] == {("x", (("queue", awkward),)): 1.0}
+    watch = Monitor()
+    watch.queue(awkward, 1)
+    assert parse(watch.render())[0]["queue_depth", (("queue", awkward),)] == 1.0
 
 
 def test_reasons_without_end_share_a_label():
@@ -142,15 +143,15 @@ def test_gpus_that_nvidia_smi_tells_of(tmp_path, monkeypatch):
     )
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert metrics.gpu_busy() == [("0", 0.97), ("2", 0.0)]
+    assert metrics.gpu_busy() == {"0": 0.97, "2": 0.0}
     watch = Monitor(metrics_file=tmp_path / "gd.prom")
     watch.close()
     samples, _ = parse((tmp_path / "gd.prom").read_text())
     assert samples["gpu_busy_ratio", (("gpu", "0"),)] == 0.97
     tool.write_text("#!/bin/sh\nexit 9\n")  # no driver
-    assert metrics.gpu_busy() == []
+    assert metrics.gpu_busy() == {}
     monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
-    assert metrics.gpu_busy() == []
+    assert metrics.gpu_busy() == {}
 
 
 def test_log(tmp_path):
