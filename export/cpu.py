@@ -12,7 +12,7 @@ import onnx_ir
 from onnx_ir.passes import common as passes
 
 from grounded_diffusion.bundle import SHARED_ROWS
-from grounded_diffusion.export.rewrite import (
+from grounded_diffusion.export.rewrites.nodes import (
     ONE_TO_ONE,
     add,
     after,

@@ -9,8 +9,8 @@ from diffusers.models.activations import GEGLU
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from grounded_diffusion.export.fused import as_standard, fuse_silu, fused
 from grounded_diffusion.export.graphs import quiet, swapped
+from grounded_diffusion.export.rewrites.fused import as_standard, fuse_silu, fused
 
 WIDTH, TEXT, GELU = 16, 12, 1280  # GELU is the least that the kernel of BiasSplitGelu takes
 

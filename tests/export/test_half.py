@@ -24,7 +24,7 @@ from grounded_diffusion.errors import UsageError
 from grounded_diffusion.export import cli, drift
 from grounded_diffusion.export.bundle import export_bundle
 from grounded_diffusion.export.graphs import trace
-from grounded_diffusion.export.half import FLOAT_VALUES, ISLANDS, to_half
+from grounded_diffusion.export.rewrites.half import FLOAT_VALUES, ISLANDS, to_half
 from grounded_diffusion.export.verify import check_graphs, check_loop
 from grounded_diffusion.export.weights import WeightStore
 from grounded_diffusion.training.checkpoint import load_checkpoint

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from grounded_diffusion.bundle import CPU, UNET
 from grounded_diffusion.engine.backends.onnxruntime_cpu import WEIGHTS_FOLDER
-from grounded_diffusion.export import winograd as module
-from grounded_diffusion.export.winograd import matrices, winograd
+from grounded_diffusion.export.rewrites import winograd as module
+from grounded_diffusion.export.rewrites.winograd import matrices, winograd
 
 rng = np.random.default_rng(0)
 
