@@ -128,7 +128,8 @@ def export_bundle(
         checkpoint: what to export.
         out: the bundle's directory; must be absent or empty, or hold a bundle where `overwrite` is true.
         precision: "fp32" or "fp16"; see export/rewrites/half.py.
-        fused: also write FP16 graphs of ONNX Runtime's fused operators, for its CUDA provider; see export/rewrites/fused.py.
+        fused: also write FP16 graphs of ONNX Runtime's fused operators, for its CUDA provider; see
+            export/rewrites/fused.py.
         verify: called with the checkpoint and the finished directory before it appears at `out`; what it raises
             leaves no bundle.
         report: told, in one line each, what is going on.
