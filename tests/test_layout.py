@@ -164,6 +164,13 @@ def test_the_check_sees_a_circle_inside_a_function(tmp_path):
     assert inside_functions(ast.parse(inner)) == ["ours.c"]
 
 
+def test_no_folder_passes_for_another_package():
+    """`kernels` is one that transformers looks for."""
+    for folder in ALLOWED.keys() - {CONTRACT}:
+        spec = find_spec(folder)
+        assert spec is None or Path(__file__).parents[1] not in Path(spec.origin or "/").parents, f"{folder} is ours"
+
+
 def loaded_by(code: str) -> set[str]:
     """Names of the modules that are loaded once some code has run in a fresh process."""
     code = f"{code}\nimport sys; print(*sys.modules)"
