@@ -10,6 +10,7 @@ import zipfile
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import grounded_diffusion
@@ -116,9 +117,10 @@ assert all(source(stem) for stem in STEMS)
 assert image_epilogue(np.ones((1, 3, 2, 2), np.float32)).min() == 255
 print(grounded_diffusion.__file__)
 """
+    path = os.pathsep.join([str(tmp_path / "site"), str(Path(np.__file__).parents[1])])
     result = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},
-        capture_output=True, text=True, check=False,
+        [sys.executable, "-S", "-c", code],  # without site no editable installation comes first
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert Path(result.stdout.strip()).is_relative_to(tmp_path)
