@@ -9,7 +9,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -70,7 +70,7 @@ class LocalStorage:
         except OSError as error:
             raise StorageError(f"cannot read {self._file(path)}: {error.strerror or error}") from None
 
-    def list(self, prefix: str) -> list[str]:
+    def list(self, prefix: str) -> Sequence[str]:
         try:
             with os.scandir(self._file(prefix)) as entries:
                 return sorted(entry.name for entry in entries if entry.is_file())
