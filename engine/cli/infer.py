@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import re
 import sys
 import warnings
 from dataclasses import fields
@@ -17,6 +16,7 @@ from pathlib import Path
 from grounded_diffusion import __version__
 from grounded_diffusion.engine.backends.open import BACKENDS
 from grounded_diffusion.engine.cli import common
+from grounded_diffusion.engine.cli.common import parse_size
 from grounded_diffusion.engine.cli.options import (
     add_filter_options,
     add_format_options,
@@ -56,13 +56,6 @@ The same command given again makes what is missing. Several at once share the wo
 exit status: 0 complete; 3 complete, but for samples that were rejected or failed; 75 interrupted or out of disk
 space, and the same command goes on; 2 an option, prompt or output cannot be used; 1 any other failure
 """
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """ "512" or "512x768" -> (height, width)."""
-    if not (match := re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size; give pixels, as in 512, or HEIGHTxWIDTH")
-    return int(match[1]), int(match[2] or match[1])
 
 
 def build_parser() -> common.Parser:

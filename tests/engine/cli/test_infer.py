@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from grounded_diffusion.engine.cli.infer import main, parse_size
+from grounded_diffusion.engine.cli.common import parse_size
+from grounded_diffusion.engine.cli.infer import main
 from grounded_diffusion.engine.pipeline import shipped
 from grounded_diffusion.errors import BundleError, UsageError
 
