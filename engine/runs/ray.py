@@ -42,7 +42,7 @@ def make_with_ray(run: Run, monitor: Monitor, shards: list[int]) -> None:
 
     Raises:
         UsageError: Ray is not installed, or there is no cluster.
-        Interrupted: stopping is wished; the shards in hand are dropped.
+        Interrupted: the run was asked to stop; the shards in progress are dropped.
         GroundedDiffusionError: as raised in an actor.
         BackendError: workers keep dying.
     """
@@ -120,7 +120,7 @@ class ShardQueue:
         self.events.append((name, args, kwargs))
 
     def done(self, worker: int) -> None:
-        """A worker has no shard in hand any more."""
+        """A worker has finished all shards that it took."""
         self.taken[worker].clear()
 
     def lost(self, worker: int) -> list[int]:
