@@ -205,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.filterwarnings("ignore", module="torch|diffusers|transformers|onnxscript")
         runs[args.kind](args)
 
-    return run_command("gd-bench", body)
+    return run_command("gd-bench", body, {})
 
 
 if __name__ == "__main__":

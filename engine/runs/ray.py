@@ -259,7 +259,7 @@ class RayDriver:
                 where = "before their first shard" if worst is None else f"on shard {worst}"
                 raise BackendError(
                     f"{deaths} workers died {where}; Ray's logs say why (often it is memory: fewer workers to a "
-                    "machine, or a smaller --batch)"
+                    "machine, or a smaller batch)"
                 ) from None
             self.run.say("a worker died" + (f"; shard {', '.join(map(str, lost))} goes to another" if lost else ""))
             self.start()

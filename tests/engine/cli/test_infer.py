@@ -316,7 +316,7 @@ def test_cache_folder_follows_the_user(monkeypatch, tmp_path):
 def test_export_without_its_extra_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr(shipped, "NEEDED", ("a_module_nobody_has",))
     (tmp_path / "checkpoint").mkdir()
-    with pytest.raises(UsageError, match=r"pip install 'grounded-diffusion\[export\]', or pass --model"):
+    with pytest.raises(UsageError, match=r"pip install 'grounded-diffusion\[export\]', or give `model` a bundle"):
         shipped.cached_export(tmp_path / "checkpoint", tmp_path / "cache", print)
     assert not (tmp_path / "cache").exists()
 
