@@ -161,6 +161,11 @@ def config_of(args: argparse.Namespace) -> RunConfig:
 note = functools.partial(common.note, "gd-infer")
 
 
+def show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    """A warning in one line; its arguments are those of `warnings.showwarning`."""
+    note(f"warning: {message}")
+
+
 def run(args: argparse.Namespace, stop: Stop) -> int:
     """The whole command; returns the exit status."""
     config = config_of(args)
@@ -184,7 +189,7 @@ def report(run: Run, result: DatasetResult) -> int:
     """Say what came of it; returns the exit status."""
     if not result.finished:
         there, shards = len(finished_shards(run.storage)), len(run.shards)
-        print(f"{run.config.shard}: all of its {shards} shards are made; {there} of the run's {run.plan.shards} are")
+        print(f"{run.config.share}: all of its {shards} shards are made; {there} of the run's {run.plan.shards} are")
         return LOST if result.accepted < result.samples else 0
     of = "" if result.accepted == result.samples else f" of {result.samples}"
     look = f"; look at {result.path}/index.html" if run.storage.exists("index.html") else ""
@@ -203,7 +208,7 @@ def main(argv: list[str] | None = None) -> int:
     def body() -> int:
         with Stop() as stop, warnings.catch_warnings():
             warnings.simplefilter("once", UserWarning)
-            warnings.showwarning = lambda message, *_, **__: note(f"warning: {message}")
+            warnings.showwarning = show_warning
             return run(build_parser().parse_args(argv), stop)
 
     return common.run_command("gd-infer", body, FLAGS)

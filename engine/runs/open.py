@@ -42,7 +42,7 @@ def open_run(config: RunConfig, say: Callable[[str], None], stop: Stop) -> Run:
         UsageError: a prompt or the output cannot be used, or the output has a run with other settings.
         BundleError, BackendError: the model cannot be used.
     """
-    prompts = PromptFile(config.prompt_file, config.prompts, config.options.images_per_prompt)
+    prompts = PromptFile(config.prompt_file, config.lines, config.options.images_per_prompt)
     storage = open_storage(config.out)
     check_output(storage, config.overwrite)
     before = None if config.overwrite else read_settings(storage)
@@ -50,17 +50,14 @@ def open_run(config: RunConfig, say: Callable[[str], None], stop: Stop) -> Run:
     chosen = place(config, bundle, prompts.samples, before or {}, say)
     pipe = GroundedPipeline(bundle, open_backend(config.backend, bundle, threads=config.threads, lanes=chosen.lanes))
     shard_size = config.shard_size or (before or {}).get("shard_size")
-    config = replace(
-        config,
-        options=replace(config.options, batch=chosen.batch),
-        shard_size=shard_size or default_shard_size(prompts.samples, chosen.batch),
-    )
+    shard_size = shard_size or default_shard_size(prompts.samples, chosen.batch)
+    config = replace(config, options=replace(config.options, batch=chosen.batch), shard_size=shard_size)
     pipe.schedule(config.options)  # raises for what the model's scheduler does not allow
     written = format_settings(config, pipe.tokenizer, prompts, before, stop)
     settings = run_settings(config, bundle, prompts, written)
     if before:
         check_same(storage.root, before, settings)
-    plan = Plan(prompts, config.options.seed, chosen.batch, config.shard_size)
+    plan = Plan(prompts, config.options.seed, chosen.batch, shard_size)
     format = open_format(config.format, written)
     return Run(config, pipe, plan, storage, format, settings, before is not None, say, stop)
 
