@@ -94,12 +94,14 @@ def parse_address(address: str | int) -> tuple[str, int]:
 def serve_metrics(address: tuple[str, int], registry: CollectorRegistry) -> ThreadingTCPServer:
     """Serve /metrics from a daemon thread, until `shutdown` and `server_close`. Raises UsageError."""
 
-    class Handler(MetricsHandler.factory(registry)):
+    class Handler(MetricsHandler):
         def do_GET(self) -> None:  # noqa: N802 - as http.server calls it
             if self.path.partition("?")[0] == "/metrics":
                 super().do_GET()
             else:
                 self.send_error(404, "the metrics are at /metrics")
+
+    Handler.registry = registry
 
     # Not HTTPServer: that looks its own name up, which can take seconds where there is no name server.
     class Server(ThreadingTCPServer):
