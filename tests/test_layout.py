@@ -83,7 +83,6 @@ def modules() -> Iterator[tuple[tuple[str, ...], Path]]:
             yield (folder, *path.relative_to(root).with_suffix("").parts), path
 
 
-@pytest.mark.xfail(reason="engine/runs still sees a parsed command line")
 def test_every_import_goes_the_allowed_way():
     found = dict(modules())
     assert {folder_of(parts) for parts in found} == set(ALLOWED)
@@ -100,7 +99,6 @@ def test_no_circle():
     assert not circles(references(modules(), "grounded_diffusion"))
 
 
-@pytest.mark.xfail(reason="engine/runs still sees a parsed command line")
 def test_imports_inside_functions_are_of_other_packages():
     """In what the runtime is made of: one of our own inside a function would hide an arrow."""
     ours = {}
@@ -182,7 +180,6 @@ def test_importing_the_engine_leaves_torch_out():
     assert not TORCH & loaded_by("from grounded_diffusion.engine import GroundedPipeline")
 
 
-@pytest.mark.xfail(reason="engine/runs still sees a parsed command line")
 def test_commands_without_images_load_no_runtime():
     loaded = loaded_by("import grounded_diffusion.engine.cli.prompts, grounded_diffusion.engine.cli.dataset")
     assert not loaded & {"onnxruntime", "tokenizers", "ray", "grounded_diffusion.engine.pipeline.pipeline"}
