@@ -13,6 +13,7 @@ import sys
 import warnings
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from grounded_diffusion import __version__
 from grounded_diffusion.engine.backends.open import BACKENDS, DEFAULT_BACKEND
@@ -210,10 +211,13 @@ def report(run: Run, result: DatasetResult) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
 
+    def warn(message: Warning | str, *_: Any, **__: Any) -> None:
+        note(f"warning: {message}")
+
     def body() -> int:
         with Stop() as stop, warnings.catch_warnings():
             warnings.simplefilter("once", UserWarning)
-            warnings.showwarning = lambda message, *_, **__: note(f"warning: {message}")
+            warnings.showwarning = warn  # ty: ignore[invalid-assignment]
             return run(build_parser().parse_args(argv), stop)
 
     return common.run_command("gd-infer", body, FLAGS)

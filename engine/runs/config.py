@@ -103,7 +103,7 @@ class RunConfig:
         if self.workers is not None and self.ray is None:
             raise UsageError("workers is for ray; give threads for the threads of this process",
                              "workers", "ray", "threads")  # fmt: skip
-        if self.overwrite and self.shard and self.shard.count > 1:
+        if self.overwrite and isinstance(self.shard, Share) and self.shard.count > 1:
             raise UsageError(
                 "overwrite with shard would remove what other workers make; remove the output first",
                 "overwrite", "shard",
