@@ -216,6 +216,9 @@ def report(run: Run, result: DatasetResult) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
 
+    def warn(message: Warning | str, *_: Any, **__: Any) -> None:
+        note(f"warning: {message}")
+
     def body() -> int:
         with Stop() as stop, warnings.catch_warnings():
             warnings.simplefilter("once", UserWarning)

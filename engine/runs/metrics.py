@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from itertools import accumulate
 from pathlib import Path
 from socketserver import ThreadingTCPServer
+from typing import Any, cast
 
 from prometheus_client import MetricsHandler, write_to_textfile
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -93,6 +94,7 @@ def parse_address(address: str | int) -> tuple[str, int]:
 
 def serve_metrics(address: tuple[str, int], registry: CollectorRegistry) -> ThreadingTCPServer:
     """Serve /metrics from a daemon thread, until `shutdown` and `server_close`. Raises UsageError."""
+    base: Any = MetricsHandler.factory(registry)
 
     class Handler(MetricsHandler):
         def do_GET(self) -> None:  # noqa: N802 - as http.server calls it
@@ -109,7 +111,7 @@ def serve_metrics(address: tuple[str, int], registry: CollectorRegistry) -> Thre
 
     host, port = address
     try:
-        server = Server(address, Handler)
+        server = Server(address, cast(Any, Handler))  # a class made by the library, of a type it does not tell
     except OSError as error:
         line = f"cannot serve metrics at {host}:{port}: {error.strerror or error}; choose another metrics_port"
         raise UsageError(line, "metrics_port") from None

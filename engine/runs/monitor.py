@@ -37,7 +37,8 @@ def open_monitor(
 ) -> Monitor:
     """The monitor that a configuration asks for. Raises UsageError for a file or port that cannot be used."""
     address = parse_address(config.metrics_port) if config.metrics_port is not None else None
-    return Monitor(say, on_progress, log=config.log, metrics_file=config.metrics_file, address=address)
+    log, metrics_file = (Path(file) if file else None for file in (config.log, config.metrics_file))
+    return Monitor(say, on_progress, log=log, metrics_file=metrics_file, address=address)
 
 
 class Monitor:

@@ -245,7 +245,7 @@ def full(root: Path, what: str, need: int, code: int) -> str:
     return f"no space left in {root}: {what}{needs}, {free}; make room, then give the same command again"
 
 
-def megabytes(size: int) -> str:
+def megabytes(size: float) -> str:
     """12345678 -> "12.3 MB", 12345 -> "12 kB"."""
     return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"
 
