@@ -1,4 +1,5 @@
 """The runtime: prompts in, images with masks out. Never imports torch.
+
 Names are loaded when they are first used, so that a command which needs no model loads none.
 """
 

@@ -12,6 +12,7 @@ import sys
 import warnings
 from dataclasses import fields
 from pathlib import Path
+from typing import TextIO
 
 from grounded_diffusion import __version__
 from grounded_diffusion.engine.backends.open import BACKENDS, DEFAULT_BACKEND
@@ -163,7 +164,14 @@ def config_of(args: argparse.Namespace) -> RunConfig:
 note = functools.partial(common.note, "gd-infer")
 
 
-def show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+def show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
     """A warning in one line; its arguments are those of `warnings.showwarning`."""
     note(f"warning: {message}")
 

@@ -14,7 +14,7 @@ import pytest
 from helpers import null_backend as null
 
 from grounded_diffusion.engine.dataset.formats.folder import FolderFormat
-from grounded_diffusion.engine.dataset.storage.base import open_storage
+from grounded_diffusion.engine.dataset.storage.open import open_storage
 from grounded_diffusion.engine.runs.plan import RETRY
 
 NULL = Path(null.__file__)
