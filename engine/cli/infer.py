@@ -216,13 +216,10 @@ def report(run: Run, result: DatasetResult) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
 
-    def warn(message: Warning | str, *_: Any, **__: Any) -> None:
-        note(f"warning: {message}")
-
     def body() -> int:
         with Stop() as stop, warnings.catch_warnings():
             warnings.simplefilter("once", UserWarning)
-            warnings.showwarning = show_warning
+            warnings.showwarning = show_warning  # ty: ignore[invalid-assignment]
             return run(build_parser().parse_args(argv), stop)
 
     return common.run_command("gd-infer", body, FLAGS)

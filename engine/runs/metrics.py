@@ -94,7 +94,6 @@ def parse_address(address: str | int) -> tuple[str, int]:
 
 def serve_metrics(address: tuple[str, int], registry: CollectorRegistry) -> ThreadingTCPServer:
     """Serve /metrics from a daemon thread, until `shutdown` and `server_close`. Raises UsageError."""
-    base: Any = MetricsHandler.factory(registry)
 
     class Handler(MetricsHandler):
         def do_GET(self) -> None:  # noqa: N802 - as http.server calls it

@@ -24,7 +24,6 @@ from grounded_diffusion.engine.pipeline.pipeline import GroundedPipeline
 from grounded_diffusion.engine.runs.config import RunConfig
 from grounded_diffusion.engine.runs.monitor import Monitor
 from grounded_diffusion.engine.runs.plan import Plan
-from grounded_diffusion.engine.runs.share import Share
 from grounded_diffusion.engine.runs.stop import Stop
 from grounded_diffusion.engine.runs.worker import LOOK, Worker
 from grounded_diffusion.errors import UsageError
