@@ -5,7 +5,6 @@ Source of the format: "Text-based format", version 0.0.4, prometheus.io/docs/ins
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import threading
@@ -13,7 +12,6 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from http.server import BaseHTTPRequestHandler
 from itertools import accumulate
-from pathlib import Path
 from socketserver import ThreadingTCPServer
 
 from grounded_diffusion.errors import UsageError
@@ -71,16 +69,6 @@ def gpu_busy() -> list[tuple[str, float]]:
     cells = [[cell.strip() for cell in line.split(",")] for line in lines]
     # A GPU cut into MIG instances reports "[N/A]".
     return [(row[0], int(row[1]) / 100) for row in cells if len(row) == 2 and row[1].isdecimal()]
-
-
-def write_metrics(path: Path, text: str) -> None:
-    """Replace the file, so that a collector never reads half of it. Raises OSError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def parse_address(text: str) -> tuple[str, int]:

@@ -12,17 +12,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
-from grounded_diffusion.engine.runs.metrics import (
-    Histogram,
-    family,
-    gpu_busy,
-    parse_address,
-    serve_metrics,
-    write_metrics,
-)
+from grounded_diffusion.engine.runs.metrics import PREFIX, Histogram, family, gpu_busy, parse_address, serve_metrics
 from grounded_diffusion.engine.runs.progress import Progress, Rate
 from grounded_diffusion.errors import UsageError
+from grounded_diffusion.files import check_target, local_path, replace_file
 
+METRICS_BEGIN = f"# HELP {PREFIX}".encode()  # every metrics file of ours
+LOG_BEGIN = b'{"time": "'  # and every log
 REFRESH = 10.0  # seconds between two metrics files
 REASONS = 32  # different reasons that get a label of their own, so that a collector never meets thousands
 
@@ -30,9 +26,9 @@ REASONS = 32  # different reasons that get a label of their own, so that a colle
 def add_monitor_options(parser: argparse.ArgumentParser) -> None:
     """The options that `open_monitor` reads."""
     group = parser.add_argument_group("seen from outside")
-    group.add_argument("--log", type=Path, metavar="FILE", help="append a structured log, one JSON object a line")
+    group.add_argument("--log", type=local_path, metavar="FILE", help="append a structured log, one JSON object a line")
     group.add_argument(
-        "--metrics-file", type=Path, metavar="FILE",
+        "--metrics-file", type=local_path, metavar="FILE",
         help="keep a Prometheus text file there, as node_exporter's textfile collector reads it (*.prom)",
     )  # fmt: skip
     group.add_argument(
@@ -81,8 +77,9 @@ class Monitor:
         self._log = open_log(log) if log else None
         self._server = self._ticker = None
         if metrics_file:
+            check_target(metrics_file, "--metrics-file", (".prom",), METRICS_BEGIN)
             try:
-                write_metrics(metrics_file, self.render())
+                replace_file(metrics_file, self.render().encode())
             except OSError as error:
                 raise unwritable("--metrics-file", metrics_file, error) from None
         if address:
@@ -253,9 +250,9 @@ class Monitor:
     def _save(self) -> None:
         if self.metrics_file:
             try:
-                write_metrics(self.metrics_file, self.render())
-            except OSError as error:
-                self._tell(f"{self.metrics_file} is not kept any more: {error.strerror or error}")
+                replace_file(self.metrics_file, self.render().encode())
+            except (OSError, UsageError) as error:
+                self._tell(f"{self.metrics_file} is not kept any more: {getattr(error, 'strerror', None) or error}")
                 self.metrics_file = None
 
     def _tell(self, line: str) -> None:
@@ -264,8 +261,12 @@ class Monitor:
 
 
 def open_log(path: Path) -> TextIO:
-    """The log, opened to append, a line at a time. Raises UsageError."""
+    """The log, opened to append, a line at a time. Raises UsageError, also for a file that is no log."""
     try:
+        if path.is_file():
+            with path.open("rb") as stream:
+                if stream.read(len(LOG_BEGIN)) not in (b"", LOG_BEGIN):
+                    raise UsageError(f"{path} is no log of ours, and nothing is added to it; give --log another name")
         return path.open("a", encoding="utf-8", buffering=1)
     except OSError as error:
         raise unwritable("--log", path, error) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import warnings
 from collections.abc import Callable
@@ -14,13 +15,16 @@ from grounded_diffusion.bundle import MANIFEST, Bundle, open_bundle, sha256
 from grounded_diffusion.engine.backends.calibrate import Placement, placement
 from grounded_diffusion.engine.backends.open import open_backend
 from grounded_diffusion.engine.cli.format_options import settings_of
+from grounded_diffusion.engine.dataset.about import About
 from grounded_diffusion.engine.dataset.formats import WITHOUT_CLASSES, Classes, Settings, open_format
-from grounded_diffusion.engine.dataset.storage.base import PARTIAL, SHARDS, Storage, open_storage
+from grounded_diffusion.engine.dataset.ours import check_foreign_files, check_output
+from grounded_diffusion.engine.dataset.storage.base import Storage, open_storage
 from grounded_diffusion.engine.pipeline.pipeline import GroundedPipeline, shorten
 from grounded_diffusion.engine.prompts.file import PromptFile
-from grounded_diffusion.engine.runs.filters import filters_of
+from grounded_diffusion.engine.runs.filters import Filters, filters_of
 from grounded_diffusion.engine.runs.plan import MAX_ATTEMPTS, Plan, default_shard_size
-from grounded_diffusion.engine.runs.run import RUN, Run, check_same, read_settings
+from grounded_diffusion.engine.runs.run import Run, check_same
+from grounded_diffusion.engine.runs.share import Worker as Share
 from grounded_diffusion.engine.runs.share import parse_shard
 from grounded_diffusion.engine.runs.stop import Stop
 from grounded_diffusion.engine.sampling.options import Options, check_int
@@ -51,9 +55,32 @@ def open_run(args: argparse.Namespace, say: Callable[[str], None], stop: Stop) -
     open_format(args.format, settings_of(args, args.format, []))
     prompts = PromptFile(args.prompts, args.prompt, options.images_per_prompt)
     storage = open_storage(args.out)
-    check_output(storage, args.overwrite)
-    before = None if args.overwrite else read_settings(storage)
+    found = check_output(storage)
     bundle = open_bundle(args.model or shipped(say))
+    settle = functools.partial(settle_run, args, options, filters, prompts, storage, bundle, share, say, stop)
+    run = settle(found)
+    if found and run.settings != found.settings:
+        if not args.overwrite:
+            check_same(storage.root, found.settings, run.settings)
+        check_foreign_files(storage)
+        run = settle(None)  # nothing is taken over from the run that goes
+    return run
+
+
+def settle_run(
+    args: argparse.Namespace,
+    options: Options,
+    filters: Filters,
+    prompts: PromptFile,
+    storage: Storage,
+    bundle: Bundle,
+    share: Share | None,
+    say: Callable[[str], None],
+    stop: Stop,
+    found: About | None,
+) -> Run:
+    """Open the model, and settle what is not asked for: as the run that was found has it, or as is best here."""
+    before = found.settings if found else None
     chosen = place(args, options, bundle, prompts.samples, before or {}, say)
     options = replace(options, batch=chosen.batch)
     pipe = GroundedPipeline(bundle, open_backend(args.backend, bundle, threads=args.threads, lanes=chosen.lanes))
@@ -78,10 +105,9 @@ def open_run(args: argparse.Namespace, say: Callable[[str], None], stop: Stop) -
         "classes": {name: k for k, name in written.classes.items()},
     }
     settings = json.loads(json.dumps(settings))  # tuples as lists, as they will be read
-    if before:
-        check_same(storage.root, before, settings)
+    begun = found is not None and not found.clearing and before == settings
     return Run(pipe, plan, storage, open_format(args.format, written), options, filters, args.attempts, settings,
-               share, before is not None, say, stop)  # fmt: skip
+               share, begun, say, stop)  # fmt: skip
 
 
 def written_settings(
@@ -121,16 +147,6 @@ def place(
         return replace(found, lanes=args.lanes or found.lanes)
     height, width = (side // bundle.manifest.vae_scale_factor for side in options.image_size(bundle.manifest))
     return Placement(batch or options.batch_size(height * width, args.backend != "onnxruntime"), args.lanes or 1)
-
-
-def check_output(storage: Storage, overwrite: bool) -> None:
-    """Raise UsageError unless the output is empty or a run of ours."""
-    folder = Path(storage.root)
-    if folder.is_file():
-        raise UsageError(f"{folder} is a file; give --out a folder")
-    found = {path.name for path in folder.iterdir()} if folder.is_dir() else set(storage.list(""))
-    if found - {PARTIAL, SHARDS} and RUN not in found:
-        raise UsageError(f"{storage.root} is not empty and was not written by gd-infer; choose another --out")
 
 
 def check_prompts(pipe: GroundedPipeline, prompts: PromptFile, stop: Stop) -> set[str]:

@@ -1,19 +1,26 @@
 """A run: what is asked for, what is there already, and the way from one to the other.
 
-run.json        the settings that decide what is made; another command on the same output must have the same
-summary.json    what came of it; written last of all, so a run that has it is complete
+run.json, the settings that decide what is made, is written first; another command on the same output has them too.
+summary.json, what came of it, is written last of all. See dataset/about.py.
 """
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from grounded_diffusion.engine.dataset.about import RUN, SUMMARY, read_about, read_json, run_json, to_bytes
 from grounded_diffusion.engine.dataset.formats import Format
-from grounded_diffusion.engine.dataset.shards import DamagedShard, finish_shards, finished_shards, read_shard
+from grounded_diffusion.engine.dataset.ours import check_foreign_files, clear
+from grounded_diffusion.engine.dataset.shards import (
+    DamagedShard,
+    finish_shards,
+    finished_shards,
+    is_finished,
+    read_shard,
+)
 from grounded_diffusion.engine.dataset.storage.base import FINISH, SHARDS, Storage
 from grounded_diffusion.engine.pipeline.pipeline import GroundedPipeline, shorten
 from grounded_diffusion.engine.runs.filters import Filters
@@ -25,7 +32,6 @@ from grounded_diffusion.engine.runs.worker import LOOK, Worker
 from grounded_diffusion.engine.sampling.options import Options
 from grounded_diffusion.errors import UsageError
 
-RUN, SUMMARY = "run.json", "summary.json"
 START = "start"  # what to claim to write run.json
 
 
@@ -62,25 +68,33 @@ class Run:
         return sum(len(self.plan.indices(shard)) for shard in shards)
 
     def start(self, overwrite: bool = False) -> None:
-        """Write run.json, unless it is there. Raises UsageError where another run was faster."""
-        if self.begun:
-            return
-        if overwrite and self.storage.exists(RUN):
-            if held := self.storage.claims():
-                holder = next(iter(held.values()))
-                raise UsageError(f"{self.storage.root} is being written by process {holder.get('pid')} on "
-                                 f"{holder.get('host')}; stop it before --overwrite")  # fmt: skip
-            self.storage.clear()
-        while True:
+        """Write run.json, unless it is there, once another run is removed that may be overwritten.
+
+        Raises:
+            UsageError: another run was faster, or is being made, or the output holds what is not ours.
+        """
+        while not self.begun:
             with self.storage.claim(START) as mine:
                 if mine:
-                    if before := read_settings(self.storage):
-                        check_same(self.storage.root, before, self.settings)
-                    else:
-                        content = {"format": self.format.name, "settings": self.settings}
-                        self.storage.put(RUN, json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
-                    return
+                    return self._begin(overwrite)
             self.stop.wait(LOOK)
+
+    def _begin(self, overwrite: bool) -> None:
+        """The same, by the one who may: from here on the output is this run's, also while the one before is removed."""
+        before = read_about(self.storage)
+        if before and not overwrite:
+            check_same(self.storage.root, before.settings, self.settings)
+        if before and before.settings == self.settings and not before.clearing:
+            return
+        if before:
+            for name, holder in self.storage.claims().items():
+                if name != START:
+                    raise UsageError(f"{self.storage.root} is being written by process {holder.get('pid')} on "
+                                     f"{holder.get('host')}; stop it before --overwrite")  # fmt: skip
+            check_foreign_files(self.storage)
+            self.storage.put(RUN, run_json(self.format.name, self.settings, clearing=True))
+            clear(self.storage)
+        self.storage.put(RUN, run_json(self.format.name, self.settings))
 
     def missing(self) -> list[int]:
         """The shards of this process that have no record that can be used."""
@@ -110,20 +124,18 @@ class Run:
         Returns:
             The summary: samples = accepted + rejected + quarantined, masks, and `reasons` of what is not accepted.
         """
-        while set(range(self.plan.shards)) <= set(finished_shards(self.storage)):
+        shards = range(self.plan.shards)
+        while set(shards) <= set(finished_shards(self.storage)):
             with self.storage.claim(FINISH) as mine:
                 damaged: list[int] = []
                 if mine:
-                    summary = read_json(self.storage, SUMMARY)
+                    summary = read_json(self.storage, SUMMARY) if is_finished(self.storage, shards) else None
                     if not summary:
                         summary, damaged = self._count()
                         if not damaged:
-                            losses = finish_shards(self.storage, self.format, range(self.plan.shards), self.settings)
-                            if losses:
+                            last = {SUMMARY: to_bytes(summary)}
+                            if losses := finish_shards(self.storage, self.format, shards, self.settings, last):
                                 self.say(losses)
-                            self.storage.put(
-                                SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False).encode() + b"\n"
-                            )
                     if not damaged:
                         self._tidy()
                         return summary
@@ -161,25 +173,6 @@ class Run:
 def kind_of(reason: str, kind: str) -> str:
     """A reason without what is particular to the sample, see filters.py."""
     return reason.partition(" of " if kind == "rejected" else ";")[0]
-
-
-def read_settings(storage: Storage) -> dict[str, Any] | None:
-    """The settings of the run that is there; None where there is none. Raises UsageError for a damaged run.json."""
-    content = read_json(storage, RUN)
-    if content is not None and not isinstance(content.get("settings"), dict):
-        raise UsageError(f"{storage.root}/{RUN} is damaged; restore it, or start again with --overwrite")
-    return content and content["settings"]
-
-
-def read_json(storage: Storage, path: str) -> dict[str, Any] | None:
-    """A file of the output as JSON; None where there is none, {} where it is damaged."""
-    try:
-        content = json.loads(storage.read(path))
-    except FileNotFoundError:
-        return None
-    except (ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def check_same(root: str, before: dict[str, Any], now: dict[str, Any]) -> None:

@@ -41,6 +41,7 @@ class Format(Protocol):
     """
 
     name: str
+    settings: Settings
 
     @abstractmethod
     def encode(self, record: Record) -> Encoded:

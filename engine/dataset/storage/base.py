@@ -5,7 +5,7 @@ killed worker left without one is written again, with the same bytes.
 
     shards/000012.json      record of a finished shard
     shards/000012.lock      held by the worker that is on it: {"host", "pid", "started"}
-    .partial/               local only: files that are being written
+    .partial/               local only: files that are being written, and what a shard's files will be called
 """
 
 from __future__ import annotations
@@ -13,13 +13,17 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+from grounded_diffusion.errors import UsageError
+
 SHARDS, PARTIAL = "shards", ".partial"
+FINISHED = f"{SHARDS}/finish.json"
+JOURNAL = ".files"  # in .partial/000012/: JSON list of the names that its files get
 FINISH = "finish"  # what to claim for the one who writes a finished run's lists and tables
 
 
@@ -42,6 +46,14 @@ class Storage(Protocol):
 
     def read(self, path: str) -> bytes:
         """Content of a file. Raises FileNotFoundError."""
+        ...
+
+    def open(self, path: str) -> AbstractContextManager[BinaryIO]:
+        """The same as a stream. Raises FileNotFoundError."""
+        ...
+
+    def walk(self) -> Iterator[str]:
+        """Paths of all files, and those of empty folders, which end in a slash."""
         ...
 
     def list(self, prefix: str) -> list[str]:
@@ -71,10 +83,6 @@ class Storage(Protocol):
         """Write a shard: its files, and when all are safe its record. `files` is iterated once."""
         ...
 
-    def clear(self) -> None:
-        """Remove everything, the records first and run.json last."""
-        ...
-
     def clean(self) -> None:
         """Remove .partial/ with what dead workers left in it. For the last to write: who holds FINISH, at its end."""
         ...
@@ -82,6 +90,8 @@ class Storage(Protocol):
 
 def open_storage(out: str | Path) -> Storage:
     """A folder, or a URL such as s3://bucket/prefix. Creates nothing. Raises UsageError."""
+    if not str(out):
+        raise UsageError("--out is empty, which would be the current folder; write . if that is meant")
     scheme, separator, rest = str(out).partition("://")
     if not separator or scheme == "file":
         from grounded_diffusion.engine.dataset.storage.local import LocalStorage

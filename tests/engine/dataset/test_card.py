@@ -14,6 +14,8 @@ from grounded_diffusion.engine.cli.dataset import main
 from grounded_diffusion.engine.dataset import card as dataset_card
 from grounded_diffusion.engine.dataset import sheet as card_sheet
 from grounded_diffusion.engine.dataset.card import Contents, Counts, classes_table, front_matter
+from grounded_diffusion.engine.dataset.shards import Recording, note_files
+from grounded_diffusion.engine.dataset.storage.base import open_storage
 from grounded_diffusion.engine.prompts.vocabulary import EMOJI_NAMES
 
 SETTINGS = {"sampler": "ddim", "steps": 25, "guidance_scale": 7.5, "seed": 0, "samples": 12, "min_area": None,
@@ -41,8 +43,10 @@ def bundle(tmp_path, monkeypatch):
 def run(data, bundle):
     """The shared data set with the settings and summary of a run."""
     settings = {"model": sha256(bundle / MANIFEST), **SETTINGS}
-    (data / "run.json").write_text(json.dumps({"format": "folder", "settings": settings}))
-    (data / "summary.json").write_text(json.dumps(SUMMARY))
+    storage = Recording(open_storage(data))
+    storage.put("run.json", json.dumps({"format": "folder", "settings": settings}).encode())
+    storage.put("summary.json", json.dumps(SUMMARY).encode())
+    note_files(storage)
     return data
 
 
