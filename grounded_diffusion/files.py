@@ -83,20 +83,22 @@ def check_target(path: Path, option: str, suffixes: tuple[str, ...], begins: byt
     """Raise UsageError unless a file may be written at `path`, in the place of its own kind alone.
 
     Args:
-        option: what the file was named by.
+        option: the field that the file was named by.
         suffixes: one of them ends the name.
         begins: what a file that is there begins with, unless it is empty.
     """
     if not path.parent.is_dir():
-        raise UsageError(f"cannot write {path}: No such file or directory; give {option} a file in a folder there is")
+        line = f"cannot write {path}: No such file or directory; give `{option}` a file in a folder that exists"
+        raise UsageError(line, option)
     if path.suffix not in suffixes:
-        raise UsageError(f"{option} takes a name that ends in {' or '.join(suffixes)}, not {path}")
+        raise UsageError(f"`{option}` takes a name that ends in {' or '.join(suffixes)}, not {path}", option)
     with readable_errors(path):
         check_regular(path)
         if begins and path.is_file():
             with path.open("rb") as stream:
                 if stream.read(len(begins)) not in (b"", begins):
-                    raise UsageError(f"{path} was not written by {option}, and is not replaced; give another name")
+                    line = f"{path} was not written by `{option}`, and is not replaced; give another name"
+                    raise UsageError(line, option)
 
 
 @contextlib.contextmanager
@@ -153,7 +155,8 @@ def check_foreign(where: str, found: Iterable[str], named: set[str]) -> None:
         others = f" and {more} more" if more > 0 else ""
         raise UsageError(
             f"{where} also holds what was not written by this command: {shown}{others}; nothing is removed. Move it "
-            "away, or choose another --out"
+            "away, or choose another `out`",
+            "out",
         )
 
 
@@ -166,15 +169,15 @@ def check_folder(out: Path, overwrite: bool, ours: Callable[[Path], set[str]]) -
     """
     with readable_errors(out, "read"):
         if out.exists() and not out.is_dir():
-            raise UsageError(f"{out} is a file; give --out a folder")
+            raise UsageError(f"{out} is a file; give `out` a folder", "out")
         found = list(files_below(out)) if out.exists() else []
     if not found:
         return set()
     if not (named := ours(out)):
-        raise UsageError(f"{out} is not empty and was not written by this command; choose another --out")
+        raise UsageError(f"{out} is not empty and was not written by this command; choose another `out`", "out")
     check_foreign(str(out), found, named)
     if not overwrite:
-        raise UsageError(f"{out} is not empty; --overwrite replaces it")
+        raise UsageError(f"{out} is not empty; `overwrite` replaces it", "overwrite")
     return set(found)
 
 

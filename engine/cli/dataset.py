@@ -11,26 +11,28 @@ import json
 import sys
 from itertools import islice
 from pathlib import Path
-from typing import NoReturn
 
 from grounded_diffusion import __version__
-from grounded_diffusion.engine.cli.format_options import add_format_options, settings_of
-from grounded_diffusion.engine.dataset.about import CONVERT
+from grounded_diffusion.engine.cli import common
+from grounded_diffusion.engine.cli.options import add_format_options, format_options_of
 from grounded_diffusion.engine.dataset.card import CARD, write_card
 from grounded_diffusion.engine.dataset.formats import FORMATS, WITHOUT_CLASSES, open_format
+from grounded_diffusion.engine.dataset.formats.options import sorted_classes
 from grounded_diffusion.engine.dataset.ours import folder_files
 from grounded_diffusion.engine.dataset.plot import plot
 from grounded_diffusion.engine.dataset.preview import PAGE, write_preview
 from grounded_diffusion.engine.dataset.reader import FolderDataset
+from grounded_diffusion.engine.dataset.runfile import CONVERT
 from grounded_diffusion.engine.dataset.shards import Recording, finished_shards, note_files, read_shard, write_dataset
 from grounded_diffusion.engine.dataset.status import describe_status, read_status
 from grounded_diffusion.engine.dataset.storage.base import open_storage
 from grounded_diffusion.engine.dataset.storage.local import LocalStorage
 from grounded_diffusion.engine.dataset.tools import merge, split, statistics
 from grounded_diffusion.engine.dataset.verify import verify
-from grounded_diffusion.errors import GroundedDiffusionError, UsageError
+from grounded_diffusion.errors import UsageError
 from grounded_diffusion.files import check_target, fresh_folder, local_path, readable_errors, replace_file
 
+note = functools.partial(common.note, "gd-dataset")
 SHOWN = 20  # problems that verify lists
 WHERE = "the --out of gd-infer, a folder or a URL"
 
@@ -47,15 +49,8 @@ exit status: 0 done; 1 verify has found problems; 2 an option or a folder cannot
 """
 
 
-class Parser(argparse.ArgumentParser):
-    """Reports bad options as every other error: in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see {self.prog} --help")
-
-
-def build_parser() -> Parser:
-    parser = Parser(
+def build_parser() -> common.Parser:
+    parser = common.Parser(
         prog="gd-dataset",
         description="Work with the data sets that gd-infer writes.",
         epilog=EXAMPLES,
@@ -63,7 +58,7 @@ def build_parser() -> Parser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"gd-dataset {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=common.Parser)
     add_convert(commands)
 
     command = commands.add_parser("verify", help="check every file against its record")
@@ -129,7 +124,8 @@ def run_convert(args: argparse.Namespace) -> int:
         raise UsageError(f"--shard-size must be from 1 to 1000000, not {args.shard_size}")
     data = FolderDataset(args.dir)
     check_apart(args.out, [args.dir])
-    settings = settings_of(args, args.format, data.names)
+    options = format_options_of(args)
+    settings = options.settings(args.format, options.classes(args.format) or sorted_classes(data.names))
     format = open_format(args.format, settings)
     for row in data.rows():
         names = [thing["name"] for thing in row["objects"]]
@@ -171,7 +167,7 @@ def count_samples(path: str) -> int:
 
 def run_stats(args: argparse.Namespace) -> int:
     if args.plot:
-        check_target(args.plot, "--plot", (".svg",), b"<svg ")
+        check_target(args.plot, "plot", (".svg",), b"<svg ")
     result = statistics(FolderDataset(args.dir))
     if args.plot:
         with readable_errors(args.plot):
@@ -253,21 +249,14 @@ def run_merge(args: argparse.Namespace) -> int:
     return 0
 
 
-def note(line: str) -> None:
-    """One line to the person who waits."""
-    print(f"gd-dataset: {line}", file=sys.stderr, flush=True)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    try:
+
+    def body() -> int:
         args = build_parser().parse_args(argv)
         return args.run(args)
-    except GroundedDiffusionError as error:
-        note(str(error))
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
+
+    return common.run_command("gd-dataset", body, {})
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import json
 import re
 from pathlib import Path
 
-from grounded_diffusion.engine.dataset.about import INFER, MARKER, RUN, SUMMARY, About, read_about, read_json
+from grounded_diffusion.engine.dataset.runfile import INFER, MARKER, RUN, SUMMARY, About, read_about, read_json
 from grounded_diffusion.engine.dataset.shards import DamagedShard, finished_shards, read_finished, read_shard
 from grounded_diffusion.engine.dataset.storage.base import (
     FINISHED,
@@ -33,20 +33,22 @@ def check_output(storage: Storage) -> About | None:
     folder = Path(storage.root)
     with readable_errors(folder, "read"):
         if folder.is_file():
-            raise UsageError(f"{folder} is a file; give --out a folder")
+            raise UsageError(f"{folder} is a file; give `out` a folder", "out")
         if about := read_about(storage):
             check_made_by(storage, about, INFER)
             return about
         found = {path.name for path in folder.iterdir()} if folder.is_dir() else set(storage.list(""))
     if found - {PARTIAL, SHARDS}:
-        raise UsageError(f"{storage.root} is not empty and was not written by gd-infer; choose another --out")
+        line = f"{storage.root} is not empty and was not written by gd-infer; choose another `out`"
+        raise UsageError(line, "out")
     return None
 
 
 def check_made_by(storage: Storage, about: About, command: str) -> None:
     """Raise UsageError for a data set that another command has made."""
     if about.made_by != command:
-        raise UsageError(f"{storage.root} was made by {about.made_by}, not by {command}; choose another --out")
+        line = f"{storage.root} was made by {about.made_by}, not by {command}; choose another `out`"
+        raise UsageError(line, "out")
 
 
 def folder_files(folder: Path, command: str) -> set[str]:

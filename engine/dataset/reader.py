@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from grounded_diffusion.engine.dataset.about import RUN, read_about
 from grounded_diffusion.engine.dataset.formats.folder import METADATA
 from grounded_diffusion.engine.dataset.record import SPLITS, Record, Thing, sample_id
+from grounded_diffusion.engine.dataset.runfile import RUN, read_about
 from grounded_diffusion.engine.dataset.storage.base import SHARDS, Storage, open_storage
 from grounded_diffusion.errors import StorageError, UsageError
 

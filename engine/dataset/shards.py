@@ -28,8 +28,8 @@ from dataclasses import asdict
 from itertools import islice
 from typing import Any, BinaryIO, TypeVar
 
-from grounded_diffusion.engine.dataset.about import MARKER, RUN, SUMMARY, run_json, to_bytes
 from grounded_diffusion.engine.dataset.formats.common import Encoded, Format
+from grounded_diffusion.engine.dataset.runfile import MARKER, RUN, SUMMARY, run_json, to_bytes
 from grounded_diffusion.engine.dataset.storage.base import FINISHED, SHARDS, Storage, record_path
 from grounded_diffusion.errors import StorageError
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from grounded_diffusion.engine.dataset.about import MARKER
 from grounded_diffusion.engine.dataset.formats import FORMATS, WITHOUT_CLASSES, open_format
 from grounded_diffusion.engine.dataset.formats.common import Classes, Settings, voc_palette, with_void
 from grounded_diffusion.engine.dataset.formats.polygons import contours
 from grounded_diffusion.engine.dataset.reader import FolderDataset
 from grounded_diffusion.engine.dataset.record import Record
+from grounded_diffusion.engine.dataset.runfile import MARKER
 from grounded_diffusion.engine.dataset.shards import write_dataset
 from grounded_diffusion.engine.dataset.storage.base import open_storage
 

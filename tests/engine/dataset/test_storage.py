@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from grounded_diffusion.engine.dataset.about import run_json
 from grounded_diffusion.engine.dataset.ours import clear
+from grounded_diffusion.engine.dataset.runfile import run_json
 from grounded_diffusion.engine.dataset.shards import encode_shard
 from grounded_diffusion.engine.dataset.storage.base import FINISH, open_storage, record_path
 from grounded_diffusion.engine.dataset.storage.local import LocalStorage

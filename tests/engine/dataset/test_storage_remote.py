@@ -10,8 +10,8 @@ import time
 import pytest
 
 from grounded_diffusion.engine.cli.infer import main
-from grounded_diffusion.engine.dataset.about import run_json
 from grounded_diffusion.engine.dataset.ours import clear
+from grounded_diffusion.engine.dataset.runfile import run_json
 from grounded_diffusion.engine.dataset.shards import encode_shard, finished_shards
 from grounded_diffusion.engine.dataset.storage import remote as storage_remote
 from grounded_diffusion.engine.dataset.storage.base import FINISH, open_storage, record_path

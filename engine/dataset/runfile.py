@@ -11,6 +11,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from grounded_diffusion.engine.checks import shorten
 from grounded_diffusion.engine.dataset.formats import FORMATS
 from grounded_diffusion.engine.dataset.storage.base import Storage
 from grounded_diffusion.errors import UsageError
@@ -49,7 +50,8 @@ def read_about(storage: Storage) -> About | None:
             or not isinstance(settings, dict)
             or not are_counts(settings)
         ):
-            raise UsageError(f"{storage.root}/{name} is damaged, or not ours; restore it, or choose another --out")
+            line = f"{storage.root}/{name} is damaged, or not ours; restore it, or choose another `out`"
+            raise UsageError(line, "out")
         made_by = CONVERT if name == MARKER else MERGE if "merged" in settings else INFER
         return About(made_by, content["format"], settings, bool(content.get(CLEARING)))
     return None
@@ -81,3 +83,29 @@ def read_json(storage: Storage, path: str) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def check_same(root: str, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise UsageError that names every setting which differs."""
+    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    if changed:
+        told = "; ".join(f"{key} was {show(before.get(key))}, now {show(now.get(key))}" for key in changed)
+        line = f"{root} has another run: {told}; give the same command to go on, or `overwrite`"
+        raise UsageError(line, "overwrite")
+
+
+def show(value: Any) -> str:
+    """A setting as it appears in a message."""
+    if isinstance(value, str) and len(value) == 64:
+        return value[:12]
+    return "not set" if value is None else shorten(str(value))
+
+
+def kind_of(reason: str, kind: str) -> str:
+    """A reason without what is particular to the sample: "area of dog" -> "area".
+
+    Args:
+        reason: of a shard's record.
+        kind: "rejected", whose reasons runs/filters.py gives, or "quarantined".
+    """
+    return reason.partition(" of " if kind == "rejected" else ";")[0]
