@@ -3,13 +3,13 @@ of samples. Needs the shards' records only, so it works for every format; the sh
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from grounded_diffusion.bundle import MANIFEST, read_manifest, sha256
+from grounded_diffusion.engine.dataset.formats.common import yaml_string
 from grounded_diffusion.engine.dataset.runfile import INFER, SUMMARY, read_about, read_json
 from grounded_diffusion.engine.dataset.shards import Recording, Rows, finished_shards, note_files
 from grounded_diffusion.engine.dataset.sheet import choose, draw_sheet
@@ -138,8 +138,8 @@ def columns_of(card: str) -> str:
 def front_matter(title: str, license: str | None, images: int, columns: str) -> str:
     """The YAML between two lines of dashes."""
     size = next((name for below, name in SIZES if images < below), "n>1T")
-    lines = ["---", f"pretty_name: {json.dumps(title, ensure_ascii=False)}"]
-    lines += [f"license: {json.dumps(license)}"] if license else []
+    lines = ["---", f"pretty_name: {yaml_string(title)}"]
+    lines += [f"license: {yaml_string(license)}"] if license else []
     lines += ["task_categories:", "- image-segmentation", "- object-detection", "annotations_creators:",
               "- machine-generated", "size_categories:", f"- {size}", "tags:", "- synthetic", f"- {SIGN}"]  # fmt: skip
     return "\n".join(lines) + "\n" + columns + "---\n"
@@ -170,7 +170,10 @@ def recipe(settings: dict[str, Any], summary: dict[str, Any]) -> str:
     if summary:
         lost = "; ".join(f"{reason}: {n}" for reason, n in summary["reasons"].items())
         lines.append(f"| samples | {summary['accepted']:,} of {summary['samples']:,} accepted{lost and f' ({lost})'} |")
-    lines.append("\nThe same prompts, model and settings give the same samples; every record has its own seed.")
+    lines.append(
+        "\nThe same prompts, model and settings give the same samples: a record's `seed` and `draw` say which noise "
+        "its image was drawn from."
+    )
     return "\n".join(lines) + "\n"
 
 
