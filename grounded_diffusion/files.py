@@ -101,6 +101,12 @@ def check_target(path: Path, option: str, suffixes: tuple[str, ...], begins: byt
                     raise UsageError(line, option)
 
 
+def os_error_line(error: OSError) -> str:
+    """What went wrong, with the file, in one line."""
+    where = error.filename2 or error.filename
+    return f"{f'{where}: ' if where else ''}{error.strerror or error}"
+
+
 @contextlib.contextmanager
 def readable_errors(out: Path, verb: str = "write") -> Iterator[None]:
     """Turn an OSError into a UsageError that names the file."""

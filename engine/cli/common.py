@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import NoReturn
 
 from grounded_diffusion.errors import GroundedDiffusionError, UsageError
+from grounded_diffusion.files import os_error_line
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
@@ -40,8 +41,7 @@ def run_command(command: str, body: Callable[[], int | None], flags: Mapping[str
         note(command, str(error) if flags is None else in_flags(error, flags))
         return error.exit_code
     except OSError as error:  # a folder that may not be read, say: whatever nobody has put into words before
-        where = f"{error.filename2 or error.filename}: " if error.filename else ""
-        note(command, f"{where}{error.strerror or error}")
+        note(command, os_error_line(error))
         return UsageError.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
