@@ -25,8 +25,8 @@ from grounded_diffusion.engine.dataset.reader import FolderDataset
 from grounded_diffusion.engine.dataset.runfile import CONVERT
 from grounded_diffusion.engine.dataset.shards import Recording, finished_shards, note_files, read_shard, write_dataset
 from grounded_diffusion.engine.dataset.status import describe_status, read_status
-from grounded_diffusion.engine.dataset.storage.base import open_storage
 from grounded_diffusion.engine.dataset.storage.local import LocalStorage
+from grounded_diffusion.engine.dataset.storage.open import open_storage
 from grounded_diffusion.engine.dataset.tools import merge, split, statistics
 from grounded_diffusion.engine.dataset.verify import verify
 from grounded_diffusion.errors import UsageError

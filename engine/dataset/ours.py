@@ -19,9 +19,9 @@ from grounded_diffusion.engine.dataset.storage.base import (
     PARTIAL,
     SHARDS,
     Storage,
-    open_storage,
     record_path,
 )
+from grounded_diffusion.engine.dataset.storage.open import open_storage
 from grounded_diffusion.errors import UsageError
 from grounded_diffusion.files import check_foreign, readable_errors
 

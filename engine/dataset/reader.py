@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 
 from grounded_diffusion.engine.dataset.formats.folder import METADATA
-from grounded_diffusion.engine.dataset.record import SPLITS, Record, Thing, sample_id
+from grounded_diffusion.engine.dataset.record import SPLITS, Record, sample_id
 from grounded_diffusion.engine.dataset.runfile import RUN, read_about
-from grounded_diffusion.engine.dataset.storage.base import SHARDS, Storage, open_storage
+from grounded_diffusion.engine.dataset.storage.base import SHARDS, Storage
+from grounded_diffusion.engine.dataset.storage.open import open_storage
+from grounded_diffusion.engine.sampling.sample import ObjectMask
 from grounded_diffusion.errors import StorageError, UsageError
 
 FIELDS = {"id": str, "index": int, "prompt": str, "seed": int, "draw": int, "width": int, "height": int,
@@ -81,7 +83,7 @@ class FolderDataset:
         """A row of the metadata with its arrays in reach."""
         size = row["height"], row["width"]
         objects = tuple(
-            Thing(
+            ObjectMask(
                 thing["name"], thing["label"], thing["area"], tuple(thing["box"]), thing["score"],
                 lambda file=thing["mask"]: read_array(self.storage, file, ("1", "L"), size) > 0,
             )

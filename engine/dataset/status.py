@@ -14,7 +14,8 @@ from typing import Any
 from grounded_diffusion.engine.checks import duration
 from grounded_diffusion.engine.dataset.runfile import INFER, RUN, SUMMARY, About, kind_of, read_about, read_json
 from grounded_diffusion.engine.dataset.shards import DamagedShard, absent, finished_shards, read_finished
-from grounded_diffusion.engine.dataset.storage.base import FINISH, FINISHED, SHARDS, Storage, open_storage, record_path
+from grounded_diffusion.engine.dataset.storage.base import FINISH, FINISHED, SHARDS, Storage, record_path
+from grounded_diffusion.engine.dataset.storage.open import open_storage
 from grounded_diffusion.errors import UsageError
 
 WINDOW = 600.0  # seconds before the last record, over which the rate is taken

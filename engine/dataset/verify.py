@@ -27,7 +27,8 @@ from grounded_diffusion.engine.dataset.shards import (
     read_finished,
     read_shard,
 )
-from grounded_diffusion.engine.dataset.storage.base import FINISHED, SHARDS, Storage, open_storage, record_path
+from grounded_diffusion.engine.dataset.storage.base import FINISHED, SHARDS, Storage, record_path
+from grounded_diffusion.engine.dataset.storage.open import open_storage
 from grounded_diffusion.errors import StorageError, UsageError
 
 ODD = (TypeError, ValueError, KeyError, AttributeError, OverflowError)  # what a damaged record may lead to

@@ -16,10 +16,7 @@ import socket
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import BinaryIO, Protocol
-
-from grounded_diffusion.errors import UsageError
 
 SHARDS, PARTIAL = "shards", ".partial"
 FINISHED = f"{SHARDS}/finish.json"
@@ -86,20 +83,6 @@ class Storage(Protocol):
     def clean(self) -> None:
         """Remove .partial/ with what dead workers left in it. For the last to write: who holds FINISH, at its end."""
         ...
-
-
-def open_storage(out: str | Path) -> Storage:
-    """A folder, or a URL such as s3://bucket/prefix. Creates nothing. Raises UsageError."""
-    if not str(out):
-        raise UsageError("--out is empty, which would be the current folder; write . if that is meant")
-    scheme, separator, rest = str(out).partition("://")
-    if not separator or scheme == "file":
-        from grounded_diffusion.engine.dataset.storage.local import LocalStorage
-
-        return LocalStorage(Path(rest if separator else out))
-    from grounded_diffusion.engine.dataset.storage.remote import FsspecStorage
-
-    return FsspecStorage(str(out))
 
 
 def record_path(shard: int) -> str:

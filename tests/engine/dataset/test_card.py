@@ -17,7 +17,7 @@ from grounded_diffusion.engine.dataset import sheet as card_sheet
 from grounded_diffusion.engine.dataset.card import Contents, Counts, classes_table, front_matter
 from grounded_diffusion.engine.dataset.formats.common import yaml_string
 from grounded_diffusion.engine.dataset.shards import Recording, note_files
-from grounded_diffusion.engine.dataset.storage.base import open_storage
+from grounded_diffusion.engine.dataset.storage.open import open_storage
 from grounded_diffusion.engine.prompts.vocabulary import EMOJI_NAMES
 
 SETTINGS = {"sampler": "ddim", "steps": 25, "guidance_scale": 7.5, "seed": 0, "samples": 12, "min_area": None,
@@ -63,10 +63,10 @@ def test_card(run, bundle, blobs, capsys):
     assert card.data.size_categories == ["n<1K"]
     assert card.data.tags == ["synthetic", "grounded-diffusion"]
     samples = [blobs.sample(index) for index in range(blobs.count)]
-    cats = [sample for sample in samples if "cat" in sample.objects]
-    area = np.mean([sample.areas["cat"] / (40 * 56) for sample in cats])
+    cats = [sample for sample in samples if "cat" in sample.names]
+    area = np.mean([sample.object("cat").area / (40 * 56) for sample in cats])
     assert f"| cat | {len(cats)} | 0 | {area:.1%} | 0.750 |" in card.text
-    tvs = [sample.areas["tv monitor"] for sample in samples]
+    tvs = [sample.object("tv monitor").area for sample in samples]
     assert f"| tv monitor | 9 | {tvs.count(0)} |" in card.text
     for told in (sha256(bundle / MANIFEST), "| sampler | ddim |", "| steps | 25 |", "| seed | 0 |"):
         assert told in card.text
