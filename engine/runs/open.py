@@ -51,6 +51,7 @@ def open_run(config: RunConfig, say: Callable[[str], None], stop: Stop) -> Run:
         if not config.overwrite:
             check_same(storage.root, found.settings, run.settings)
         check_foreign_files(storage)
+        run.pipe.close()
         run = settle(config, prompts, storage, bundle, None, say, stop)  # takes nothing over from the run that goes
     return run
 
