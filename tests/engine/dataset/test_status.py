@@ -15,6 +15,7 @@ from grounded_diffusion.engine.dataset.storage.open import open_storage
 
 HOLD = """
 import sys, time
+from grounded_diffusion.engine.dataset.storage.open import open_storage
 with open_storage(sys.argv[1]).claim(int(sys.argv[2])) as mine:
     print(mine, flush=True)
     time.sleep(60)
