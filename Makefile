@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 SOURCES := pyproject.toml CMakeLists.txt constraints.txt \
-	$(shell git ls-files grounded_diffusion kernels engine training export bench models)
+	$(shell git ls-files "grounded_diffusion/*.py" kernels engine training export bench models)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow lint format bench gpu-test gpu-bench clean

@@ -37,6 +37,13 @@ class Job:
     seed: int
     draw: int
 
+    @classmethod
+    def of(cls, prompt: Prompt, number: int, index: int, seed: int) -> Job:
+        """Image `number` of a prompt and `index` of a run with a seed. A prompt with a seed of its own draws from that,
+        wherever it stands in the file."""
+        own = prompt.seed is not None
+        return cls(index, prompt, prompt.seed if own else seed, number if own else index)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sample:
@@ -82,13 +89,12 @@ class Failed:
     reason: str
 
 
-def plan(prompts: Iterable[Prompt], options: Options) -> list[Job]:
-    """All images of a run. A prompt with a seed of its own draws from that, wherever it stands in the file."""
+def all_jobs(prompts: Iterable[Prompt], options: Options) -> list[Job]:
+    """All images of a run."""
     jobs: list[Job] = []
     for prompt in prompts:
-        for i in range(prompt.count or options.images_per_prompt):
-            own = prompt.seed is not None
-            jobs.append(Job(len(jobs), prompt, prompt.seed if own else options.seed, i if own else len(jobs)))
+        for number in range(prompt.count or options.images_per_prompt):
+            jobs.append(Job.of(prompt, number, len(jobs), options.seed))
     return jobs
 
 
@@ -171,19 +177,14 @@ class GroundedPipeline:
             BackendError, NumericsError: while iterating.
         """
         options = replace(options or Options(), **changes)
-        jobs = plan(as_prompts(prompts), options)
+        jobs = all_jobs(as_prompts(prompts), options)
         self.schedule(options)  # raises for what the model's scheduler does not allow
         shape = self.latent_shape(options)
         if noise is not None and noise.shape != (len(jobs), *shape):
             raise UsageError(f"noise must have shape {[len(jobs), *shape]} for these prompts, not {list(noise.shape)}")
         for prompt in dict.fromkeys(job.prompt for job in jobs):
-            if dropped := self.tokenizer.encode(prompt.text).dropped:
-                limit = self.bundle.manifest.context_length
-                warnings.warn(
-                    f"the prompt {shorten(prompt.text)!r} is over {limit} tokens; the model does not see its end: "
-                    f"{shorten(' '.join(dropped), 200)!r}",
-                    stacklevel=2,
-                )
+            if cut := self.tokenizer.what_is_cut(prompt.text):
+                warnings.warn(cut, stacklevel=2)
             for name in prompt.objects:
                 self.tokenizer.encode_query(name)  # raises for a name without tokens
         jobs = [job for job in jobs if job.index not in skip]
@@ -292,8 +293,3 @@ def make_sample(job: Job, b: int, made: Made) -> Sample:
         mask_logits=denoised.mask_logits[b, : len(objects)],
         latents=denoised.latents[b],
     )
-
-
-def shorten(text: str, limit: int = 60) -> str:
-    """`text`, cut to `limit` characters."""
-    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any
 
 from grounded_diffusion.bundle import Manifest
+from grounded_diffusion.engine.checks import check_float, check_int
 from grounded_diffusion.engine.sampling.noise import MAX_SEED
 from grounded_diffusion.engine.sampling.schedule import SAMPLERS
 from grounded_diffusion.errors import UsageError
@@ -84,16 +83,3 @@ class Options:
     def batch_size(self, latent_cells: int, gpu: bool = False) -> int:
         """Images to a call: what was asked for, or what keeps the network busy without filling the memory."""
         return self.batch or max(1, min(16, (GPU_LATENT_CELLS if gpu else LATENT_CELLS) // latent_cells))
-
-
-def check_int(value: Any, name: str, low: int, high: int) -> None:
-    """Raise UsageError unless `value` is a whole number from low to high."""
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise UsageError(f"{name} must be a whole number from {low} to {high}, not {value!r}")
-
-
-def check_float(value: Any, name: str, low: float, high: float) -> None:
-    """Raise UsageError unless `value` is a finite number from low to high."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not low <= value <= high:
-        raise UsageError(f"{name} must be a number from {low:g} to {high:g}, not {value!r}")

@@ -6,7 +6,7 @@ import tracemalloc
 
 import pytest
 
-from grounded_diffusion.engine.pipeline.pipeline import plan as all_jobs
+from grounded_diffusion.engine.pipeline.pipeline import all_jobs
 from grounded_diffusion.engine.prompts.file import STRIDE, PromptFile
 from grounded_diffusion.engine.prompts.prompt import as_prompts, read_prompts
 from grounded_diffusion.engine.runs.plan import RETRY, Plan, default_shard_size, next_attempt
@@ -139,5 +139,5 @@ def test_attempts_have_noise_of_their_own(file):
 
 
 def test_shard_sizes_are_checked(file):
-    with pytest.raises(UsageError, match="--shard-size must be a whole number from 1"):
+    with pytest.raises(UsageError, match="shard_size must be a whole number from 1"):
         Plan(PromptFile(file), 1, 1, 0)
