@@ -63,6 +63,7 @@ class Sample:
         capture_timestep: training timestep at which the grounding head read the network.
         mask_logits: float32 [O,h',w'], before upsampling.
         latents: float32 [4,h,w], what the image was decoded from.
+        captured_latents: float32 [4,h,w], what the network was given at the captured step; None from a GPU.
     """
 
     index: int
@@ -79,6 +80,7 @@ class Sample:
     capture_timestep: float
     mask_logits: np.ndarray
     latents: np.ndarray
+    captured_latents: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,4 +294,5 @@ def make_sample(job: Job, b: int, made: Made) -> Sample:
         capture_timestep=denoised.capture_timestep,
         mask_logits=denoised.mask_logits[b, : len(objects)],
         latents=denoised.latents[b],
+        captured_latents=None if denoised.captured is None else denoised.captured[b],
     )

@@ -83,6 +83,7 @@ class Made:
                 cat(lambda p: p.denoised.latents),
                 cat(lambda p: p.denoised.mask_logits),
                 parts[0].denoised.capture_timestep,
+                None if parts[0].denoised.captured is None else cat(lambda p: p.denoised.captured),
             ),
         )
 

@@ -42,11 +42,13 @@ class Denoised:
         latents: final latents [B,4,h,w].
         mask_logits: [B,O,h',w'], from the captured step.
         capture_timestep: timestep of the captured step.
+        captured: [B,4,h,w], what the network was given at the captured step; None where a device has not kept it.
     """
 
     latents: np.ndarray
     mask_logits: np.ndarray
     capture_timestep: float
+    captured: np.ndarray | None = None
 
 
 def denoise(
@@ -84,7 +86,7 @@ def denoise(
     history = np.empty((slots, *noise.shape), np.float32) if slots else None  # ring buffer of past m
     latents = noise * np.float32(schedule.init_noise_sigma)
     network_input = latents * np.float32(rows[0].input_scale)  # both halves of guidance see it
-    mask_logits = None
+    mask_logits = captured = None
     for i, row in enumerate(rows):
         inputs = {
             "latents": network_input,
@@ -95,6 +97,7 @@ def denoise(
             inputs |= {"queries": conditioning.queries, "query_valid": conditioning.query_valid}
             outputs = backend.run(UNET_GROUNDED, inputs)
             mask_logits = outputs["mask_logits"].copy()
+            captured = network_input.copy()
             check_finite(mask_logits, names, f"mask logits at step {i + 1} of {len(rows)}")
         else:
             outputs = backend.run(UNET, inputs)
@@ -115,7 +118,7 @@ def denoise(
             out_input=network_input,
         )
         check_finite(latents, names, f"latents at step {i + 1} of {len(rows)}")
-    return Denoised(latents, mask_logits, rows[capture].timestep)
+    return Denoised(latents, mask_logits, rows[capture].timestep, captured)
 
 
 def guided_calls(

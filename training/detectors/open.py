@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from grounded_diffusion.errors import CheckpointError
-from grounded_diffusion.training.checkpoint import HUB_NAME
 from grounded_diffusion.training.detectors.base import Segmenter
 from grounded_diffusion.training.detectors.mask_rcnn import MaskRcnn
 from grounded_diffusion.training.detectors.segmenters import TransformersSegmenter
+from grounded_diffusion.training.hub import HUB_NAME
 
 MASK_RCNN = "mask-rcnn"
 
@@ -21,10 +21,10 @@ def open_segmenter(source: str, device: str = "cpu") -> Segmenter:
     """
     if source == MASK_RCNN:
         return MaskRcnn(device)
-    if Path(source).exists() or not HUB_NAME.fullmatch(source):
-        if not (Path(source) / "config.json").is_file():
-            raise CheckpointError(
-                f"{source} is no detector: it has no config.json; give a directory that transformers wrote, a hub name "
-                f"(owner/name), or {MASK_RCNN}"
-            )
+    local = Path(source).exists() or not HUB_NAME.fullmatch(source)
+    if local and not (Path(source) / "config.json").is_file():
+        raise CheckpointError(
+            f"{source} is no detector: it has no config.json; give a directory that transformers wrote, a hub name "
+            f"(owner/name), or {MASK_RCNN}"
+        )
     return TransformersSegmenter(source, device)

@@ -41,6 +41,13 @@ class FrozenBase:
         self.vae.to("cpu")  # until it is asked for: training on images that were generated never does
         self._empty = self.contexts([""])  # [1,77,D]
 
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(H, W) that the model was trained at, in pixels."""
+        size, scale = self.unet.config.sample_size, 2 ** (len(self.vae.config.block_out_channels) - 1)
+        height, width = (size, size) if isinstance(size, int) else size
+        return height * scale, width * scale
+
     @torch.no_grad()
     def contexts(self, texts: Sequence[str]) -> torch.Tensor:
         """Text embeddings [B,77,D]."""

@@ -1,4 +1,4 @@
-"""The card of a trained head: what it was trained on, by whose masks, at what cost, how good it is, and how it looks."""
+"""The card of a trained head: data, detector, cost, quality, and a picture of each name."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from PIL import Image
 
 from grounded_diffusion.training.grounding.config import HeadTraining
 from grounded_diffusion.training.grounding.store import ExampleSet
+from grounded_diffusion.training.head.head import HeadConfig
 
 PICTURE = "grounding.png"
 MEASURED = "grounding.json"
@@ -78,7 +79,7 @@ def write_card(
     config: HeadTraining,
     names: Mapping[str, Sequence[str]],
     parameters: int,
-    variant: str,
+    head: HeadConfig,
     timestep: int,
     seconds: float,
     device: str,
@@ -107,7 +108,7 @@ def write_card(
         unseen=", ".join(names["unseen"]) or "none named",
         settings=", ".join(f"{key} {value}" for key, value in settings.items()),
         parameters=parameters / 1e6,
-        variant=variant,
+        variant=head.variant,
         timestep=timestep,
         steps=config.iterations,
         batch=config.batch,

@@ -91,18 +91,21 @@ PRESETS = {
     "paper": HeadTraining(),
     "released": HeadTraining(lr=1e-5, weight_decay=0.0, batch=1, loss="sum", zero_masks="trust"),
     "quick": HeadTraining(
-        iterations=700, batch=32, lr=1e-3, weight_decay=0.0, optimizer="muon", warmup=50, cooldown=0.6, noise_range=160, clip=1.0,
-        validate_every=100, save_every=100,
+        iterations=700, batch=32, lr=1e-3, weight_decay=0.0, optimizer="muon", warmup=50, cooldown=0.6,
+        noise_range=160, clip=1.0, validate_every=100, save_every=100,
     ),
 }  # fmt: skip
 
 
-def build(preset: str, file: Path | None, given: dict[str, Any]) -> HeadTraining:
+def build(
+    preset: str, file: Path | None = None, given: dict[str, Any] | None = None, variant: str | None = None
+) -> HeadTraining:
     """A preset, changed by a TOML file, changed by what the command line gives. Raises UsageError."""
     if preset not in PRESETS:
         raise UsageError(f"there is no preset {preset!r}; known are {', '.join(PRESETS)}")
     changes = read_settings(file) if file else {}
-    return replace(PRESETS[preset], **{**changes, **given})
+    config = replace(PRESETS[preset], **{**changes, **(given or {})})
+    return replace(config, head={**config.head, "variant": variant}) if variant else config
 
 
 def read_settings(file: Path) -> dict[str, Any]:

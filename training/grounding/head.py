@@ -85,10 +85,20 @@ def train_head(job: HeadJob, say: Callable[[str], None]) -> None:
             save_checkpoint(job.out, checkpoint)
             pictured = write_picture(job.out, base, head, [*sets, *held], sorted(seen))
             write_card(
-                job.out, model=Path(job.base).name, sets=sets, config=job.config, names=names, variant=head.config.variant,
-                parameters=count_parameters(head), timestep=about.capture_timestep, seconds=trainer.seconds,
-                device=device_name(accelerator), best=trainer.best, pictured=pictured, yields=all_yields(sets),
-            )  # fmt: skip
+                job.out,
+                model=Path(job.base).name,
+                sets=sets,
+                config=job.config,
+                names=names,
+                head=head.config,
+                parameters=count_parameters(head),
+                timestep=about.capture_timestep,
+                seconds=trainer.seconds,
+                device=device_name(accelerator),
+                best=trainer.best,
+                pictured=pictured,
+                yields=all_yields(sets),
+            )
         quiet(f"wrote {job.out}; gd-export --ckpt {job.out} makes a bundle of it")
     accelerator.wait_for_everyone()
 
@@ -148,9 +158,7 @@ class curves:  # noqa: N801 - used as a function
             self.writer.add_scalar(name, value, step)
 
 
-def write_picture(
-    out: Path, base: FrozenBase, head, sets: Sequence[ExampleSet], seen: Sequence[str]
-) -> list[str]:
+def write_picture(out: Path, base: FrozenBase, head, sets: Sequence[ExampleSet], seen: Sequence[str]) -> list[str]:
     """One picture a name that the detector has found somewhere; returns the names, the seen ones first."""
     places: dict[str, tuple[ExampleSet, int, int]] = {}
     for one in sets:
@@ -185,4 +193,3 @@ def device_name(accelerator: Any) -> str:
     """What it ran on, for the card."""
     kind = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type
     return kind if accelerator.num_processes == 1 else f"{accelerator.num_processes} x {kind}"
-

@@ -22,9 +22,10 @@ FORMATS = {
     "hf-parquet": ("parquet", "ParquetFormat"),
     "yolo": ("yolo", "YoloFormat"),
     "yolo-seg": ("yolo", "YoloSegFormat"),
+    "examples": ("examples", "ExamplesFormat"),
     "null": ("null", "NullFormat"),
 }
-WITHOUT_VOID = ("coco", "yolo", "yolo-seg", "null")
+WITHOUT_VOID = ("coco", "yolo", "yolo-seg", "examples", "null")
 
 
 def open_format(name: str, settings: Settings) -> Format:

@@ -45,7 +45,11 @@ def test_the_very_word_goes_before_a_synonym():
 def test_an_unknown_name_is_told_with_the_nearest_labels():
     with pytest.raises(UsageError, match=r"does not know 'ships wheel' \(nearest labels: .*wheel"):
         match_labels(["dog", "ships wheel"], {0: "dog", 1: "wheel", 2: "cat", 3: "car"}, {})
-    assert nearest("traffic sign", ["sofa", "traffic light", "stop sign", "sign"])[0] in ("traffic light", "stop sign", "sign")
+    assert nearest("traffic sign", ["sofa", "traffic light", "stop sign", "sign"])[0] in (
+        "traffic light",
+        "stop sign",
+        "sign",
+    )
 
 
 def test_no_name_in_common_is_told_with_the_labels():
@@ -70,8 +74,8 @@ def test_aliases_say_what_stands_for_a_name(tmp_path):
 class Two:
     """Two dogs of different certainty and a cat."""
 
-    labels = {0: "dog", 1: "cat"}
-    about = {"detector": "two"}
+    def __init__(self):
+        self.labels, self.about = {0: "dog", 1: "cat"}, {"detector": "two"}
 
     def segment(self, images, wanted):
         mask = lambda x: np.arange(6)[None] == np.full((4, 1), x)

@@ -1,6 +1,7 @@
 """Segmentation models of transformers as detectors: each saved small and random, loaded, and compared with itself."""
 
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -45,8 +46,8 @@ def maskformer():
 
 
 def detr():
-    backbone = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1],
-                                         layer_type="basic", out_features=["stage1", "stage2", "stage3", "stage4"])  # fmt: skip
+    sizes = dict(embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], layer_type="basic")
+    backbone = transformers.ResNetConfig(out_features=OUT, **sizes)
     config = transformers.DetrConfig(
         use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, backbone_config=backbone, d_model=32,
         encoder_layers=1, decoder_layers=1, encoder_attention_heads=8, decoder_attention_heads=2, encoder_ffn_dim=16,
@@ -111,7 +112,7 @@ def test_findings_are_what_the_model_itself_says(saved, images):
             wanted = (labels < 3) & drawn.flatten(1).any(1)
             assert len(instances) == wanted.sum()
             assert sum(one.mask.sum() for one in instances) == pytest.approx(drawn[wanted].sum().item(), rel=0.01)
-        assert all(a.score >= b.score for a, b in zip(instances, instances[1:], strict=False))
+        assert all(a.score >= b.score for a, b in pairwise(instances))
 
 
 def test_only_wanted_labels_come_back(saved, images):
@@ -172,7 +173,7 @@ def test_oneformer_is_told_its_task_and_fetches_nothing(tmp_path, tiny_checkpoin
 
 
 def test_what_is_no_detector_is_refused(tmp_path, images):
-    with pytest.raises(CheckpointError, match="has no config.json"):
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
         open_segmenter(str(tmp_path / "nothing"))
     transformers.CLIPTextConfig().save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="does not segment"):
