@@ -59,6 +59,10 @@ def train_head(job: HeadJob, say: Callable[[str], None]) -> None:
     from accelerate import Accelerator
 
     check_out(job.out)
+    if job.device and job.device != "cpu" and not torch.cuda.is_available():
+        raise UsageError(
+            f"there is no GPU that torch can use for --device {job.device}; leave it out to train on the CPU"
+        )
     accelerator = Accelerator(cpu=job.device == "cpu")
     quiet = say if accelerator.is_main_process else lambda line: None
     sets, held = [ExampleSet(folder) for folder in job.examples], [ExampleSet(folder) for folder in job.validation]
