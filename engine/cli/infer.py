@@ -15,7 +15,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from grounded_diffusion import __version__
-from grounded_diffusion.engine.backends.open import BACKENDS
+from grounded_diffusion.engine.backends.open import BACKENDS, DEFAULT_BACKEND
 from grounded_diffusion.engine.cli import common
 from grounded_diffusion.engine.cli.options import (
     add_filter_options,
@@ -116,7 +116,9 @@ def build_parser() -> common.Parser:
     how.add_argument(
         "--batch", type=int, metavar="N", help="images to one call of the network (default: the fastest here)"
     )
-    how.add_argument("--backend", choices=BACKENDS, default=BACKENDS[0], help=f"default: {BACKENDS[0]}, on the CPU")
+    how.add_argument(
+        "--backend", choices=BACKENDS, default=DEFAULT_BACKEND, help=f"default: {DEFAULT_BACKEND}, on the CPU"
+    )
     how.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
     how.add_argument("--lanes", type=int, metavar="N", help="batches at once on the CPU (default: the fastest here)")
     how.add_argument(
@@ -172,13 +174,14 @@ def run(args: argparse.Namespace, stop: Stop) -> int:
     """The whole command; returns the exit status."""
     config = config_of(args)
     run = open_run(config, note, stop)
-    if args.dry_run:
-        for line in estimate(run):
-            print(line)
-        return 0
-    monitor = open_monitor(config, note)
-    stop.last = functools.partial(last_words, monitor)
-    return report(run, carry_out(run, monitor))
+    with run.pipe:
+        if args.dry_run:
+            for line in estimate(run):
+                print(line)
+            return 0
+        monitor = open_monitor(config, note)
+        stop.last = functools.partial(last_words, monitor)
+        return report(run, carry_out(run, monitor))
 
 
 def last_words(monitor: Monitor, name: str) -> None:

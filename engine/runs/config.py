@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from grounded_diffusion.engine.backends.open import BACKENDS
+from grounded_diffusion.engine.backends.open import BACKENDS, DEFAULT_BACKEND
 from grounded_diffusion.engine.checks import check_int
 from grounded_diffusion.engine.dataset.formats import FormatOptions, open_format
 from grounded_diffusion.engine.prompts.prompt import Prompt, to_line
@@ -61,7 +61,7 @@ class RunConfig:
     format_options: FormatOptions = field(default_factory=FormatOptions)
     filters: Filters = field(default_factory=Filters)
     attempts: int = ATTEMPTS
-    backend: str = BACKENDS[0]
+    backend: str = DEFAULT_BACKEND
     threads: int | None = None
     lanes: int | None = None
     shard_size: int | None = None

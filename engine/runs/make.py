@@ -64,7 +64,8 @@ def make_dataset(config: RunConfig, *, on_progress: Callable[[Progress], None] |
         StorageError, DiskFullError: the output cannot be written; the same call goes on once it can.
     """
     run = open_run(config, LOGGER.info, Stop())
-    return carry_out(run, open_monitor(config, LOGGER.info, on_progress))
+    with run.pipe:
+        return carry_out(run, open_monitor(config, LOGGER.info, on_progress))
 
 
 def carry_out(run: Run, monitor: Monitor) -> DatasetResult:

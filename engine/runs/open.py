@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from grounded_diffusion.bundle import MANIFEST, Bundle, open_bundle, sha256
-from grounded_diffusion.engine.backends.calibrate import Placement, placement
-from grounded_diffusion.engine.backends.open import open_backend
+from grounded_diffusion.engine.backends.calibrate import calibrate
+from grounded_diffusion.engine.backends.open import backend_entry, open_backend
 from grounded_diffusion.engine.checks import shorten
 from grounded_diffusion.engine.dataset.formats import Classes, Settings, open_format
 from grounded_diffusion.engine.dataset.formats.options import sorted_classes
 from grounded_diffusion.engine.dataset.runfile import RUN, check_same, read_settings
-from grounded_diffusion.engine.dataset.storage.base import PARTIAL, SHARDS, Storage, open_storage
+from grounded_diffusion.engine.dataset.storage.base import PARTIAL, SHARDS, Storage
+from grounded_diffusion.engine.dataset.storage.open import open_storage
 from grounded_diffusion.engine.pipeline.pipeline import GroundedPipeline
 from grounded_diffusion.engine.pipeline.shipped import shipped_bundle
 from grounded_diffusion.engine.pipeline.tokenizer import Tokenizer
@@ -47,20 +48,17 @@ def open_run(config: RunConfig, say: Callable[[str], None], stop: Stop) -> Run:
     check_output(storage, config.overwrite)
     before = None if config.overwrite else read_settings(storage)
     bundle = open_bundle(config.model or shipped_bundle(say))
-    chosen = place(config, bundle, prompts.samples, before or {}, say)
-    pipe = GroundedPipeline(bundle, open_backend(config.backend, bundle, threads=config.threads, lanes=chosen.lanes))
-    shard_size = config.shard_size or (before or {}).get("shard_size")
-    config = replace(
-        config,
-        options=replace(config.options, batch=chosen.batch),
-        shard_size=shard_size or default_shard_size(prompts.samples, chosen.batch),
-    )
+    batch, lanes = batch_and_lanes(config, bundle, prompts.samples, before or {}, say)
+    pipe = GroundedPipeline(bundle, open_backend(config.backend, bundle, threads=config.threads, lanes=lanes))
+    batch = batch or pipe.batch_size(config.options)
+    shard_size = config.shard_size or (before or {}).get("shard_size") or default_shard_size(prompts.samples, batch)
+    config = replace(config, options=replace(config.options, batch=batch), shard_size=shard_size)
     pipe.schedule(config.options)  # raises for what the model's scheduler does not allow
     written = format_settings(config, pipe.tokenizer, prompts, before, stop)
     settings = run_settings(config, bundle, prompts, written)
     if before:
         check_same(storage.root, before, settings)
-    plan = Plan(prompts, config.options.seed, chosen.batch, config.shard_size)
+    plan = Plan(prompts, config.options.seed, batch, shard_size)
     format = open_format(config.format, written)
     return Run(config, pipe, plan, storage, format, settings, before is not None, say, stop)
 
@@ -99,16 +97,20 @@ def format_settings(
     return config.format_options.settings(config.format, classes)
 
 
-def place(
+def batch_and_lanes(
     config: RunConfig, bundle: Bundle, samples: int, before: dict[str, Any], say: Callable[[str], None]
-) -> Placement:
-    """Images to a batch, and batches at once: as asked for, as the run was begun, or what is fastest here."""
+) -> tuple[int | None, int]:
+    """Images to a batch, and batches at once: as asked for, as the run was begun, or what is fastest here.
+
+    A batch of None is the backend's to choose.
+    """
     options = replace(config.options, batch=config.options.batch or before.get("batch"))
-    if config.backend == "onnxruntime" and samples >= CALIBRATED and None in (options.batch, config.lanes):
-        found = placement(bundle, options, config.threads, say)
-        return replace(found, lanes=config.lanes or found.lanes)
-    height, width = (side // bundle.manifest.vae_scale_factor for side in options.image_size(bundle.manifest))
-    return Placement(options.batch_size(height * width, config.backend != "onnxruntime"), config.lanes or 1)
+    on_cpu = backend_entry(config.backend).device == "cpu"
+    if on_cpu and samples >= CALIBRATED and None in (options.batch, config.lanes):
+        found = calibrate(bundle, options, config.threads, say, config.backend)
+        return found.batch, config.lanes or found.lanes
+    options.image_size(bundle.manifest)  # raises for a size that the model cannot make
+    return options.batch, config.lanes or 1
 
 
 def check_output(storage: Storage, overwrite: bool) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from grounded_diffusion.engine.checks import check_int
-from grounded_diffusion.engine.pipeline.pipeline import Job, chunks
+from grounded_diffusion.engine.pipeline.job import Job, chunks
 from grounded_diffusion.engine.prompts.file import PromptFile
 
 MAX_SHARD = 1_000_000
@@ -57,8 +57,9 @@ class Plan:
 
     def jobs(self, shard: int) -> list[Job]:
         """The samples of a shard."""
-        samples = self.prompts.between(self.indices(shard).start, self.indices(shard).stop)
-        return [Job.of(prompt, number, index, self.seed) for index, prompt, number in samples]
+        indices = self.indices(shard)
+        between = self.prompts.between(indices.start, indices.stop)
+        return [Job.of(index, prompt, number, self.seed) for index, prompt, number in between]
 
     def batches(self, jobs: list[Job]) -> Iterator[tuple[Job, ...]]:
         """Samples of one shard in batches."""

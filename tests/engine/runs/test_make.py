@@ -5,12 +5,12 @@ import logging
 import threading
 
 import pytest
-from helpers.null_backend import FailingBackend, NullBackend
+from helpers.null_backend import FailingBackend, NullBackend, backend_of
 
 from grounded_diffusion.engine import Filters, FormatOptions, Options, Prompt, RunConfig, make_dataset
-from grounded_diffusion.engine.backends import onnxruntime_cpu
+from grounded_diffusion.engine.backends.open import BACKENDS, DEFAULT_BACKEND
 from grounded_diffusion.engine.cli.infer import main
-from grounded_diffusion.engine.dataset.storage.base import open_storage
+from grounded_diffusion.engine.dataset.storage.open import open_storage
 from grounded_diffusion.engine.runs import progress
 from grounded_diffusion.errors import UsageError
 
@@ -32,7 +32,7 @@ def small(bundle, out, **fields):
 @pytest.fixture
 def null(monkeypatch):
     """Instead of the network, arithmetic."""
-    monkeypatch.setattr(onnxruntime_cpu, "OnnxRuntimeBackend", NullBackend)
+    monkeypatch.setitem(BACKENDS, DEFAULT_BACKEND, backend_of(NullBackend))
 
 
 CASES = {
@@ -110,7 +110,7 @@ def test_shares_make_one_data_set(tiny_bundle, tmp_path, null):
 
 
 def test_what_is_lost_is_counted(tiny_bundle, tmp_path, monkeypatch):
-    monkeypatch.setattr(onnxruntime_cpu, "OnnxRuntimeBackend", FailingBackend)
+    monkeypatch.setitem(BACKENDS, DEFAULT_BACKEND, backend_of(FailingBackend))
     result = make_dataset(small(tiny_bundle, tmp_path / "out", attempts=1))
     assert result.quarantined > 0 and result.accepted == 12 - result.quarantined
     assert result.reasons == {"the latents at step 1 of 2 are not finite": result.quarantined}
