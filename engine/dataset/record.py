@@ -24,7 +24,7 @@ class Record:
         read_image, read_labels: load uint8 [H,W,3], and uint8 [H,W] with 0 background, k where the object of label k
             lies on top, and 255 where the run has marked pixels as void.
         mask_logits: float32 [O,h',w'] before upsampling, by object; None for a record that was read from files.
-        captured_latents: float32 [4,h,w], what the network was given at that step; None as well.
+        captured_latents: float32 [4,h,w], what the network was given at that step; None likewise.
     """
 
     index: int

@@ -32,7 +32,7 @@ class ExamplesFormat(Format):
 
     def encode(self, record: Record) -> Encoded:
         if record.captured_latents is None:
-            raise UsageError("examples need the latents of the captured step, which only a run on the CPU keeps so far")
+            raise UsageError("examples need the latents of the captured step, which only gd-infer has at hand")
         image = f"images/{subfolder(record.index)}/{record.id}.{self.settings.suffix}"
         things = [{"name": thing.name, "label": thing.label} for thing in record.objects]
         row = {**describe(record), "image": image, "objects": things}
