@@ -19,7 +19,7 @@ from PIL import Image
 from grounded_diffusion.engine.dataset.formats.common import encode_image, encode_labels, mask_box
 from grounded_diffusion.engine.dataset.record import sample_id, subfolder
 from grounded_diffusion.engine.dataset.shards import DamagedShard, encode_shard, read_shard
-from grounded_diffusion.engine.dataset.storage.base import Storage, open_storage
+from grounded_diffusion.engine.dataset.storage.base import PARTIAL, SHARDS, Storage, open_storage
 from grounded_diffusion.errors import UsageError
 from grounded_diffusion.training.detectors.labels import meaning
 from grounded_diffusion.training.generator.base import FrozenBase
@@ -27,6 +27,7 @@ from grounded_diffusion.training.grounding.annotations import Annotations
 from grounded_diffusion.training.grounding.splits import Split
 from grounded_diffusion.training.grounding.store import (
     ABOUT,
+    MASKS,
     About,
     damaged_file,
     encode_masks,
@@ -37,6 +38,7 @@ from grounded_diffusion.training.grounding.store import (
     read_masks_record,
 )
 
+OURS = {PARTIAL, SHARDS, MASKS, "images", "labels", "latents"}  # what a folder has that is not finished
 LEAST_AREA = 0.01  # share of the image
 SHARD = 64
 CALL = 8  # images to one call of the autoencoder
@@ -147,7 +149,7 @@ def begin(storage: Storage, about: About) -> None:
         before = read_about(storage)
         if changed := [name for name in About.__slots__ if getattr(before, name) != getattr(about, name)]:
             raise UsageError(f"{storage.root} has other examples ({', '.join(changed)} differ); choose another --out")
-    elif not storage.list("shards") and Path(storage.root).is_dir() and any(Path(storage.root).iterdir()):
+    elif Path(storage.root).is_dir() and {path.name for path in Path(storage.root).iterdir()} - OURS:
         raise UsageError(f"{storage.root} is not empty and was not written by gd-train; choose another --out")
 
 
@@ -174,11 +176,8 @@ def write(
         row, more = describe(first + k, real, timestep)
         rows.append(row)
         files += more
-    if images:
-        scores = [np.ones(len(real.names)) for real in images]
-        content, record = encode_masks(shard, [real.masks for real in images], scores, about)
-    else:
-        content, record = encode_masks(shard, [np.zeros((0, 1, 8), np.bool_)], [np.zeros(0)], about)
+    scores = [np.ones(len(real.names)) for real in images]
+    content, record = encode_masks(shard, [real.masks for real in images], scores, about)
     files += [(masks_path(shard), content), (masks_path(shard, "json"), record)]
     storage.commit(shard, files, encode_shard(shard, first, rows, files))
 

@@ -84,12 +84,13 @@ def masks_path(shard: int, suffix: str = "npy") -> str:
 
 def encode_masks(shard: int, masks: Sequence[np.ndarray], scores: Sequence[np.ndarray], about: dict) -> tuple:
     """(file, record) of a shard's masks: bool [O,H,W] and float [O] an example."""
-    content = npy(np.packbits(np.concatenate(masks), axis=-1))
+    joined = np.concatenate(masks) if masks else np.zeros((0, 1, 8), np.bool_)
+    content = npy(np.packbits(joined, axis=-1))
     record = {
         "shard": shard,
         "detector": about,
         "sha256": hashlib.sha256(content).hexdigest(),
-        "width": int(masks[0].shape[-1]),
+        "width": joined.shape[-1],
         "areas": [mask.sum((1, 2)).tolist() for mask in masks],
         "scores": [[round(float(score), 4) for score in row] for row in scores],
     }
