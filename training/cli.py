@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
         for name in ("labeller", "oracle"):
             train_oracle(name, config, args.run, args.device)
     elif args.stage == "head":
-        from grounded_diffusion.training.grounding.train import train_head
+        from grounded_diffusion.training.emoji.head import train_head
 
         train_head(config, world, args.run)
     else:

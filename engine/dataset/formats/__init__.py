@@ -23,7 +23,7 @@ FORMATS = {
     "yolo": ("yolo", "YoloFormat"),
     "yolo-seg": ("yolo", "YoloSegFormat"),
     "examples": ("examples", "ExamplesFormat"),
-    "null": ("null", "NullFormat"),
+    "null": ("common", "NullFormat"),
 }
 WITHOUT_VOID = ("coco", "yolo", "yolo-seg", "examples", "null")
 
