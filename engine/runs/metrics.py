@@ -94,14 +94,15 @@ def parse_address(address: str | int) -> tuple[str, int]:
 
 def serve_metrics(address: tuple[str, int], registry: CollectorRegistry) -> ThreadingTCPServer:
     """Serve /metrics from a daemon thread, until `shutdown` and `server_close`. Raises UsageError."""
-    base: Any = MetricsHandler.factory(registry)
 
-    class Handler(base):
+    class Handler(MetricsHandler):
         def do_GET(self) -> None:  # noqa: N802 - as http.server calls it
             if self.path.partition("?")[0] == "/metrics":
                 super().do_GET()
             else:
                 self.send_error(404, "the metrics are at /metrics")
+
+    Handler.registry = registry
 
     # Not HTTPServer: that looks its own name up, which can take seconds where there is no name server.
     class Server(ThreadingTCPServer):

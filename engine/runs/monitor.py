@@ -62,11 +62,12 @@ class Monitor:
         say: Callable[[str], None] | None = None,
         on_progress: Callable[[Progress], None] | None = None,
         *,
-        log: Path | None = None,
-        metrics_file: Path | None = None,
+        log: str | Path | None = None,
+        metrics_file: str | Path | None = None,
         address: tuple[str, int] | None = None,
     ):
-        self.say, self.on_progress, self.metrics_file = say, on_progress, metrics_file
+        self.say, self.on_progress = say, on_progress
+        self.metrics_file = Path(metrics_file) if metrics_file else None
         self.total = self.done = 0
         self.accepted_images = self.batches_images = self.shards = 0
         self.rejections, self.quarantines, self.failures = Counter(), Counter(), Counter()
@@ -76,13 +77,13 @@ class Monitor:
         self.registry = registry_of(self)
         self._bar: ProgressBar | None = None
         self._lock, self._closing = threading.RLock(), threading.Event()
-        self._log = open_log(log) if log else None
+        self._log = open_log(Path(log)) if log else None
         self._server = self._ticker = None
-        if metrics_file:
+        if self.metrics_file:
             try:
-                write_metrics(metrics_file, self.registry)
+                write_metrics(self.metrics_file, self.registry)
             except OSError as error:
-                raise unwritable("metrics_file", metrics_file, error) from None
+                raise unwritable("metrics_file", self.metrics_file, error) from None
         if address:
             self._server = serve_metrics(address, self.registry)
         if metrics_file or address:
@@ -92,7 +93,7 @@ class Monitor:
     @property
     def address(self) -> tuple[str, int] | None:
         """Where the metrics are served."""
-        if not self._server:
+        if self._server is None:
             return None
         host, port = self._server.server_address[:2]
         return str(host), port

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from grounded_diffusion.bundle import MANIFEST, Bundle, open_bundle, sha256
 from grounded_diffusion.engine.backends.calibrate import calibrate
@@ -43,8 +43,7 @@ def open_run(config: RunConfig, say: Callable[[str], None], stop: Stop) -> Run:
         UsageError: a prompt or the output cannot be used, or the output has a run with other settings.
         BundleError, BackendError: the model cannot be used.
     """
-    lines = cast(tuple[str, ...], config.prompts)  # which is what a RunConfig makes of them
-    prompts = PromptFile(config.prompt_file, lines, config.options.images_per_prompt)
+    prompts = PromptFile(config.prompt_file, config.lines, config.options.images_per_prompt)
     storage = open_storage(config.out)
     check_output(storage, config.overwrite)
     before = None if config.overwrite else read_settings(storage)

@@ -24,7 +24,6 @@ from grounded_diffusion.engine.pipeline.pipeline import GroundedPipeline
 from grounded_diffusion.engine.runs.config import RunConfig
 from grounded_diffusion.engine.runs.monitor import Monitor
 from grounded_diffusion.engine.runs.plan import Plan
-from grounded_diffusion.engine.runs.share import Share
 from grounded_diffusion.engine.runs.stop import Stop
 from grounded_diffusion.engine.runs.worker import LOOK, Worker
 from grounded_diffusion.errors import UsageError
@@ -56,8 +55,8 @@ class Run:
     @property
     def shards(self) -> range:
         """The shards that are this process's."""
-        share = self.config.shard
-        return share.shards(self.plan.shards) if isinstance(share, Share) else range(self.plan.shards)
+        share = self.config.share
+        return share.shards(self.plan.shards) if share else range(self.plan.shards)
 
     def samples(self, shards: Iterable[int]) -> int:
         """How many samples shards have."""

@@ -196,13 +196,12 @@ class Worker:
 
     def _judge(self, work: ShardInProgress, job: Job, result: Sample | Failed) -> None:
         """Have a sample encoded, or its slot tried again, or give it up."""
-        kind = "quarantined"
         if isinstance(result, Failed):
-            reason = result.reason.removeprefix(f"sample {job.index}: ")
+            kind, reason = "quarantined", result.reason.removeprefix(f"sample {job.index}: ")
         elif result.image.min() == result.image.max():
-            reason = "the image has one colour only"
-        elif found := work.checker.check(result):
-            kind, reason = "rejected", found
+            kind, reason = "quarantined", "the image has one colour only"
+        elif refused := work.checker.check(result):
+            kind, reason = "rejected", refused
         else:
             self._room.acquire()
             work.encoded[job.index] = self._encoder.submit(self._encode, result)

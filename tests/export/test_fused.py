@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention_processor import Attention
-from helpers.numbers import relative_l2
+from helpers.errors import relative_l2
 from torch import nn
 
 from grounded_diffusion.export.graphs import quiet, swapped

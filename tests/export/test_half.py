@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 import onnx_ir
 import pytest
-from helpers.numbers import relative_l2
+from helpers.errors import relative_l2
 
 from grounded_diffusion.bundle import (
     GRAPH_IO,

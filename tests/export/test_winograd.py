@@ -5,7 +5,7 @@ import onnx_ir
 import onnxruntime
 import pytest
 import torch
-from helpers.numbers import relative_l2
+from helpers.errors import relative_l2
 from torch.nn import functional as F
 
 from grounded_diffusion.bundle import CPU, UNET

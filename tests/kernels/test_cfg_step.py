@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from helpers.numbers import relative_l2
+from helpers.errors import relative_l2
 
 from grounded_diffusion.kernels import StepCoefficients, cfg_step, reference
 

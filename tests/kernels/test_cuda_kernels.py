@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers.cuda.compile import FMA, build, sources
 from helpers.cuda.kernels import CpuCudaKernels
-from helpers.numbers import relative_l2
+from helpers.errors import relative_l2
 
 from grounded_diffusion.kernels import StepCoefficients, cfg_step, image_epilogue, mask_epilogue, reference
 from grounded_diffusion.kernels.cuda.device import DeviceArray, gpu_name

@@ -157,9 +157,13 @@ def take(path: Path) -> BinaryIO | None:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(path.stat(), os.fstat(stream.fileno())):
-                stream.truncate()
-                stream.write(holder())
-                stream.flush()
+                try:
+                    stream.truncate()
+                    stream.write(holder())
+                    stream.flush()
+                except OSError:  # a full disk: nobody is to find a lock that says nothing
+                    path.unlink(missing_ok=True)
+                    raise
                 return stream
         except BlockingIOError:
             stream.close()

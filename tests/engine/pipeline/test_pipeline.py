@@ -6,7 +6,7 @@ import warnings
 
 import numpy as np
 import pytest
-from helpers.numbers import relative_l2
+from helpers.errors import relative_l2
 
 from grounded_diffusion.bundle import UNET_GROUNDED, sha256
 from grounded_diffusion.engine import GroundedPipeline, Options, Prompt

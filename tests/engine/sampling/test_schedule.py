@@ -6,7 +6,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from helpers.numbers import relative_l2
+from helpers.errors import relative_l2
 
 from grounded_diffusion.engine.sampling.schedule import SAMPLERS, build_schedule
 from grounded_diffusion.errors import UsageError

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from helpers.numbers import relative_l2
+from helpers.errors import relative_l2
 from torch.nn import functional as F
 
 from grounded_diffusion.errors import CheckpointError, UsageError
