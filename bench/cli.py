@@ -21,7 +21,8 @@ from grounded_diffusion.bench.report import (
     speed_report,
     write_results,
 )
-from grounded_diffusion.bench.systems import EVERY_STEP, PEERS, missing_packages
+from grounded_diffusion.bench.systems import PEERS, missing_packages
+from grounded_diffusion.bench.work import EVERY_STEP
 from grounded_diffusion.bundle import open_bundle
 from grounded_diffusion.engine import GroundedPipeline, Options
 from grounded_diffusion.engine.backends.calibrate import calibrate

@@ -93,9 +93,10 @@ def export(checkpoint: Path, bundle: Path, report: Callable[[str], None]) -> Non
     said = "it said nothing"
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         try:
-            for line in filter(str.strip, process.stdout):
-                said = line.rstrip()
-                report(said)
+            for line in process.stdout or ():
+                if line.strip():
+                    said = line.rstrip()
+                    report(said)
         except BaseException:  # an interrupted export must not go on by itself
             process.kill()
             raise
