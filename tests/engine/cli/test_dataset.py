@@ -10,7 +10,7 @@ import pytest
 
 from grounded_diffusion.engine.cli.dataset import main
 from grounded_diffusion.engine.dataset.reader import FolderDataset
-from grounded_diffusion.engine.dataset.tools import in_val
+from grounded_diffusion.engine.dataset.tools.split import in_val
 from grounded_diffusion.errors import UsageError
 
 

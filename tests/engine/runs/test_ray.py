@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from grounded_diffusion.engine import Options, RunConfig, make_dataset
 from grounded_diffusion.engine.cli.infer import main
 from grounded_diffusion.engine.dataset.storage.open import open_storage
 from grounded_diffusion.engine.runs.ray import RayMonitor, ShardQueue, ray_cluster
@@ -84,6 +85,19 @@ def test_a_stopped_run_goes_on_without_ray(options, alone, tmp_path):
         assert time.monotonic() < deadline, "a worker outlives its run"
         time.sleep(0.1)
     assert main([*options, "--out", str(tmp_path / "out")]) == 0
+    assert tree(tmp_path / "out") == alone
+
+
+def test_from_python(tiny_bundle, alone, tmp_path):
+    """Workers are sent the configuration; progress comes back to the one who called."""
+    told = []
+    drawn = Options(**{name: SETTINGS[name] for name in ("images_per_prompt", "steps", "batch")})
+    config = RunConfig(
+        prompts=PROMPT, out=tmp_path / "out", model=tiny_bundle, options=drawn, shard_size=SETTINGS["shard_size"],
+        threads=1, ray="", workers=2,
+    )  # fmt: skip
+    result = make_dataset(config, on_progress=told.append)
+    assert result.finished and result.accepted == told[-1].done == 60
     assert tree(tmp_path / "out") == alone
 
 
