@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from itertools import islice
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar, cast
 
 from grounded_diffusion.engine.dataset.formats.common import Encoded, Format
 from grounded_diffusion.engine.dataset.runfile import MARKER, RUN, SUMMARY, run_json, to_bytes
@@ -168,7 +168,7 @@ def finish_shards(
         last: contents of files that are written after all others, by path.
     """
     recording, rows, last = Recording(storage), Rows(storage, shards), last or {}
-    format.finish(recording, rows, run)
+    format.finish(cast(Storage, recording), rows, run)  # what it does not have itself it asks of the storage
     files = recording.files | {path: hashlib.sha256(content).hexdigest() for path, content in last.items()}
     before = [*map(record_path, shards), *([RUN] if storage.exists(RUN) else [])]
     files |= {path: digest_of(storage, path) for path in before}

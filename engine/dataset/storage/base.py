@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from typing import BinaryIO, Protocol
@@ -53,7 +53,7 @@ class Storage(Protocol):
         """Paths of all files, and those of empty folders, which end in a slash."""
         ...
 
-    def list(self, prefix: str) -> list[str]:
+    def list(self, prefix: str) -> Sequence[str]:
         """Names of the files directly under a folder, sorted; none if there is no such folder."""
         ...
 

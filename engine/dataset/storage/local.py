@@ -8,7 +8,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
@@ -78,7 +78,7 @@ class LocalStorage:
         except OSError as error:
             raise UsageError(f"cannot read {error.filename or self.root}: {error.strerror or error}") from None
 
-    def list(self, prefix: str) -> list[str]:
+    def list(self, prefix: str) -> Sequence[str]:
         try:
             with os.scandir(self._file(prefix)) as entries:
                 return sorted(entry.name for entry in entries if not entry.is_dir(follow_symlinks=False))
@@ -163,9 +163,13 @@ def take(path: Path) -> BinaryIO | None:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(path.stat(), os.fstat(stream.fileno())):
-                stream.truncate()
-                stream.write(holder())
-                stream.flush()
+                try:
+                    stream.truncate()
+                    stream.write(holder())
+                    stream.flush()
+                except OSError:  # a full disk: nobody is to find a lock that says nothing
+                    path.unlink(missing_ok=True)
+                    raise
                 return stream
         except BlockingIOError:
             stream.close()
@@ -251,7 +255,7 @@ def full(root: Path, what: str, need: int, code: int) -> str:
     return f"no space left in {root}: {what}{needs}, {free}; make room, then give the same command again"
 
 
-def megabytes(size: int) -> str:
+def megabytes(size: float) -> str:
     """12345678 -> "12.3 MB", 12345 -> "12 kB"."""
     return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"
 

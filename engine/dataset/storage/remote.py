@@ -15,7 +15,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import BinaryIO
 
 from grounded_diffusion.engine.dataset.storage.base import SHARDS, holder, lock_path, record_path
@@ -89,7 +89,7 @@ class FsspecStorage:
             found = self.fs.find(self.prefix)
         yield from (key.removeprefix(f"{self.prefix}/") for key in found)
 
-    def list(self, prefix: str) -> list[str]:
+    def list(self, prefix: str) -> Sequence[str]:
         try:
             with self._errors("list", prefix):
                 found = self.fs.ls(self._key(prefix), detail=True)
