@@ -219,7 +219,7 @@ def run_status(args: argparse.Namespace) -> int:
 def run_preview(args: argparse.Namespace) -> int:
     data = FolderDataset(args.dir, splits=False)
     storage = Recording(data.storage)
-    images = write_preview(storage, data.rows(), data.settings)
+    images = write_preview(storage.as_storage(), data.rows(), data.settings)
     note_files(storage)
     storage.clean()
     print(f"{images} images in {storage.root}/{PAGE}")

@@ -99,7 +99,8 @@ def write_card(
     Raises:
         UsageError: not a finished data set, a file that cannot be read, or another README.md.
     """
-    storage = Recording(open_storage(path))
+    recording = Recording(open_storage(path))
+    storage = recording.as_storage()
     about = read_about(storage)
     if not about or not storage.exists(FINISHED):
         raise UsageError(f"{path} is no finished data set; gd-dataset status {path} tells what is missing")
@@ -125,7 +126,7 @@ def write_card(
         licence_notes(settings.get("model"), model),
     ]
     storage.put(CARD, "\n".join(filter(None, parts)).encode())
-    note_files(storage)
+    note_files(recording)
     storage.clean()
     return contents
 
