@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from grounded_diffusion.bundle import MANIFEST, read_manifest
-from grounded_diffusion.engine.backends.tensorrt.store import PLAN, SIDECAR, read_sidecar
+from grounded_diffusion.engine.backends.tensorrt.store import PACKAGES, PLAN, SIDECAR, read_sidecar
 from grounded_diffusion.errors import BackendError, BundleError, UsageError
 from grounded_diffusion.files import check_folder, fresh_folder, readable_errors
 
@@ -33,10 +33,11 @@ def files_of_bundle(path: Path) -> set[str]:
         names = {MANIFEST, *read_manifest(path).files}
     except (BundleError, TypeError):
         return set()
-    for file in (path / "engines").glob(f"*/*/{SIDECAR}"):
-        with contextlib.suppress(BackendError):
-            read_sidecar(file.parent)
-            names |= {file.with_name(name).relative_to(path).as_posix() for name in (PLAN, SIDECAR)}
+    for backend in PACKAGES:
+        for file in (path / "engines" / backend).glob(f"*/{SIDECAR}"):
+            with contextlib.suppress(BackendError):
+                read_sidecar(file.parent)
+                names |= {file.with_name(name).relative_to(path).as_posix() for name in (PLAN, SIDECAR)}
     return names
 
 

@@ -11,6 +11,7 @@ import json
 import sys
 from itertools import islice
 from pathlib import Path
+from typing import cast
 
 from grounded_diffusion import __version__
 from grounded_diffusion.engine.cli import common
@@ -25,6 +26,7 @@ from grounded_diffusion.engine.dataset.reader import FolderDataset
 from grounded_diffusion.engine.dataset.runfile import CONVERT
 from grounded_diffusion.engine.dataset.shards import Recording, finished_shards, note_files, read_shard, write_dataset
 from grounded_diffusion.engine.dataset.status import describe_status, read_status
+from grounded_diffusion.engine.dataset.storage.base import Storage
 from grounded_diffusion.engine.dataset.storage.local import LocalStorage
 from grounded_diffusion.engine.dataset.storage.open import open_storage
 from grounded_diffusion.engine.dataset.tools import merge, split, statistics
@@ -218,11 +220,11 @@ def run_status(args: argparse.Namespace) -> int:
 
 def run_preview(args: argparse.Namespace) -> int:
     data = FolderDataset(args.dir, splits=False)
-    storage = Recording(data.storage)
-    images = write_preview(storage.as_storage(), data.rows(), data.settings)
-    note_files(storage)
-    storage.clean()
-    print(f"{images} images in {storage.root}/{PAGE}")
+    recording = Recording(data.storage)
+    images = write_preview(cast(Storage, recording), data.rows(), data.settings)
+    note_files(recording)
+    data.storage.clean()
+    print(f"{images} images in {data.storage.root}/{PAGE}")
     return 0
 
 

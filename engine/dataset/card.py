@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from grounded_diffusion.bundle import MANIFEST, SHIPPED, read_manifest, sha256
 from grounded_diffusion.cache import cache_folder
@@ -14,7 +14,7 @@ from grounded_diffusion.engine.dataset.formats.common import yaml_string
 from grounded_diffusion.engine.dataset.runfile import INFER, SUMMARY, read_about, read_json
 from grounded_diffusion.engine.dataset.shards import Recording, Rows, finished_shards, note_files
 from grounded_diffusion.engine.dataset.sheet import choose, draw_sheet
-from grounded_diffusion.engine.dataset.storage.base import FINISHED
+from grounded_diffusion.engine.dataset.storage.base import FINISHED, Storage
 from grounded_diffusion.engine.dataset.storage.open import open_storage
 from grounded_diffusion.engine.prompts.vocabulary import EMOJI_NAMES
 from grounded_diffusion.errors import UsageError
@@ -100,7 +100,7 @@ def write_card(
         UsageError: not a finished data set, a file that cannot be read, or another README.md.
     """
     recording = Recording(open_storage(path))
-    storage = recording.as_storage()
+    storage = cast(Storage, recording)
     about = read_about(storage)
     if not about or not storage.exists(FINISHED):
         raise UsageError(f"{path} is no finished data set; gd-dataset status {path} tells what is missing")

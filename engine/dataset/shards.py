@@ -25,6 +25,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from io import BytesIO
 from itertools import islice
 from typing import Any, BinaryIO, TypeVar, cast
 
@@ -100,7 +101,7 @@ class Rows:
 def digest_of(storage: Storage, path: str) -> str:
     """SHA-256 of a file. Raises FileNotFoundError, StorageError."""
     with storage.open(path) as stream:
-        return hashlib.file_digest(cast(Any, stream), "sha256").hexdigest()
+        return hashlib.file_digest(cast(BytesIO, stream), "sha256").hexdigest()
 
 
 class Recording:
@@ -111,10 +112,6 @@ class Recording:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.storage, name)
-
-    def as_storage(self) -> Storage:
-        """Itself: what it does not have it asks of the storage."""
-        return cast(Storage, self)
 
     def put(self, path: str, content: bytes) -> None:
         self.storage.put(path, content)
@@ -172,7 +169,7 @@ def finish_shards(
         last: contents of files that are written after all others, by path.
     """
     recording, rows, last = Recording(storage), Rows(storage, shards), last or {}
-    format.finish(recording.as_storage(), rows, run)
+    format.finish(cast(Storage, recording), rows, run)  # what it does not have itself it asks of the storage
     files = recording.files | {path: hashlib.sha256(content).hexdigest() for path, content in last.items()}
     before = [*map(record_path, shards), *([RUN] if storage.exists(RUN) else [])]
     files |= {path: digest_of(storage, path) for path in before}
