@@ -11,6 +11,7 @@ from pathlib import Path
 
 from grounded_diffusion.engine.cli.common import run_command
 from grounded_diffusion.export import engine_cli
+from grounded_diffusion.files import local_path
 
 DESCRIPTION = "Export a grounded checkpoint as a bundle that gd-infer runs without torch, and verify it."
 BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -35,7 +36,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--capture-timestep", type=int, default=1, metavar="T",
         help="with --head: training timestep at which the head is to read the network (default: 1, the released one's)",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, help="the bundle's directory, made by this command")
+    parser.add_argument("--out", type=local_path, help="the bundle's directory, made by this command")
     parser.add_argument(
         "--precision",
         choices=["fp32", "fp16"],

@@ -18,7 +18,8 @@ import numpy as np
 
 from grounded_diffusion.bundle import open_bundle
 from grounded_diffusion.engine.dataset.shards import DamagedShard, finished_shards, read_shard
-from grounded_diffusion.engine.dataset.storage.base import Storage, open_storage, record_path
+from grounded_diffusion.engine.dataset.storage.base import Storage, record_path
+from grounded_diffusion.engine.dataset.storage.open import open_storage
 from grounded_diffusion.engine.runs.config import RunConfig
 from grounded_diffusion.engine.runs.make import make_dataset
 from grounded_diffusion.engine.sampling.options import Options

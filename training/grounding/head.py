@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from grounded_diffusion.engine.dataset.shards import finished_shards
-from grounded_diffusion.engine.dataset.storage.atomic import readable_errors
-from grounded_diffusion.engine.dataset.storage.base import open_storage
+from grounded_diffusion.engine.dataset.storage.open import open_storage
 from grounded_diffusion.errors import UsageError
+from grounded_diffusion.files import readable_errors
 from grounded_diffusion.training.checkpoint import save_checkpoint
 from grounded_diffusion.training.generator.base import FrozenBase
 from grounded_diffusion.training.grounding.batches import Pool

@@ -19,7 +19,8 @@ from PIL import Image
 from grounded_diffusion.engine.dataset.formats.common import encode_image, encode_labels, mask_box
 from grounded_diffusion.engine.dataset.record import sample_id, subfolder
 from grounded_diffusion.engine.dataset.shards import DamagedShard, encode_shard, read_shard
-from grounded_diffusion.engine.dataset.storage.base import PARTIAL, SHARDS, Storage, open_storage
+from grounded_diffusion.engine.dataset.storage.base import PARTIAL, SHARDS, Storage
+from grounded_diffusion.engine.dataset.storage.open import open_storage
 from grounded_diffusion.errors import UsageError
 from grounded_diffusion.training.detectors.labels import meaning
 from grounded_diffusion.training.generator.base import FrozenBase

@@ -24,7 +24,8 @@ import numpy as np
 from PIL import Image
 
 from grounded_diffusion.engine.dataset.shards import DamagedShard, finished_shards, read_shard
-from grounded_diffusion.engine.dataset.storage.base import Storage, open_storage
+from grounded_diffusion.engine.dataset.storage.base import Storage
+from grounded_diffusion.engine.dataset.storage.open import open_storage
 from grounded_diffusion.errors import UsageError
 
 ABOUT = "examples.json"

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from grounded_diffusion.engine.dataset.storage.atomic import readable_errors, replace_file
 from grounded_diffusion.errors import CheckpointError, UsageError
+from grounded_diffusion.files import readable_errors, replace_file
 from grounded_diffusion.training.generator.base import FrozenBase
 from grounded_diffusion.training.grounding.batches import Pool, collate, renoise, share
 from grounded_diffusion.training.grounding.config import HeadTraining

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from grounded_diffusion.engine.dataset.storage.base import open_storage
+from grounded_diffusion.engine.dataset.storage.open import open_storage
 from grounded_diffusion.errors import UsageError
 from grounded_diffusion.training import cli
 from grounded_diffusion.training.generator.base import FrozenBase
