@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from grounded_diffusion.engine.backends.open import BACKENDS
+from grounded_diffusion.engine.backends.open import BACKENDS, DEFAULT_BACKEND
 from grounded_diffusion.engine.cli.prompts import read_templates
 from grounded_diffusion.engine.prompts.vocabulary import Vocabulary, built_in, read_names, read_pairs
 from grounded_diffusion.engine.sampling.options import Options
@@ -112,7 +112,7 @@ def examples(argv: list[str], say: Say) -> None:
     how.add_argument("--guidance-scale", type=float, default=5.0, metavar="W")
     how.add_argument("--seed", type=int, default=0)
     how.add_argument("--batch", type=int, metavar="N")
-    how.add_argument("--backend", choices=BACKENDS, default=BACKENDS[0])
+    how.add_argument("--backend", choices=BACKENDS, default=DEFAULT_BACKEND)
     for name, kind in (("threads", int), ("lanes", int), ("shard-size", int), ("workers", int), ("shard", str)):
         how.add_argument(f"--{name}", type=kind, metavar="I/N" if kind is str else "N")
     how.add_argument("--ray", nargs="?", const="", metavar="ADDRESS")
