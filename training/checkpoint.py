@@ -124,7 +124,9 @@ def _first_line(error: Exception) -> str:
 def _load_module(kind: type, source: str | Path, part: str) -> torch.nn.Module:
     """One module of a model in float32. Nothing in a file is ever run as code. Raises CheckpointError."""
     try:
-        module, report = kind.from_pretrained(source, subfolder=part, output_loading_info=True)
+        # As it is without accelerate, whose other way of loading words its errors differently.
+        plain = {} if kind is CLIPTextModel else {"low_cpu_mem_usage": False}
+        module, report = kind.from_pretrained(source, subfolder=part, output_loading_info=True, **plain)
     except Exception as error:  # the two libraries raise a dozen kinds for unreadable files
         raise CheckpointError(f"cannot load {part} of {source}: {_first_line(error)}") from None
     if missing := sorted(report["missing_keys"]):
