@@ -89,7 +89,7 @@ std::vector<Stream*> opened;  // since the last fake_open
 unsigned eager = 0;           // bit k: the k-th of them
 std::map<Pointer, std::size_t> device_blocks, host_blocks;
 std::map<std::string, Kernel> loaded;
-std::size_t capacity = std::size_t{1} << 40, used = 0;
+std::size_t capacity = std::size_t{1} << 40, used = 0, used_before = 0;  // the last: by devices of earlier tests
 thread_local void* context = nullptr;
 void* const primary = &lock;
 
@@ -410,6 +410,11 @@ int kernel_library(void** library, void*) {
     return library_load(library, nullptr, nullptr, nullptr, 0, nullptr, nullptr, 0);
 }
 
+int function_load(void* function) {
+    static_cast<Kernel*>(function)->loaded = true;
+    return kSuccess;
+}
+
 // The beginning of CUlaunchConfig.
 struct LaunchConfig {
     unsigned grid[3], block[3], shared_bytes;
@@ -494,6 +499,7 @@ const std::map<std::string, void*>& functions() {
         ENTRY(cuLibraryGetKernel, library_kernel),
         ENTRY(cuKernelGetFunction, kernel_function),
         ENTRY(cuKernelGetLibrary, kernel_library),
+        ENTRY(cuFuncLoad, function_load),
         ENTRY(cuLaunchKernelEx, launch),
     };
     return all;
@@ -521,13 +527,13 @@ int cuDriverGetVersion(int* version) {
 // What a test asks for: as much memory, and of the streams made from now on those that are eager, a bit each.
 void fake_open(std::size_t memory, unsigned eager_streams) {
     std::lock_guard<std::recursive_mutex> guard(lock);
-    capacity = memory, eager = eager_streams;
+    used_before = used, capacity = used + memory, eager = eager_streams;
     opened.clear();
     complaints.clear();
     for (auto& [name, kernel] : loaded) kernel.loaded = false;
 }
 std::size_t fake_used() {
-    return used;
+    return used - used_before;
 }
 // What was done wrong since fake_open, one a line.
 const char* fake_complaints() {
