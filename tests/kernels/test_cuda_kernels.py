@@ -8,8 +8,8 @@ from helpers.cuda.compile import FMA, build, sources
 from helpers.cuda.kernels import CpuCudaKernels
 
 from grounded_diffusion.kernels import StepCoefficients, cfg_step, image_epilogue, mask_epilogue, reference
-from grounded_diffusion.kernels.cuda import STATS_BYTES, CudaKernels, MaskPointers, StepPointers, pack_step
-from grounded_diffusion.kernels.device import DeviceArray, gpu_name
+from grounded_diffusion.kernels.cuda.device import DeviceArray, gpu_name
+from grounded_diffusion.kernels.cuda.launch import STATS_BYTES, CudaKernels, MaskPointers, StepPointers, pack_step
 from grounded_diffusion.kernels.mask_epilogue import logit
 
 FP32, FP16 = 1e-6, 2e-3

@@ -14,7 +14,7 @@ import pytest
 from helpers.cuda.compile import build, sources
 
 from grounded_diffusion.export.bundle import export_bundle
-from grounded_diffusion.kernels import nvrtc
+from grounded_diffusion.kernels.cuda import nvrtc
 from grounded_diffusion.training.checkpoint import load_checkpoint
 
 TESTS = Path(__file__).parents[2]
