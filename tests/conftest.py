@@ -91,3 +91,11 @@ def tiny_bundle(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("tiny") / "bundle"
     export_bundle(load_checkpoint(request.getfixturevalue("tiny_checkpoint")), path)
     return path
+
+
+@pytest.fixture(scope="session")
+def half_bundle(tiny_bundle, tmp_path_factory):
+    """Directory of the tiny bundle in FP16. Do not write to it."""
+    from helpers.half import to_half_bundle
+
+    return to_half_bundle(tiny_bundle, tmp_path_factory.mktemp("half") / "bundle")
