@@ -12,7 +12,6 @@ import pytest
 from grounded_diffusion.bundle import GRAPHS, open_bundle
 from grounded_diffusion.engine import GroundedPipeline
 from grounded_diffusion.engine.backends.gpu.cuda import CudaDevice
-from grounded_diffusion.engine.backends.gpu.device import DeviceMemoryError
 from grounded_diffusion.engine.backends.open import open_backend
 from grounded_diffusion.engine.backends.tensorrt.spec import Bucket, load_module
 from grounded_diffusion.errors import NumericsError
@@ -123,31 +122,6 @@ def test_noise_that_is_not_finite_is_named(bundle, name):
     with pytest.raises(NumericsError, match="sample 1: the latents at step 1 of 6 are not finite"):
         list(GroundedPipeline(bundle, backend).generate(PROMPTS[:2], noise=noise, **OPTIONS))
     backend.close()
-
-
-def test_device_memory_that_is_not_there_is_refused():
-    device = CudaDevice()
-    with pytest.raises(DeviceMemoryError, match="is out of memory while allocating"):
-        device.allocate(1 << 50)
-
-
-def test_a_captured_graph_runs_only_when_it_is_replayed():
-    device = CudaDevice()
-    device.activate()
-    stream, done, pointer = device.stream(), device.event(), device.allocate(1024)
-    host = device.pinned(1024)
-    host[:] = 7
-    device.copy(stream, pointer, host.ctypes.data, 1024)
-    replay = device.capture(stream, lambda: device.clear(stream, pointer, 512))
-    for replays, zeros in ((0, 0), (1, 512)):
-        for _ in range(replays):
-            replay()
-        back = device.pinned(1024)
-        device.copy(stream, back.ctypes.data, pointer, 1024)
-        device.record(done, stream)
-        device.sync(done)
-        assert (back == 0).sum() == zeros and (back[512:] == 7).all()
-    device.free(pointer)
 
 
 def test_the_warning_of_a_smaller_batch_is_not_given_without_need(bundle, expected):

@@ -202,14 +202,14 @@ class TensorRTGraphs:
         engine = self._engine(graph, shapes)
         if last[0] is None:
             context.set_device_memory(*self._arena(stream, engine.device_memory_size_v2))
-        handle, failure = int(stream.handle), self.runtime.failure
+        handle, failure, this = int(stream.handle), self.runtime.failure, object()
 
-        def launch() -> None:
-            if last[0] is not launch:  # another binding of the same context, such as the other slot's
+        def launch() -> None:  # does not name itself: a cycle would keep the engine until it is collected
+            if last[0] is not this:  # another binding of the same context
                 for name, tensor in tensors.items():
                     if not context.set_tensor_address(name, tensor.pointer):
                         raise failure(f"refuses the memory of {name} in {graph}")
-                last[0] = launch
+                last[0] = this
             if not context.execute_async_v3(handle):
                 raise failure(f"failed in {graph} on {tensors['latents'].shape if 'latents' in tensors else shapes}")
 

@@ -44,6 +44,10 @@ def test_kernels_launched_by_cuda_core(driver):
     assert "passed" in run_tests(driver, "kernels/test_cuda_kernels.py", "-k", "gpu")
 
 
+def test_the_device_of_cuda_core(driver):
+    assert "passed" in run_tests(driver, "gpu/test_cuda_device.py")
+
+
 @pytest.mark.parametrize(("bundle", "streams"), [("tiny", "lazy"), ("tiny", "eager"), ("half", "lazy")])
 def test_the_device_loop_on_cuda_core(driver, request, bundle, streams):
     options = ["--fake-driver", f"--tiny-bundle={request.getfixturevalue(f'{bundle}_bundle')}"]

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from grounded_diffusion.engine.backends.gpu.backend import DeviceBackend
 from grounded_diffusion.engine.backends.gpu.device import DeviceMemoryError
 from grounded_diffusion.engine.backends.onnxruntime_cpu import OnnxRuntimeBackend
 from grounded_diffusion.engine.backends.open import open_backend
+from grounded_diffusion.engine.sampling import batch
 from grounded_diffusion.engine.sampling.batch import BatchRequest
 from grounded_diffusion.engine.sampling.denoise import make_batch
 from grounded_diffusion.engine.sampling.noise import batch_normal
@@ -160,6 +163,55 @@ def test_out_of_memory_goes_on_with_half_and_says_so(pipe, open_device):
     large = open_device(memory=needed, buckets=[(4, 8)])
     with pytest.warns(UserWarning), pytest.raises(BackendError, match=r"no engine is small enough.*--batch 2"):
         large.submit(r).result()
+
+
+def test_a_tail_that_does_not_fit_beside_a_full_batch_takes_its_place(pipe, open_device):
+    backend = open_device()
+    full, tail = request(pipe, 4, steps=2), request(pipe, 1, steps=2)
+    backend.submit(full).result()
+    backend = open_device(memory=backend.device.used)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing is halved
+        for r in (full, tail, full):
+            assert_same(backend.submit(r).result(), make_batch(pipe.backend, r))
+    assert [sizes.batch for sizes in backend._loops] == [4]
+
+
+def test_images_are_decoded_in_parts(pipe, open_device, monkeypatch):
+    r = request(pipe, 5, steps=2)
+    whole = make_batch(pipe.backend, r).images
+    monkeypatch.setattr(batch, "DECODE_CELLS", 2 * 16 * 16)
+    backend, decoded = open_device(), []
+    expected = make_batch(pipe.backend, r)
+    assert np.abs(expected.images.astype(int) - whole).max() <= 1
+    backend.runtime.spoil = lambda graph, arrays: decoded.append(arrays) if graph == VAE_DECODER else None
+    assert_same(backend.submit(r).result(), expected)
+    assert [len(arrays["image"]) for arrays in decoded] == [2, 2, 2], "the last one repeats an image"
+
+    def spoil(graph, arrays):
+        if graph == VAE_DECODER:
+            decoded.append(arrays)
+            arrays["image"][1, 0, 0, 0] = np.nan if len(decoded) == 6 else 0
+
+    backend.runtime.spoil = spoil
+    with pytest.raises(NumericsError, match="sample 4: the pixels are not finite"):
+        backend.submit(r).result()
+
+
+def test_a_closed_backend_is_gone_without_the_garbage_collector(pipe, open_device):
+    backend = open_device()
+    pending = backend.submit(request(pipe, 2, steps=2))
+    assert len(pending.result().images) == 2
+    gc.collect()
+    gc.disable()
+    try:
+        (loop,) = backend._loops.values()
+        held = [weakref.ref(launch) for launch in (loop._decode, *loop._bound.values())]
+        del loop
+        backend.close()
+        assert not [ref for ref in held if ref() is not None]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(
