@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from grounded_diffusion.errors import GroundedDiffusionError
+from grounded_diffusion.engine.cli.common import run_command
 from grounded_diffusion.export import engine_cli
 
 DESCRIPTION = "Export a grounded checkpoint as a bundle that gd-infer runs without torch, and verify it."
@@ -114,15 +114,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    try:
-        run(parse(argv))
-    except GroundedDiffusionError as error:
-        print(f"gd-export: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("gd-export: interrupted; what was finished is kept", file=sys.stderr)
-        return 130
-    return 0
+    return run_command("gd-export", lambda: run(parse(argv)), interrupted="interrupted; what was finished is kept")
 
 
 if __name__ == "__main__":

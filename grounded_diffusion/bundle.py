@@ -144,7 +144,7 @@ def read_manifest(path: Path) -> Manifest:
     if not file.is_file():
         raise BundleError(f"{path} has no {MANIFEST}, so its export did not finish; run gd-export again")
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
+        raw: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         schema = raw["schema"]
     except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise BundleError(f"{file} is not a manifest ({error}); run gd-export again") from None
@@ -157,7 +157,8 @@ def read_manifest(path: Path) -> Manifest:
     if unknown := sorted(raw.keys() - known):
         raise BundleError(f"{file} has unknown fields {', '.join(unknown)}; run gd-export again")
     try:
-        return Manifest(**{**raw, "image_size": tuple(raw["image_size"])})
+        raw["image_size"] = tuple(raw["image_size"])
+        return Manifest(**raw)
     except (TypeError, KeyError) as error:
         raise BundleError(f"{file} lacks a field ({error}); run gd-export again") from None
 

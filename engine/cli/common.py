@@ -20,12 +20,21 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; see {self.prog} --help")
 
 
+def parse_size(text: str) -> tuple[int, int]:
+    """ "512" or "512x768" -> (height, width)."""
+    if not (match := re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; give pixels, as in 512, or HEIGHTxWIDTH")
+    return int(match[1]), int(match[2] or match[1])
+
+
 def note(command: str, line: str) -> None:
     """One line to the person who waits."""
     print(f"{command}: {line}", file=sys.stderr, flush=True)
 
 
-def run_command(command: str, body: Callable[[], int | None], flags: Mapping[str, str] | None = None) -> int:
+def run_command(
+    command: str, body: Callable[[], int | None], flags: Mapping[str, str] | None = None, interrupted: str = ""
+) -> int:
     """Run a command; what goes wrong on purpose becomes one line and its exit status.
 
     Args:
@@ -33,6 +42,7 @@ def run_command(command: str, body: Callable[[], int | None], flags: Mapping[str
         body: what it does; returns the exit status, None for 0.
         flags: the options whose names are not those of the fields that they set. None where the command's errors name
             no fields.
+        interrupted: what to say after Ctrl-C, if anything.
     """
     try:
         return body() or 0
@@ -40,6 +50,8 @@ def run_command(command: str, body: Callable[[], int | None], flags: Mapping[str
         note(command, str(error) if flags is None else in_flags(error, flags))
         return error.exit_code
     except KeyboardInterrupt:
+        if interrupted:
+            note(command, interrupted)
         return INTERRUPTED
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from grounded_diffusion.engine.dataset.formats import FormatOptions
 from grounded_diffusion.engine.runs.filters import Filters
@@ -36,7 +37,8 @@ def add_format_options(parser: argparse.ArgumentParser, *, band: bool) -> None:
 
 def format_options_of(args: argparse.Namespace) -> FormatOptions:
     """What a command line asks of the format. Raises UsageError."""
-    return FormatOptions(**{field.name: getattr(args, field.name, None) for field in fields(FormatOptions)})
+    given: dict[str, Any] = {field.name: getattr(args, field.name, None) for field in fields(FormatOptions)}
+    return FormatOptions(**given)
 
 
 def add_filter_options(parser: argparse.ArgumentParser) -> None:

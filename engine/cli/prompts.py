@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from grounded_diffusion import __version__
@@ -77,7 +77,7 @@ def read_templates(path: Path) -> tuple[list[str], list[str]]:
     return found[1], found[2]
 
 
-def spread(words: list[tuple[str, ...]], templates: list[str], count: int) -> Iterator[Prompt]:
+def spread(words: Sequence[tuple[str, ...]], templates: list[str], count: int) -> Iterator[Prompt]:
     """Prompts with their counts: `count` images of each entry, spread over the templates, the first ones taking the
     rest."""
     for names in words:
@@ -88,7 +88,7 @@ def spread(words: list[tuple[str, ...]], templates: list[str], count: int) -> It
 
 def shuffled(prompts: list[Prompt], seed: int) -> list[Prompt]:
     """One prompt an image, ordered by a hash of seed and place: the same on every machine and Python."""
-    singles = [Prompt(prompt.text, prompt.objects, count=1) for prompt in prompts for _ in range(prompt.count)]
+    singles = [Prompt(prompt.text, prompt.objects, count=1) for prompt in prompts for _ in range(prompt.count or 1)]
     order = [hashlib.sha256(f"{seed}:{k}".encode()).digest() for k in range(len(singles))]
     return [singles[k] for k in sorted(range(len(singles)), key=order.__getitem__)]
 

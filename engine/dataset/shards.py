@@ -21,7 +21,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar, cast
 
 from grounded_diffusion.engine.dataset.formats.common import Encoded, Format
 from grounded_diffusion.engine.dataset.preview import is_preview
@@ -131,7 +131,7 @@ def finish_shards(storage: Storage, format: Format, shards: Sequence[int], run: 
     The page to look at is not noted: it may be made anew.
     """
     recording, rows = Recording(storage), Rows(storage, shards)
-    format.finish(recording, rows, run)
+    format.finish(cast(Storage, recording), rows, run)  # what it does not have itself it asks of the storage
     files = {path: recording.files[path] for path in sorted(recording.files) if not is_preview(path)}
     storage.put(FINISHED, json.dumps({"files": files}, ensure_ascii=False, indent=1).encode() + b"\n")
     return format.losses(rows)

@@ -136,9 +136,8 @@ def record_rate(storage: Storage, sizes: dict[int, int]) -> float | None:
     """Samples a second, from the times at which the last records were written; None where they do not tell."""
     if local(storage, RUN) is None:
         return None
-    times = sorted(
-        ((local(storage, record_path(shard)).stat().st_mtime, n) for shard, n in sizes.items()), reverse=True
-    )
+    files = [(local(storage, record_path(shard)), n) for shard, n in sizes.items()]
+    times = sorted(((file.stat().st_mtime, n) for file, n in files if file), reverse=True)
     recent = [(time, n) for k, (time, n) in enumerate(times) if k < FEWEST or times[0][0] - time <= WINDOW]
     seconds = recent[0][0] - recent[-1][0] if recent else 0
     return sum(n for _, n in recent[:-1]) / seconds if seconds > 0 else None

@@ -37,7 +37,8 @@ def open_monitor(
 ) -> Monitor:
     """The monitor that a configuration asks for. Raises UsageError for a file or port that cannot be used."""
     address = parse_address(config.metrics_port) if config.metrics_port is not None else None
-    return Monitor(say, on_progress, log=config.log, metrics_file=config.metrics_file, address=address)
+    log, metrics_file = (Path(file) if file else None for file in (config.log, config.metrics_file))
+    return Monitor(say, on_progress, log=log, metrics_file=metrics_file, address=address)
 
 
 class Monitor:
@@ -61,11 +62,12 @@ class Monitor:
         say: Callable[[str], None] | None = None,
         on_progress: Callable[[Progress], None] | None = None,
         *,
-        log: Path | None = None,
-        metrics_file: Path | None = None,
+        log: str | Path | None = None,
+        metrics_file: str | Path | None = None,
         address: tuple[str, int] | None = None,
     ):
-        self.say, self.on_progress, self.metrics_file = say, on_progress, metrics_file
+        self.say, self.on_progress = say, on_progress
+        self.metrics_file = Path(metrics_file) if metrics_file else None
         self.total = self.done = 0
         self.accepted_images = self.batches_images = self.shards = 0
         self.rejections, self.quarantines, self.failures = Counter(), Counter(), Counter()
@@ -75,13 +77,13 @@ class Monitor:
         self.registry = registry_of(self)
         self._bar: ProgressBar | None = None
         self._lock, self._closing = threading.RLock(), threading.Event()
-        self._log = open_log(log) if log else None
+        self._log = open_log(Path(log)) if log else None
         self._server = self._ticker = None
-        if metrics_file:
+        if self.metrics_file:
             try:
-                write_metrics(metrics_file, self.registry)
+                write_metrics(self.metrics_file, self.registry)
             except OSError as error:
-                raise unwritable("metrics_file", metrics_file, error) from None
+                raise unwritable("metrics_file", self.metrics_file, error) from None
         if address:
             self._server = serve_metrics(address, self.registry)
         if metrics_file or address:
@@ -91,7 +93,10 @@ class Monitor:
     @property
     def address(self) -> tuple[str, int] | None:
         """Where the metrics are served."""
-        return self._server.server_address[:2] if self._server else None
+        if self._server is None:
+            return None
+        host, port = self._server.server_address[:2]
+        return str(host), port
 
     def begin(self, total: int, done: int) -> None:
         """The run has `total` samples, `done` of which an earlier run has finished."""

@@ -43,7 +43,7 @@ def open_run(config: RunConfig, say: Callable[[str], None], stop: Stop) -> Run:
         UsageError: a prompt or the output cannot be used, or the output has a run with other settings.
         BundleError, BackendError: the model cannot be used.
     """
-    prompts = PromptFile(config.prompt_file, config.prompts, config.options.images_per_prompt)
+    prompts = PromptFile(config.prompt_file, config.lines, config.options.images_per_prompt)
     storage = open_storage(config.out)
     check_output(storage, config.overwrite)
     before = None if config.overwrite else read_settings(storage)

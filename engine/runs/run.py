@@ -55,7 +55,7 @@ class Run:
     @property
     def shards(self) -> range:
         """The shards that are this process's."""
-        share = self.config.shard
+        share = self.config.share
         return share.shards(self.plan.shards) if share else range(self.plan.shards)
 
     def samples(self, shards: Iterable[int]) -> int:

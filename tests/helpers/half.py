@@ -6,7 +6,7 @@ from dataclasses import replace
 import onnx_ir
 
 from grounded_diffusion.bundle import GRAPHS, TOKENIZER, open_bundle, sha256, write_manifest
-from grounded_diffusion.export.half import to_half
+from grounded_diffusion.export.rewrites.half import to_half
 from grounded_diffusion.export.weights import WeightStore
 
 

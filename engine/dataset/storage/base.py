@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from typing import BinaryIO, Protocol
@@ -43,7 +43,7 @@ class Storage(Protocol):
         """Content of a file. Raises FileNotFoundError."""
         ...
 
-    def list(self, prefix: str) -> list[str]:
+    def list(self, prefix: str) -> Sequence[str]:
         """Names of the files directly under a folder, sorted; none if there is no such folder."""
         ...
 

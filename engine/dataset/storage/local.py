@@ -9,7 +9,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -70,7 +70,7 @@ class LocalStorage:
         except OSError as error:
             raise StorageError(f"cannot read {self._file(path)}: {error.strerror or error}") from None
 
-    def list(self, prefix: str) -> list[str]:
+    def list(self, prefix: str) -> Sequence[str]:
         try:
             with os.scandir(self._file(prefix)) as entries:
                 return sorted(entry.name for entry in entries if entry.is_file())
@@ -157,9 +157,13 @@ def take(path: Path) -> BinaryIO | None:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(path.stat(), os.fstat(stream.fileno())):
-                stream.truncate()
-                stream.write(holder())
-                stream.flush()
+                try:
+                    stream.truncate()
+                    stream.write(holder())
+                    stream.flush()
+                except OSError:  # a full disk: nobody is to find a lock that says nothing
+                    path.unlink(missing_ok=True)
+                    raise
                 return stream
         except BlockingIOError:
             stream.close()
@@ -245,7 +249,7 @@ def full(root: Path, what: str, need: int, code: int) -> str:
     return f"no space left in {root}: {what}{needs}, {free}; make room, then give the same command again"
 
 
-def megabytes(size: int) -> str:
+def megabytes(size: float) -> str:
     """12345678 -> "12.3 MB", 12345 -> "12 kB"."""
     return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"
 

@@ -15,7 +15,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import BinaryIO
 
 from grounded_diffusion.engine.dataset.storage.base import SHARDS, holder, lock_path, record_path
@@ -77,7 +77,7 @@ class FsspecStorage:
         with self._errors("read", path):
             return self.fs.cat_file(self._key(path))
 
-    def list(self, prefix: str) -> list[str]:
+    def list(self, prefix: str) -> Sequence[str]:
         try:
             with self._errors("list", prefix):
                 found = self.fs.ls(self._key(prefix), detail=True)

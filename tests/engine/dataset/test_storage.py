@@ -228,6 +228,25 @@ def test_a_full_disk_says_what_the_shard_needs(tmp_path):
     assert second == "['000000.json', '000001.json']"
 
 
+def test_a_lock_that_does_not_fit_is_not_left_behind(tmp_path):
+    script = """if True:
+        import contextlib, os, sys
+        from grounded_diffusion.engine.dataset.storage.open import open_storage
+        from grounded_diffusion.errors import DiskFullError
+        storage = open_storage(sys.argv[1] + "/run")
+        with storage.claim(0), open(sys.argv[1] + "/ballast", "wb", buffering=0) as ballast:
+            with contextlib.suppress(OSError):
+                while ballast.write(bytes(4096)):
+                    pass
+            try:
+                with storage.claim(1):
+                    pass
+            except DiskFullError as error:
+                print(error.exit_code, storage.list("shards"))
+    """
+    assert on_tmpfs(tmp_path / "disk", "size=100k", script) == "75 ['000000.lock']\n"
+
+
 def test_a_read_only_disk_is_one_line(tmp_path):
     script = """if True:
         import sys
