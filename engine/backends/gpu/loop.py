@@ -85,17 +85,15 @@ class DeviceLoop:
             graphs.close()
             raise
         self.at, self.slots = self.memory.at, self.memory.slots
-        self._bound: dict[tuple[bool, bool], Callable[[], None]] = {}
+        self._bound: dict[tuple[bool, bool] | str, Callable[[], None]] = {}
         self._captured: dict[Any, Callable[[], None]] = {}
         self._queued: list[QueuedBatch | None] = [None] * len(self.slots)  # the last one of each slot
-        self._decode: Callable[[], None] | None = None
         self._next = 0
         try:
             for kind in (Kind(True, True, True), Kind(False, True, True)):  # the largest first: others share its memory
                 self._network(kind)
-            self._decode = graphs.bind(
-                VAE_DECODER, {"latents": self.at["decode"], "image": self.at["image"]}, streams.decode
-            )
+            tensors = {"latents": self.at["decode"], "image": self.at["image"]}
+            self._bound[VAE_DECODER] = graphs.bind(VAE_DECODER, tensors, streams.decode)
         except BaseException:
             self.close()
             raise
@@ -261,7 +259,7 @@ class DeviceLoop:
         at, decode, image, s = slot.at, self.at["decode"], self.at["image"], self.sizes
         stream, pixels = self.streams.decode, at["pixels"].part(start, s.decoded)
         self.device.copy(stream, decode.pointer, at["final"].part(start, s.decoded).pointer, decode.nbytes)
-        self._decode()
+        self._bound[VAE_DECODER]()
         self.device.kernels.image_epilogue(
             stream, image.pointer, pixels.pointer, batch=s.decoded, size=s.image,
             half=image.dtype == np.float16, bad=at["flags"].pointer + PIXELS * s.batch + start,
@@ -274,7 +272,6 @@ class DeviceLoop:
                 queued.wait()
         self._captured.clear()
         self._bound.clear()
-        self._decode = None
         self.graphs.close()
         self.memory.free()
         self.slots, self._queued = [], []

@@ -206,7 +206,7 @@ def test_a_closed_backend_is_gone_without_the_garbage_collector(pipe, open_devic
     gc.disable()
     try:
         (loop,) = backend._loops.values()
-        held = [weakref.ref(launch) for launch in (loop._decode, *loop._bound.values())]
+        held = [weakref.ref(launch) for launch in loop._bound.values()]
         del loop
         backend.close()
         assert not [ref for ref in held if ref() is not None]
