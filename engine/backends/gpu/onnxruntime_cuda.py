@@ -21,7 +21,7 @@ from grounded_diffusion.engine.sampling.backend import Arrays
 from grounded_diffusion.errors import BackendError
 
 PROVIDER = "CUDAExecutionProvider"
-INSTALL = "pip uninstall onnxruntime, then pip install 'grounded-diffusion[cuda]'"
+INSTALL = "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install 'grounded-diffusion[cuda]'"
 OPTIONS = {
     "prefer_nhwc": "1",  # tensor cores read channels last
     "fuse_conv_bias": "1",

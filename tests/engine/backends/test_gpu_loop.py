@@ -262,7 +262,10 @@ def test_the_pipeline_runs_on_a_device(pipe, open_device):
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("cuda", r"onnxruntime .* has no CUDA provider; pip uninstall onnxruntime, then pip install '.*\[cuda\]'"),
+        (
+            "cuda",
+            r"onnxruntime .* has no CUDA provider; pip uninstall -y onnxruntime .*, then pip install '.*\[cuda\]'",
+        ),
         ("tensorrt", r"tensorrt cannot be imported .*; pip install 'grounded-diffusion\[tensorrt\]'"),
         ("tensorrt-rtx", r"tensorrt_rtx cannot be imported .*; pip install 'grounded-diffusion\[rtx\]'"),
     ],
