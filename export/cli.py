@@ -11,6 +11,7 @@ from pathlib import Path
 
 from grounded_diffusion.engine.cli.common import run_command
 from grounded_diffusion.export import engine_cli
+from grounded_diffusion.files import local_path
 
 DESCRIPTION = "Export a grounded checkpoint as a bundle that gd-infer runs without torch, and verify it."
 BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -26,7 +27,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--base", help="for a .pth: its Stable Diffusion 1.x model, a diffusers-format directory or a hub name"
     )
-    parser.add_argument("--out", type=Path, help="the bundle's directory, made by this command")
+    parser.add_argument("--out", type=local_path, help="the bundle's directory, made by this command")
     parser.add_argument(
         "--precision",
         choices=["fp32", "fp16"],

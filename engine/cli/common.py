@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import NoReturn
 
 from grounded_diffusion.errors import GroundedDiffusionError, UsageError
+from grounded_diffusion.files import os_error_line
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
@@ -49,6 +50,9 @@ def run_command(
     except GroundedDiffusionError as error:
         note(command, str(error) if flags is None else in_flags(error, flags))
         return error.exit_code
+    except OSError as error:  # a folder that may not be read, say: whatever nobody has put into words before
+        note(command, os_error_line(error))
+        return UsageError.exit_code
     except KeyboardInterrupt:
         if interrupted:
             note(command, interrupted)

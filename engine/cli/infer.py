@@ -83,7 +83,7 @@ def build_parser() -> common.Parser:
     )
     what.add_argument("--seed", type=int, default=default.seed, help=f"seed of the data set (default: {default.seed})")
     what.add_argument(
-        "--overwrite", action="store_true", help="remove all that is in --out, if a run of ours, and start anew"
+        "--overwrite", action="store_true", help="replace another run of ours in --out; this very run goes on"
     )
     what.add_argument(
         "--dry-run", action="store_true", help="tell what would be made, how long it takes and how much it is"

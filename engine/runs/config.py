@@ -47,7 +47,7 @@ class RunConfig:
             has started this process. None makes whatever shard nobody else is on.
         ray: hand the shards to Ray's workers: the address of a cluster, "" to start one on this machine.
         workers: of Ray; None takes one a GPU for a backend on a GPU, else one for every `threads` cores.
-        overwrite: remove what is in `out`, if it is a run of ours, and start anew.
+        overwrite: remove another run that is in `out`, and only what its records name. This very run goes on.
         log: file to append a structured log to, one JSON object a line.
         metrics_file: file to keep in Prometheus' text format.
         metrics_port: port at which to serve metrics, or "HOST:PORT".

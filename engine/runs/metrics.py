@@ -8,11 +8,10 @@ import threading
 from bisect import bisect_left
 from collections.abc import Mapping
 from itertools import accumulate
-from pathlib import Path
 from socketserver import ThreadingTCPServer
 from typing import Any, cast
 
-from prometheus_client import MetricsHandler, write_to_textfile
+from prometheus_client import MetricsHandler
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector, CollectorRegistry
 
@@ -77,11 +76,6 @@ def gpu_busy() -> dict[str, float]:
     cells = [[cell.strip() for cell in line.split(",")] for line in lines]
     # A GPU cut into MIG instances reports "[N/A]".
     return {row[0]: int(row[1]) / 100 for row in cells if len(row) == 2 and row[1].isdecimal()}
-
-
-def write_metrics(path: Path, registry: CollectorRegistry) -> None:
-    """Replace the file, so that node_exporter never reads half of it. Raises OSError."""
-    write_to_textfile(str(path), registry)
 
 
 def parse_address(address: str | int) -> tuple[str, int]:

@@ -23,11 +23,13 @@ from grounded_diffusion.engine.runs.metrics import (
     parse_address,
     registry_of,
     serve_metrics,
-    write_metrics,
 )
 from grounded_diffusion.engine.runs.progress import Progress, ProgressBar, Rate
 from grounded_diffusion.errors import UsageError
+from grounded_diffusion.files import check_target, replace_file
 
+METRICS_BEGIN = b"# HELP grounded_diffusion_"  # every metrics file of ours
+LOG_BEGIN = b'{"time": "'  # and every log
 REFRESH = 10.0  # seconds between two metrics files
 REASONS = 32  # different reasons that get a label of their own, so that a collector never meets thousands
 
@@ -80,8 +82,9 @@ class Monitor:
         self._log = open_log(Path(log)) if log else None
         self._server = self._ticker = None
         if self.metrics_file:
+            check_target(self.metrics_file, "metrics_file", (".prom",), METRICS_BEGIN)
             try:
-                write_metrics(self.metrics_file, self.registry)
+                replace_file(self.metrics_file, generate_latest(self.registry))
             except OSError as error:
                 raise unwritable("metrics_file", self.metrics_file, error) from None
         if address:
@@ -257,9 +260,9 @@ class Monitor:
     def _save(self) -> None:
         if self.metrics_file:
             try:
-                write_metrics(self.metrics_file, self.registry)
-            except OSError as error:
-                self._tell(f"{self.metrics_file} is not kept any more: {error.strerror or error}")
+                replace_file(self.metrics_file, generate_latest(self.registry))
+            except (OSError, UsageError) as error:
+                self._tell(f"{self.metrics_file} is not kept any more: {getattr(error, 'strerror', None) or error}")
                 self.metrics_file = None
 
     def _tell(self, line: str) -> None:
@@ -268,8 +271,13 @@ class Monitor:
 
 
 def open_log(path: Path) -> TextIO:
-    """The log, opened to append, a line at a time. Raises UsageError."""
+    """The log, opened to append, a line at a time. Raises UsageError, also for a file that is no log."""
     try:
+        if path.is_file():
+            with path.open("rb") as stream:
+                if stream.read(len(LOG_BEGIN)) not in (b"", LOG_BEGIN):
+                    line = f"{path} is no log of ours, and nothing is added to it; give `log` another name"
+                    raise UsageError(line, "log")
         return path.open("a", encoding="utf-8", buffering=1)
     except OSError as error:
         raise unwritable("log", path, error) from None

@@ -77,6 +77,18 @@ class FsspecStorage:
         with self._errors("read", path):
             return self.fs.cat_file(self._key(path))
 
+    @contextlib.contextmanager
+    def open(self, path: str) -> Iterator[BinaryIO]:
+        with self._errors("read", path):
+            stream = self.fs.open(self._key(path), "rb")
+        with stream:
+            yield stream
+
+    def walk(self) -> Iterator[str]:
+        with self._errors("list", ""):
+            found = self.fs.find(self.prefix)
+        yield from (key.removeprefix(f"{self.prefix}/") for key in found)
+
     def list(self, prefix: str) -> Sequence[str]:
         try:
             with self._errors("list", prefix):
@@ -160,13 +172,6 @@ class FsspecStorage:
     def _send(self, shard: int, group: dict[str, bytes]) -> None:
         with self._errors("write", f"shard {shard}"):
             self.fs.pipe(group)
-
-    def clear(self) -> None:
-        with self._errors("remove", ""):
-            found = self.fs.find(self.prefix)
-            order = lambda key: (key == self._key("run.json"), not key.startswith(self._key(SHARDS)))
-            for key in sorted(found, key=order):
-                self.fs.rm_file(key)
 
     def clean(self) -> None:
         """Nothing is left half written that could be seen."""

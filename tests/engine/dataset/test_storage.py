@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from grounded_diffusion.engine.dataset.ours import clear
+from grounded_diffusion.engine.dataset.runfile import run_json
+from grounded_diffusion.engine.dataset.shards import encode_shard
 from grounded_diffusion.engine.dataset.storage.base import FINISH, record_path
 from grounded_diffusion.engine.dataset.storage.local import LocalStorage
 from grounded_diffusion.engine.dataset.storage.open import open_storage
@@ -283,7 +286,11 @@ def test_a_lock_file_is_what_status_reads(storage):
 
 
 def test_clearing_leaves_nothing(storage):
-    make_all(storage)
-    storage.put("run.json", b"{}")
-    storage.clear()
+    for shard in range(SHARDS):
+        files = shard_files(shard).items()
+        storage.commit(shard, files, encode_shard(shard, shard, [], files, [{"index": shard}]))
+    storage.put("run.json", run_json("folder", {}))
+    clear(storage)
+    assert tree(storage.folder).keys() == {"run.json"}
+    storage.remove("run.json")
     assert list(storage.folder.iterdir()) == []
