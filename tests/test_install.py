@@ -6,12 +6,14 @@ import os
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import pytest
+from packaging.requirements import Requirement
 
 import grounded_diffusion
 
@@ -130,3 +132,27 @@ print(grounded_diffusion.__file__)
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert Path(result.stdout.strip()).is_relative_to(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("extra", "runtimes"),
+    [
+        ("", set()),
+        ("cpu", {"onnxruntime"}),
+        ("cuda", {"onnxruntime-gpu"}),
+        ("tensorrt", set()),
+        ("rtx", set()),
+        ("export", set()),
+        ("test", set()),
+        ("dev", {"onnxruntime"}),
+    ],
+)
+def test_an_extra_brings_at_most_one_onnx_runtime(extra, runtimes):
+    """onnxruntime and onnxruntime-gpu write to the same folder: two of them are one that is broken."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    found, waiting = set(project["dependencies"]), [extra] if extra else []
+    while waiting:
+        for requirement in map(Requirement, project["optional-dependencies"][waiting.pop()]):
+            waiting += requirement.extras if requirement.name == "grounded-diffusion" else []
+            found.add(requirement.name)
+    assert {Requirement(name).name for name in found if name.startswith("onnxruntime")} == runtimes

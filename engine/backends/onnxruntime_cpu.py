@@ -124,7 +124,9 @@ class OnnxRuntimeBackend(HostBackend):
         try:
             import onnxruntime
         except ImportError as error:
-            raise BackendError(f"onnxruntime cannot be imported ({error}); pip install onnxruntime") from None
+            raise BackendError(
+                f"onnxruntime cannot be imported ({error}); pip install 'grounded-diffusion[cpu]'"
+            ) from None
         self.bundle, self.sessions, self._ort = bundle, sessions, onnxruntime
         super().__init__(lanes)
         self._graphs: dict[str, Graph] = {}

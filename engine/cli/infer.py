@@ -113,6 +113,7 @@ def build_parser() -> common.Parser:
     how.add_argument(
         "--backend", choices=BACKENDS, default=DEFAULT_BACKEND, help=f"default: {DEFAULT_BACKEND}, on the CPU"
     )
+    how.add_argument("--device", type=int, metavar="N", help="GPU (default: the first, or that of LOCAL_RANK)")
     how.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
     how.add_argument("--lanes", type=int, metavar="N", help="batches at once on the CPU (default: the fastest here)")
     how.add_argument(
@@ -149,8 +150,8 @@ def add_sharing_options(parser: argparse.ArgumentParser) -> None:
 
 def config_of(args: argparse.Namespace) -> RunConfig:
     """What a command line asks for. Raises UsageError."""
-    names = ("out", "model", "format", "attempts", "backend", "threads", "lanes", "shard_size", "shard", "ray",
-             "workers", "overwrite", "log", "metrics_file", "metrics_port")  # fmt: skip
+    names = ("out", "model", "format", "attempts", "backend", "device", "threads", "lanes", "shard_size", "shard",
+             "ray", "workers", "overwrite", "log", "metrics_file", "metrics_port")  # fmt: skip
     return RunConfig(
         prompt_file=args.prompts,
         prompts=args.prompt,
