@@ -75,6 +75,8 @@ class Run:
         Raises:
             UsageError: another run was faster, or is being made, or the output holds what is not ours.
         """
+        if self.config.overwrite:
+            self._check_alone()
         while not self.begun:
             with self.storage.claim(START) as mine:
                 if mine:
