@@ -37,7 +37,7 @@ Report = Callable[[str], None]
 
 def describe(checkpoint: Checkpoint, precision: str) -> Manifest:
     """The manifest of a checkpoint, its files not yet listed."""
-    unet, head, tokenizer = checkpoint.unet.config, checkpoint.head.config, checkpoint.tokenizer
+    unet, tokenizer = checkpoint.unet.config, checkpoint.tokenizer
     scale = checkpoint.vae_scale_factor
     size = checkpoint.latent_size
     return Manifest(
@@ -54,14 +54,7 @@ def describe(checkpoint: Checkpoint, precision: str) -> Manifest:
         scheduler={"_class_name": type(checkpoint.scheduler).__name__, **scheduler_config(checkpoint)},
         capture_timestep=checkpoint.capture_timestep,
         query_template=checkpoint.query_template,
-        head=dict(
-            variant=head.variant,
-            statistics=head.statistics,
-            reduced_channels=list(head.reduced_channels),
-            embed_dim=head.embed_dim,
-            layers=head.layers,
-            patch=head.patch,
-        ),
+        head=checkpoint.head.about(),
         precision=precision,
         names=checkpoint.names,
         versions={"grounded-diffusion": __version__} | {name: version(name) for name in MAKERS},

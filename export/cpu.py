@@ -111,7 +111,7 @@ def fuse_attention(model: onnx_ir.Model) -> None:
     for softmax in nodes(model, "Softmax"):
         scores, product = softmax.inputs[0].producer(), only_user(softmax)
         merged = only_user(only_user(product))
-        if scores is None or scores.op_type != "MatMul" or product is None or merged is None:
+        if None in (scores, product, merged) or (scores.op_type, product.op_type) != ("MatMul", "MatMul"):
             continue
         query = back(scores.inputs[0], ["Mul", *HEADS_OUT])
         key = back(scores.inputs[1], ["Mul", "Reshape", "Transpose", "Reshape", *HEADS_OUT])

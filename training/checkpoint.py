@@ -20,9 +20,13 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from grounded_diffusion.errors import CheckpointError, UsageError
+from grounded_diffusion.families import FAMILIES
+from grounded_diffusion.training.generator.denoiser import Denoiser
+from grounded_diffusion.training.generator.text import TextTower
+from grounded_diffusion.training.head.attention import AttentionHead
 from grounded_diffusion.training.head.head import GroundingHead, HeadConfig, load_released, load_state
 
 HEAD = "grounding_head"
@@ -43,6 +47,8 @@ class Checkpoint:
         capture_timestep: training timestep at which the head reads the UNet's features.
         query_template: text whose sub-tokens at "{}" make an object's query.
         names: object names, such as {"seen": [...], "unseen": [...]}; empty where unknown.
+        text_encoder_2: of a family with two.
+        family: one of FAMILIES.
     """
 
     unet: UNet2DConditionModel
@@ -50,10 +56,12 @@ class Checkpoint:
     text_encoder: CLIPTextModel
     tokenizer: CLIPTokenizer
     scheduler: Any
-    head: GroundingHead
+    head: GroundingHead | AttentionHead
     capture_timestep: int = RELEASED_TIMESTEP
     query_template: str = RELEASED_TEMPLATE
     names: dict[str, list[str]] = field(default_factory=dict)
+    text_encoder_2: CLIPTextModelWithProjection | None = None
+    family: str = "sd1"
 
     def __post_init__(self):
         steps = self.scheduler.config.num_train_timesteps
@@ -61,6 +69,17 @@ class Checkpoint:
             raise CheckpointError(f"capture_timestep is {self.capture_timestep}; the scheduler has 0 to {steps - 1}")
         if self.query_template.count("{}") != 1:
             raise CheckpointError(f"query_template {self.query_template!r} must hold {{}} once, for the object's name")
+
+    @property
+    def tower(self) -> TextTower:
+        """All that makes a context of a text."""
+        zero = FAMILIES[self.family].zero_negative
+        return TextTower(self.text_encoder, self.text_encoder_2, self.tokenizer.eos_token_id, zero).eval()
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """The UNet behind one call, whatever its family wants besides the context."""
+        return Denoiser(self.unet, self.vae_scale_factor).eval()
 
     @property
     def vae_scale_factor(self) -> int:
