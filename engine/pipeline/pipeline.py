@@ -5,99 +5,37 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Container, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from itertools import islice
+from concurrent.futures import Future, wait
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from grounded_diffusion.bundle import Bundle, open_bundle
-from grounded_diffusion.engine.backends.gpu.backend import DeviceBackend
 from grounded_diffusion.engine.backends.open import open_backend
+from grounded_diffusion.engine.checks import shorten
+from grounded_diffusion.engine.pipeline.job import Failed, Job, chunks, list_jobs
+from grounded_diffusion.engine.pipeline.shipped import shipped_bundle
 from grounded_diffusion.engine.pipeline.text_encoder import TextEncoder
 from grounded_diffusion.engine.pipeline.tokenizer import Tokenizer
 from grounded_diffusion.engine.prompts.prompt import Prompt, as_prompts
 from grounded_diffusion.engine.sampling.backend import Backend
-from grounded_diffusion.engine.sampling.batch import Made, Request, make
-from grounded_diffusion.engine.sampling.denoise import Conditioning
+from grounded_diffusion.engine.sampling.batch import BatchRequest, BatchResult, Conditioning
 from grounded_diffusion.engine.sampling.noise import batch_normal
 from grounded_diffusion.engine.sampling.options import Options
+from grounded_diffusion.engine.sampling.sample import ObjectMask, Sample
 from grounded_diffusion.engine.sampling.schedule import Schedule, build_schedule
 from grounded_diffusion.errors import NumericsError, UsageError
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One image to make: `index` within the run, and its noise's key (seed, draw)."""
-
-    index: int
-    prompt: Prompt
-    seed: int
-    draw: int
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Sample:
-    """One image with its masks.
-
-    Attributes:
-        index: position in the run, from 0.
-        prompt: text of the prompt.
-        objects: names in the prompt's order; masks, areas, boxes and scores are by name.
-        seed, draw: the key of the noise.
-        image: uint8 [H,W,3].
-        labels: uint8 [H,W]; 0 background, k where object k (from 1) has the highest logit inside its mask.
-        masks: bool [H,W] each; they may overlap.
-        areas: pixels of each mask.
-        boxes: x, y, width, height of each mask; zeros when it is empty.
-        scores: mean probability inside each mask; 0 when it is empty.
-        capture_timestep: training timestep at which the grounding head read the network.
-        mask_logits: float32 [O,h',w'], before upsampling.
-        latents: float32 [4,h,w], what the image was decoded from.
-    """
-
-    index: int
-    prompt: str
-    objects: tuple[str, ...]
-    seed: int
-    draw: int
-    image: np.ndarray
-    labels: np.ndarray
-    masks: dict[str, np.ndarray]
-    areas: dict[str, int]
-    boxes: dict[str, tuple[int, int, int, int]]
-    scores: dict[str, float]
-    capture_timestep: float
-    mask_logits: np.ndarray
-    latents: np.ndarray
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """A sample that could not be made, and why."""
-
-    job: Job
-    reason: str
-
-
-def plan(prompts: Iterable[Prompt], options: Options) -> list[Job]:
-    """All images of a run. A prompt with a seed of its own draws from that, wherever it stands in the file."""
-    jobs: list[Job] = []
-    for prompt in prompts:
-        for i in range(prompt.count or options.images_per_prompt):
-            own = prompt.seed is not None
-            jobs.append(Job(len(jobs), prompt, prompt.seed if own else options.seed, i if own else len(jobs)))
-    return jobs
 
 
 class GroundedPipeline:
     """A model ready to run.
 
-        pipe = GroundedPipeline.open("bundle")
-        for sample in pipe.generate(["a photograph of a [dog] and a [cat]"], steps=25, seed=7):
-            sample.image, sample.masks["dog"]
+        with GroundedPipeline.open("bundle") as pipe:
+            for sample in pipe.generate(["a photograph of a [dog] and a [cat]"], steps=25, seed=7):
+                sample.image, sample.masks["dog"]
 
     Attributes:
         bundle: the opened bundle.
@@ -123,7 +61,8 @@ class GroundedPipeline:
         Args:
             bundle: directory that gd-export wrote; None takes the model that ships with the package, exported into
                 the user's cache at first use (which needs the `export` extra).
-            backend: "onnxruntime" for the CPU; "cuda", "tensorrt" or "tensorrt-rtx" for an NVIDIA GPU.
+            backend: one of backends.open.BACKENDS: "onnxruntime" for the CPU; "cuda", "tensorrt" or "tensorrt-rtx" for
+                an NVIDIA GPU.
             threads: CPU threads; None takes all cores.
             lanes: batches at once on the CPU, each on its share of the threads: slower for one, faster for many.
 
@@ -132,12 +71,18 @@ class GroundedPipeline:
             UsageError: there is no such backend.
             BackendError: the backend is not installed, or finds no GPU.
         """
-        if bundle is None:
-            from grounded_diffusion.engine.pipeline.shipped import shipped_bundle
-
-            bundle = shipped_bundle()
-        opened = open_bundle(bundle)
+        opened = open_bundle(shipped_bundle() if bundle is None else bundle)
         return cls(opened, open_backend(backend, opened, threads=threads, lanes=lanes))
+
+    def close(self) -> None:
+        """Wait for what is under way and free the backend's threads and memory; a with statement does it too."""
+        self.backend.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def schedule(self, options: Options) -> Schedule:
         """The sampler's table for this model. Raises UsageError for what the model's scheduler does not allow."""
@@ -171,7 +116,7 @@ class GroundedPipeline:
             BackendError, NumericsError: while iterating.
         """
         options = replace(options or Options(), **changes)
-        jobs = plan(as_prompts(prompts), options)
+        jobs = list_jobs(as_prompts(prompts), options)
         self.schedule(options)  # raises for what the model's scheduler does not allow
         shape = self.latent_shape(options)
         if noise is not None and noise.shape != (len(jobs), *shape):
@@ -190,13 +135,16 @@ class GroundedPipeline:
         return self._generate(jobs, options, noise)
 
     def _generate(self, jobs: list[Job], options: Options, noise: np.ndarray | None) -> Iterator[Sample]:
-        _, height, width = self.latent_shape(options)
-        batch = options.batch_size(height * width, isinstance(self.backend, DeviceBackend))
-        for results in self.batches(chunks(jobs, batch), options, noise=noise):
+        for results in self.batches(chunks(jobs, self.batch_size(options)), options, noise=noise):
             for result in results:
                 if isinstance(result, Failed):
                     raise NumericsError(result.reason)
                 yield result
+
+    def batch_size(self, options: Options) -> int:
+        """Images to a batch: what was asked for, or what the backend is best at."""
+        _, height, width = self.latent_shape(options)
+        return options.batch or self.backend.default_batch(height * width)
 
     def batches(
         self, batches: Iterable[Sequence[Job]], options: Options, *, noise: np.ndarray | None = None
@@ -212,38 +160,31 @@ class GroundedPipeline:
         Raises:
             BackendError: the backend has failed.
         """
-        schedule, lanes = self.schedule(options), self.backend.lanes
-        waiting: deque[Future[list[Sample | Failed]]] = deque()
-        with ThreadPoolExecutor(lanes, "lane") as pool:
-            try:
-                for jobs in batches:
-                    conditioning = self.condition([job.prompt for job in jobs])
-                    waiting.append(pool.submit(self._batch, list(jobs), conditioning, schedule, options, noise))
-                    if len(waiting) > lanes:
-                        yield waiting.popleft().result()
-                while waiting:
-                    yield waiting.popleft().result()
-            finally:
-                for future in waiting:
-                    future.cancel()
-
-    def _batch(self, jobs: list[Job], conditioning: Conditioning, schedule: Schedule, options: Options, noise):
-        """One batch, or where it fails each of its samples alone."""
+        schedule = self.schedule(options)
+        submitted: deque[tuple[Sequence[Job], BatchRequest, Future[BatchResult]]] = deque()
         try:
-            return self._make(jobs, conditioning, schedule, options, noise)
-        except NumericsError as error:
-            if len(jobs) == 1:
-                return [Failed(jobs[0], str(error))]
-        return [self._batch([job], conditioning.row(b), schedule, options, noise)[0] for b, job in enumerate(jobs)]
+            for jobs in batches:
+                request = self._request(jobs, schedule, options, noise)
+                submitted.append((jobs, request, self.backend.submit(request)))
+                if len(submitted) > self.backend.lanes:
+                    yield self._results(*submitted.popleft())
+            while submitted:
+                yield self._results(*submitted.popleft())
+        finally:
+            left = [future for _, _, future in submitted]
+            for future in left:
+                future.cancel()
+            wait(left)
 
-    def _make(
-        self, jobs: list[Job], conditioning: Conditioning, schedule: Schedule, options: Options, noise
-    ) -> list[Sample]:
+    def _request(
+        self, jobs: Sequence[Job], schedule: Schedule, options: Options, noise: np.ndarray | None
+    ) -> BatchRequest:
+        """What the backend is to make for some jobs."""
         shape = self.latent_shape(options)
         keys = [(job.seed, job.draw) for job in jobs]
-        request = Request(
+        return BatchRequest(
             schedule,
-            conditioning,
+            self.condition([job.prompt for job in jobs]),
             batch_normal(keys, shape) if noise is None else noise[[job.index for job in jobs]].astype(np.float32),
             size=options.image_size(self.bundle.manifest),
             guidance_scale=options.guidance_scale,
@@ -253,9 +194,21 @@ class GroundedPipeline:
             names=[f"sample {job.index}" for job in jobs],
             threshold=options.threshold,
         )
-        on_device = isinstance(self.backend, DeviceBackend)
-        made = self.backend.submit(request).result() if on_device else make(self.backend, request)
-        return [make_sample(job, b, made) for b, job in enumerate(jobs)]
+
+    def _results(
+        self, jobs: Sequence[Job], request: BatchRequest, future: Future[BatchResult]
+    ) -> list[Sample | Failed]:
+        """The samples of a batch; where it fails, those of each of its images alone."""
+        try:
+            result = future.result()
+        except NumericsError as error:
+            if len(jobs) == 1:
+                return [Failed(jobs[0], str(error))]
+        else:
+            return [make_sample(job, b, result) for b, job in enumerate(jobs)]
+        alone = [([job], request.part(b, b + 1)) for b, job in enumerate(jobs)]
+        futures = [self.backend.submit(part) for _, part in alone]
+        return [self._results(*given, future)[0] for given, future in zip(alone, futures, strict=True)]
 
     def condition(self, prompts: list[Prompt]) -> Conditioning:
         """Encode the prompts and object queries of a batch."""
@@ -265,17 +218,20 @@ class GroundedPipeline:
         return Conditioning(np.concatenate([unconditional, conditional]), queries, valid)
 
 
-def chunks(jobs: Iterable[Job], size: int) -> Iterator[tuple[Job, ...]]:
-    """Jobs in batches of `size`, the last one shorter."""
-    jobs = iter(jobs)
-    while chunk := tuple(islice(jobs, size)):
-        yield chunk
-
-
-def make_sample(job: Job, b: int, made: Made) -> Sample:
+def make_sample(job: Job, b: int, made: BatchResult) -> Sample:
     """Row b of a batch as a Sample."""
-    objects, result, denoised = job.prompt.objects, made.masks, made.denoised
-    rows = {name: (b, o) for o, name in enumerate(objects)}
+    found, denoised = made.masks, made.denoised
+    objects = tuple(
+        ObjectMask(
+            name,
+            label=o + 1,
+            area=int(found.area[b, o]),
+            box=tuple(found.box[b, o].tolist()),
+            score=float(found.score[b, o]),
+            read_mask=partial(found.masks.__getitem__, (b, o)),
+        )
+        for o, name in enumerate(job.prompt.objects)
+    )
     return Sample(
         index=job.index,
         prompt=job.prompt.text,
@@ -283,17 +239,8 @@ def make_sample(job: Job, b: int, made: Made) -> Sample:
         seed=job.seed,
         draw=job.draw,
         image=made.images[b],
-        labels=result.labels[b],
-        masks={name: result.masks[at] for name, at in rows.items()},
-        areas={name: int(result.area[at]) for name, at in rows.items()},
-        boxes={name: tuple(result.box[at].tolist()) for name, at in rows.items()},
-        scores={name: float(result.score[at]) for name, at in rows.items()},
+        labels=found.labels[b],
         capture_timestep=denoised.capture_timestep,
         mask_logits=denoised.mask_logits[b, : len(objects)],
         latents=denoised.latents[b],
     )
-
-
-def shorten(text: str, limit: int = 60) -> str:
-    """`text`, cut to `limit` characters."""
-    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from grounded_diffusion.kernels.device import gpu_name
+from grounded_diffusion.kernels.cuda.device import gpu_name
 
 
 def main() -> int:

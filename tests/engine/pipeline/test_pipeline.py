@@ -9,6 +9,7 @@ import pytest
 
 from grounded_diffusion.bundle import UNET_GROUNDED, sha256
 from grounded_diffusion.engine import GroundedPipeline, Options, Prompt
+from grounded_diffusion.engine.sampling.batch import BatchRequest
 from grounded_diffusion.engine.sampling.denoise import denoise
 from grounded_diffusion.engine.sampling.noise import batch_normal
 from grounded_diffusion.engine.sampling.schedule import SAMPLERS
@@ -32,28 +33,29 @@ def relative(got, expected):
 
 
 def assert_same(got, expected):
-    assert (got.index, got.prompt, got.objects, got.seed, got.draw) == (
-        expected.index, expected.prompt, expected.objects, expected.seed, expected.draw,
+    assert (got.index, got.prompt, got.names, got.seed, got.draw) == (
+        expected.index, expected.prompt, expected.names, expected.seed, expected.draw,
     )  # fmt: skip
     assert relative(got.latents, expected.latents) < 1e-5
     assert relative(got.mask_logits, expected.mask_logits) < 1e-4
     assert np.abs(got.image.astype(int) - expected.image).max() <= 1
-    for name in got.objects:
+    for name in got.names:
         both, either = got.masks[name] & expected.masks[name], got.masks[name] | expected.masks[name]
         assert both.sum() >= 0.999 * either.sum()
 
 
 def test_a_sample_has_what_it_says(pipe):
     (sample,) = pipe.generate("a photograph of a [dog] and a [cat]", steps=2, seed=7)
-    assert sample.prompt == "a photograph of a dog and a cat" and sample.objects == ("dog", "cat")
+    assert sample.prompt == "a photograph of a dog and a cat" and sample.names == ("dog", "cat")
     assert sample.image.shape == (64, 64, 3) and sample.image.dtype == np.uint8
     assert sample.labels.shape == (64, 64) and set(np.unique(sample.labels)) <= {0, 1, 2}
     assert sample.mask_logits.shape[0] == 2 and sample.latents.shape == (4, 16, 16)
     for name, mask in sample.masks.items():
-        assert mask.shape == (64, 64) and mask.dtype == np.bool_ and mask.sum() == sample.areas[name]
-        x, y, width, height = sample.boxes[name]
+        found = sample.object(name)
+        assert mask.shape == (64, 64) and mask.dtype == np.bool_ and mask.sum() == found.area
+        x, y, width, height = found.box
         assert mask[y : y + height, x : x + width].sum() == mask.sum()
-        assert 0.5 <= sample.scores[name] <= 1 or not mask.any()
+        assert 0.5 <= found.score <= 1 or not mask.any()
     assert np.array_equal(sample.labels > 0, sample.masks["dog"] | sample.masks["cat"])
 
 
@@ -113,11 +115,11 @@ def test_the_loop_equals_one_around_the_diffusers_scheduler(pipe, monkeypatch, s
 
 def test_the_captured_step_does_not_disturb_the_image(pipe):
     """Captured early or late, with the head's graph or the plain one, the latents come out the same."""
-    schedule = pipe.schedule(Options(steps=4, sampler="ddim"))
-    noise = batch_normal([(7, 0), (7, 1)], (4, 16, 16))
+    schedule, size = pipe.schedule(Options(steps=4, sampler="ddim")), pipe.bundle.manifest.image_size
+    noise, conditioning = batch_normal([(7, 0), (7, 1)], (4, 16, 16)), pipe.condition(MIXED[:2])
     for scale in (1.0, 5.0):
         runs = [
-            denoise(pipe.backend, schedule, pipe.condition(MIXED[:2]), noise, guidance_scale=scale, capture=capture)
+            denoise(pipe.backend, BatchRequest(schedule, conditioning, noise, size, scale, capture))
             for capture in (0, 2, 3)
         ]
         assert [run.capture_timestep for run in runs] == [751, 251, 1]
@@ -166,7 +168,7 @@ def test_other_sizes(pipe):
 
 
 def test_threshold(pipe):
-    low, high = (next(pipe.generate("a [dog]", steps=2, threshold=t)).areas["dog"] for t in (0.01, 0.99))
+    low, high = (next(pipe.generate("a [dog]", steps=2, threshold=t)).object("dog").area for t in (0.01, 0.99))
     assert low > high
 
 

@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from grounded_diffusion.kernels.nvrtc import STEMS, source
+from grounded_diffusion.kernels.cuda.nvrtc import STEMS, source
 
 FOLDER = Path(__file__).parent
 COMPILER = shlex.split(os.environ.get("CXX", "c++"))  # the one that the package was built with

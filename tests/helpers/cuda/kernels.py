@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from grounded_diffusion.kernels.cuda import CudaKernels
+from grounded_diffusion.kernels.cuda.launch import CudaKernels
 
 
 class CpuCudaKernels(CudaKernels):

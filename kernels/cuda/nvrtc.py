@@ -6,17 +6,15 @@ Compiling needs no GPU, so that a machine without one can check every architectu
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from pathlib import Path
 
+from grounded_diffusion.cache import cache_folder, write_cached
 from grounded_diffusion.errors import BackendError
 
 STEMS = ("cfg_step", "image_epilogue", "mask_epilogue")
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
 STANDARD = "c++17"
-FOLDER = Path(__file__).resolve().parent
-DEFAULT_CACHE = Path.home() / ".cache" / "grounded-diffusion" / "cubin"
+FOLDER = Path(__file__).resolve().parent  # of the .cu files; their headers lie in core/ beside it
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
@@ -24,19 +22,19 @@ def source(stem: str) -> str:
     """The CUDA source of one operation with its headers put in place: NVRTC then needs no include path."""
     seen: set[str] = set()
 
-    def expand(name: str) -> str:
+    def expand(file: Path) -> str:
         lines = []
-        for line in (FOLDER / name).read_text(encoding="utf-8").splitlines():
+        for line in file.read_text(encoding="utf-8").splitlines():
             if line.startswith('#include "'):
                 header = line.split('"')[1]
                 if header not in seen:
                     seen.add(header)
-                    lines.append(expand(header))
+                    lines.append(expand(FOLDER.parent / "core" / header))
             elif line != "#pragma once":
                 lines.append(line)
         return "\n".join(lines)
 
-    return expand(f"{stem}.cu")
+    return expand(FOLDER / f"{stem}.cu")
 
 
 def compile_cubin(stem: str, arch: str) -> bytes:
@@ -56,7 +54,7 @@ def compile_cubin(stem: str, arch: str) -> bytes:
     try:
         return bytes(program.compile("cubin").code)
     except Exception as error:  # cuda-core raises its own NVRTC error classes, which differ between versions
-        raise BackendError(f"NVRTC refused kernels/{stem}.cu for {arch}: {error}") from error
+        raise BackendError(f"NVRTC refused kernels/cuda/{stem}.cu for {arch}: {error}") from error
 
 
 def cache_key(stem: str, arch: str) -> str:
@@ -68,7 +66,7 @@ def cache_key(stem: str, arch: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
-def cubin(stem: str, arch: str, cache: Path = DEFAULT_CACHE) -> bytes:
+def cubin(stem: str, arch: str, cache: Path | None = None) -> bytes:
     """The cubin of one operation: the one built with the wheel, else the cached one, else compiled and cached.
 
     A cached file begins with the SHA-256 of the rest; one that does not match is compiled again.
@@ -77,7 +75,7 @@ def cubin(stem: str, arch: str, cache: Path = DEFAULT_CACHE) -> bytes:
     if built.is_file():
         return built.read_bytes()
     try:
-        file = cache / f"{stem}.{arch}.{cache_key(stem, arch)}.cubin"
+        file = (cache or cache_folder() / "cubin") / f"{stem}.{arch}.{cache_key(stem, arch)}.cubin"
     except ImportError as error:
         raise BackendError(f"CUDA kernels need NVRTC ({error}); pip install 'grounded-diffusion[gpu]'") from error
     if file.is_file():
@@ -85,14 +83,5 @@ def cubin(stem: str, arch: str, cache: Path = DEFAULT_CACHE) -> bytes:
         if hashlib.sha256(raw[_DIGEST_BYTES:]).digest() == raw[:_DIGEST_BYTES]:
             return raw[_DIGEST_BYTES:]
     code = compile_cubin(stem, arch)
-    _write_whole(file, hashlib.sha256(code).digest() + code)
+    write_cached(file, hashlib.sha256(code).digest() + code)
     return code
-
-
-def _write_whole(file: Path, content: bytes) -> None:
-    """Write under a temporary name and rename, so that another process never reads half a file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.name, suffix=".tmp")
-    with os.fdopen(handle, "wb") as stream:
-        stream.write(content)
-    Path(temporary).replace(file)
