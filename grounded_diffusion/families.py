@@ -78,7 +78,9 @@ CLIP_L = TextTower("cond_stage_model.transformer.", "quick_gelu")
 OPEN_CLIP_H = TextTower("cond_stage_model.model.", "gelu", open_clip=True, pad="!")
 
 CLIP_L_XL = TextTower("conditioner.embedders.0.transformer.", "quick_gelu", penultimate=True)
-OPEN_CLIP_G = TextTower("conditioner.embedders.1.model.", "gelu", open_clip=True, penultimate=True, pooled=True, pad="!")
+OPEN_CLIP_G = TextTower(
+    "conditioner.embedders.1.model.", "gelu", open_clip=True, penultimate=True, pooled=True, pad="!"
+)
 TRAILING = ("EulerDiscreteScheduler", MappingProxyType(dict(timestep_spacing="trailing")))
 ONE_STEP = MappingProxyType(dict(sampler="euler", steps=1, guidance_scale=1.0))
 

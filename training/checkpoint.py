@@ -3,19 +3,19 @@
     CHECKPOINT/{model_index.json,unet/,vae/,text_encoder/,tokenizer/,scheduler/}   what diffusers itself loads
     CHECKPOINT/grounding_head/{config.json,model.safetensors}                      what this project adds
 
-The other form people have is a plain Stable Diffusion 1.x model and the paper's `grounding_module.pth`.
+The other forms people have are a plain model (see training/generator/model.py) and the paper's `grounding_module.pth`
+for it, or no head at all.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import SafetensorError
@@ -25,13 +25,13 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from grounded_diffusion.errors import CheckpointError, UsageError
 from grounded_diffusion.families import FAMILIES
 from grounded_diffusion.training.generator.denoiser import Denoiser
+from grounded_diffusion.training.generator.model import PARTS, first_line, load_base
 from grounded_diffusion.training.generator.text import TextTower
-from grounded_diffusion.training.head.attention import AttentionHead
+from grounded_diffusion.training.generator.attention import NOUNS, attention_head
+from grounded_diffusion.training.head.attention import CAPTURE_TIMESTEP, AttentionHead
 from grounded_diffusion.training.head.head import GroundingHead, HeadConfig, load_released, load_state
 
 HEAD = "grounding_head"
-PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 RELEASED_TIMESTEP = 1  # the last of 50 leading-spaced DDIM steps with steps_offset 1
 RELEASED_TEMPLATE = "a photograph of a {}"
 
@@ -135,74 +135,6 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint, dtype: torch.dtype
     (path / HEAD / "config.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
-
-
-def _load_module(kind: type, source: str | Path, part: str) -> torch.nn.Module:
-    """One module of a model in float32. Nothing in a file is ever run as code. Raises CheckpointError."""
-    try:
-        module, report = kind.from_pretrained(source, subfolder=part, output_loading_info=True)
-    except Exception as error:  # the two libraries raise a dozen kinds for unreadable files
-        raise CheckpointError(f"cannot load {part} of {source}: {_first_line(error)}") from None
-    if missing := sorted(report["missing_keys"]):
-        raise CheckpointError(f"{part} of {source} lacks {len(missing)} tensors: {', '.join(missing)}")
-    if wrong := report["mismatched_keys"]:
-        names = ", ".join(sorted(str(entry[0]) for entry in wrong))
-        raise CheckpointError(f"{part} of {source} has tensors of other shapes than its config says: {names}")
-    return module.float().eval().requires_grad_(False)
-
-
-def _load_scheduler(source: str | Path) -> Any:
-    """The scheduler a model names in its own configuration."""
-    try:
-        config = diffusers.DDIMScheduler.load_config(source, subfolder="scheduler")
-        kind = getattr(diffusers, config["_class_name"])
-        return kind.from_config(config)
-    except Exception as error:
-        raise CheckpointError(f"cannot load scheduler of {source}: {_first_line(error)}") from None
-
-
-def load_base(source: str | Path) -> dict[str, Any]:
-    """Modules of a Stable Diffusion 1.x model in diffusers format, by part.
-
-    Args:
-        source: a directory, or the name of a model on the Hugging Face hub ("owner/name").
-
-    Raises:
-        CheckpointError: not such a model, unreadable, or with missing tensors, which are listed.
-    """
-    if Path(source).exists() or not HUB_NAME.fullmatch(str(source)):
-        if not (Path(source) / "model_index.json").is_file():
-            raise CheckpointError(
-                f"{source} is not a checkpoint: it has no model_index.json; give a diffusers-format directory"
-            )
-        if absent := [part for part in PARTS if not (Path(source) / part).is_dir()]:
-            raise CheckpointError(f"{source} is not a whole checkpoint: it has no {', '.join(absent)}")
-    kinds = dict(unet=UNet2DConditionModel, vae=AutoencoderKL, text_encoder=CLIPTextModel)
-    parts: dict[str, Any] = {part: _load_module(kind, source, part) for part, kind in kinds.items()}
-    try:
-        parts["tokenizer"] = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer")
-    except Exception as error:
-        raise CheckpointError(f"cannot load tokenizer of {source}: {_first_line(error)}") from None
-    parts["scheduler"] = _load_scheduler(source)
-    check_family(source, parts["unet"], parts["vae"], parts["text_encoder"])
-    return parts
-
-
-def check_family(source: str | Path, unet, vae, text_encoder) -> None:
-    """Raise CheckpointError unless the parts fit one another as a Stable Diffusion 1.x model's do."""
-    extra = [key for key in ("class_embed_type", "addition_embed_type", "time_cond_proj_dim") if unet.config.get(key)]
-    if extra or unet.config.encoder_hid_dim:
-        what = ", ".join([*extra, *(["encoder_hid_dim"] if unet.config.encoder_hid_dim else [])])
-        raise CheckpointError(f"{source} is not a Stable Diffusion 1.x model: its UNet takes more inputs ({what})")
-    width, latent = text_encoder.config.hidden_size, vae.config.latent_channels
-    if unet.config.cross_attention_dim != width:
-        raise CheckpointError(f"{source}: the UNet reads text of width {unet.config.cross_attention_dim}, not {width}")
-    if (unet.config.in_channels, unet.config.out_channels) != (latent, latent):
-        raise CheckpointError(f"{source}: UNet and autoencoder disagree on the latent's channels")
-
-
 def _load_head(folder: Path) -> tuple[GroundingHead, dict[str, Any]]:
     """The head in `folder` and what its configuration says besides."""
     try:
@@ -211,23 +143,35 @@ def _load_head(folder: Path) -> tuple[GroundingHead, dict[str, Any]]:
         state = load_file(folder / "model.safetensors")
         config = HeadConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in head_config.items()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, UsageError) as error:
-        raise CheckpointError(f"cannot load the grounding head {folder}: {_first_line(error)}") from None
+        raise CheckpointError(f"cannot load the grounding head {folder}: {first_line(error)}") from None
     head = GroundingHead(config)
     load_state(head, state, folder / "model.safetensors")
     return head.eval().requires_grad_(False), about
 
 
-def load_checkpoint(path: str | Path, base: str | Path | None = None) -> Checkpoint:
-    """A checkpoint directory, or with `base` the paper's `grounding_module.pth` on a Stable Diffusion 1.x model.
+def load_checkpoint(
+    path: str | Path | None,
+    base: str | Path | None = None,
+    *,
+    head: str | None = None,
+    report: Callable[[str], None] = lambda line: None,
+    **model: Any,
+) -> Checkpoint:
+    """A checkpoint directory; with `base` the paper's `grounding_module.pth` on a model, or a model without a head.
 
     Args:
-        path: a directory with grounding_head/, or a .pth file.
-        base: for a .pth file, the model it belongs to: a diffusers-format directory, or a hub name when online.
+        path: a directory with grounding_head/, a .pth file, or None.
+        base: what `load_base` takes; the model that a .pth file belongs to, or one that gets the attention head.
+        head: "attention" for the head that needs no training, also where there is a trained one.
+        report: told what is going on.
+        model: further arguments of `load_base`.
 
     Raises:
         UsageError: `path` and `base` do not go together.
         CheckpointError: not a checkpoint, keys missing (listed), parts that do not fit, code in a pickle.
     """
+    if path is None:
+        return with_attention(load_base(base, **model), report=report)
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"there is no checkpoint at {path}")
@@ -236,20 +180,49 @@ def load_checkpoint(path: str | Path, base: str | Path | None = None) -> Checkpo
             raise UsageError(f"{path} is a whole checkpoint; leave out --base, which goes with a grounding_module.pth")
         if (path / "model_index.json").is_file() and not (path / HEAD).is_dir():
             raise CheckpointError(
-                f"{path} has no {HEAD}/; to add the paper's head, give it as --base and grounding_module.pth as --ckpt"
+                f"{path} has no {HEAD}/; give it as --base, for masks without training or with a "
+                "grounding_module.pth as --ckpt"
             )
-        parts = load_base(path)
-        head, about = _load_head(path / HEAD)
+        parts = load_base(path, **model)
+        trained, about = _load_head(path / HEAD)
         expected = HeadConfig.for_unet(parts["unet"].config).tap_channels
-        if head.config.tap_channels != expected or head.config.text_dim != parts["unet"].config.cross_attention_dim:
+        if trained.config.tap_channels != expected or trained.config.text_dim != context_width(parts):
             raise CheckpointError(f"the grounding head of {path} was made for another UNet than the one beside it")
+        if head == "attention":
+            kept = {name: about[name] for name in ("names", "query_template") if name in about}
+            return with_attention(parts, report=report, **kept)
         try:
-            return Checkpoint(**parts, head=head, **about)
+            return Checkpoint(**parts, head=trained, **about)
         except TypeError as error:
             raise CheckpointError(f"{path / HEAD / 'config.json'} has an unknown entry ({error})") from None
     if base is None:
         raise UsageError(f"{path} is only a grounding module; name its Stable Diffusion 1.x model with --base")
-    parts = load_base(base)
+    if head == "attention":
+        raise UsageError(f"{path} is a trained head; leave out --ckpt for masks without training, or --head attention")
+    parts = load_base(base, **model)
     scale = 2 ** (len(parts["vae"].config.block_out_channels) - 1)
     config = HeadConfig.for_unet(parts["unet"].config, image_scale=scale)
     return Checkpoint(**parts, head=load_released(path, config))
+
+
+def context_width(parts: dict[str, Any]) -> int:
+    """Width of the text states that a model's UNet reads."""
+    return parts["unet"].config.cross_attention_dim
+
+
+def with_attention(
+    parts: dict[str, Any],
+    *,
+    names: dict[str, list[str]] | None = None,
+    query_template: str = RELEASED_TEMPLATE,
+    report: Callable[[str], None] = lambda line: None,
+) -> Checkpoint:
+    """A model with the head that needs no training; its layers are chosen by what the model draws."""
+    names = names or {}
+    bare = Checkpoint(**parts, head=None, capture_timestep=CAPTURE_TIMESTEP, query_template=query_template, names=names)
+    head = attention_head(
+        bare.unet, bare.tower, bare.tokenizer, bare.scheduler, query_template,
+        latent_size=bare.latent_size, vae_scale_factor=bare.vae_scale_factor,
+        nouns=[name for group in names.values() for name in group] or NOUNS, report=report,
+    )  # fmt: skip
+    return replace(bare, head=head.eval().requires_grad_(False))

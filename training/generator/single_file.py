@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -202,7 +202,9 @@ def load_text_encoder(path: str | Path, state: State, tower: TextTower, tokenize
     if embedding is None or not count(own, blocks):
         raise CheckpointError(f"{where} lacks its tensors under {tower.prefix}")
     if len(tokenizer) != len(embedding):
-        raise CheckpointError(f"{where} has {len(embedding)} tokens, the tokenizer has {len(tokenizer)}; give --tokenizer")
+        raise CheckpointError(
+            f"{where} has {len(embedding)} tokens, the tokenizer has {len(tokenizer)}; give --tokenizer"
+        )
     width, layers = embedding.shape[1], count(own, blocks)
     config = CLIPTextConfig(
         vocab_size=len(embedding), hidden_size=width, intermediate_size=4 * width, projection_dim=width,
@@ -236,12 +238,14 @@ def pad_token(tokenizer: CLIPTokenizer, tower: TextTower) -> CLIPTokenizer:
     return tokenizer
 
 
-def load_single_file(path: str | Path, tokenizer: CLIPTokenizer, name: str | None = None) -> dict[str, Any]:
+def load_single_file(
+    path: str | Path, tokenizer: Callable[[], CLIPTokenizer], name: str | None = None
+) -> dict[str, Any]:
     """All parts of a model from one file, by name; and `family`.
 
     Args:
         path: the file.
-        tokenizer: CLIP's, which no file holds.
+        tokenizer: finds CLIP's, which no file holds; asked once the file is known to be a model.
         name: the family, where several have files that look the same.
 
     Raises:
@@ -250,7 +254,7 @@ def load_single_file(path: str | Path, tokenizer: CLIPTokenizer, name: str | Non
     state = read_tensors(path)
     key = recognise(path, state, name)
     family = FAMILIES[key]
-    tokenizer = pad_token(tokenizer, family.text[0])
+    tokenizer = pad_token(tokenizer(), family.text[0])
     parts = dict(
         unet=load_unet(path, state, family),
         vae=load_vae(path, state, family),

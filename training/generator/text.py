@@ -64,9 +64,7 @@ def name_positions(tokenizer: CLIPTokenizer, template: str, name: str) -> list[i
 
 
 @torch.no_grad()
-def object_queries(
-    tower: TextTower, tokenizer: CLIPTokenizer, template: str, names: Sequence[str]
-) -> torch.Tensor:
+def object_queries(tower: TextTower, tokenizer: CLIPTokenizer, template: str, names: Sequence[str]) -> torch.Tensor:
     """[O,D]: the mean state over the sub-tokens of each name, in the query template."""
     contexts = tower(tokenize(tokenizer, [template.format(name) for name in names]))
     places = [name_positions(tokenizer, template, name) for name in names]

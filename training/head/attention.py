@@ -8,7 +8,7 @@ query k_o competes at every head of a layer with the keys of the words that stan
     p_o = mean over heads of exp(Q k_o / sqrt d) / (sum over template words w of exp(Q k_w / sqrt d)
                                                     + sum over objects j of exp(Q k_j / sqrt d))
 
-averaged over layers. Layers are weighted by measurement, see training/grounding/attention.py. The maps are then spread
+averaged over layers. Layers are weighted by measurement, see training/generator/attention.py. The maps are then spread
 twice over the image's own affinity (a softmax over cosines of the features of the UNet's last two blocks), as seeds over
 a graph of like pixels. A pixel is inside where its share is above half of the object's highest, and an object whose
 highest share is low is not there at all.
@@ -79,6 +79,11 @@ def conditional(rows: torch.Tensor) -> torch.Tensor:
     return rows[rows.shape[0] // 2 :]  # not len(), which the exporter takes for a constant
 
 
+def place_of(layer: str) -> str:
+    """The module around a cross-attention whose output [2B,C,h,w] tells its resolution."""
+    return layer.split(".transformer_blocks.")[0]
+
+
 class AttentionTaps:
     """Captures image queries, their resolution, and features while it is entered; see Taps."""
 
@@ -89,7 +94,7 @@ class AttentionTaps:
 
     def __enter__(self) -> AttentionTaps:
         names = [f"{layer}.to_q" for layer, _ in self.config.layers]
-        names += [layer.split(".transformer_blocks.")[0] for layer, _ in self.config.layers]
+        names += [place_of(layer) for layer, _ in self.config.layers]
         for name in dict.fromkeys([*names, *self.config.features]):
             self._handles.append(self.unet.get_submodule(name).register_forward_hook(self._keep(name)))
         return self
@@ -143,6 +148,14 @@ class AttentionHead(nn.Module):
         """What a bundle's manifest says of the head."""
         return asdict(self.config) | {"layers": dict(self.config.layers), "features": list(self.config.features)}
 
+    def image_queries(self, layer: int, tapped: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The conditional half's image queries [B,hw,C] of a layer."""
+        name = self.config.layers[layer][0]
+        rows, _, height, width = tapped[place_of(name)].shape
+        # Written with the sizes of the place, which the exporter can tell from the batch; those of to_q it cannot.
+        sizes = (2, rows // 2, height * width, self.to_k[layer].weight.shape[0])
+        return tapped[f"{name}.to_q"].reshape(sizes)[1]
+
     def shares(self, layer: int, image: torch.Tensor, queries: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
         """Image queries [B,hw,C] of a layer and object queries [B,O,D] -> shares [B,O,hw] of the attention."""
         batch, count = queries.shape[:2]
@@ -174,8 +187,8 @@ class AttentionHead(nn.Module):
         features = [feature if feature.shape[2:] == size else resize(feature, size) for feature in features]
         total = 0
         for i, (name, weight) in enumerate(cfg.layers):
-            place = tapped[name.split(".transformer_blocks.")[0]]
-            share = self.shares(i, conditional(tapped[f"{name}.to_q"]), queries, query_valid)
+            share = self.shares(i, self.image_queries(i, tapped), queries, query_valid)
+            place = tapped[place_of(name)]
             total = total + weight * resize(share.unflatten(2, place.shape[2:]), size)
         maps = total.flatten(2)  # [B,O,n]
         affinity = self.affinity(features).transpose(1, 2)

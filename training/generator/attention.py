@@ -20,7 +20,6 @@ from grounded_diffusion.training.head.attention import (
     AttentionHead,
     AttentionTaps,
     affinity_features,
-    conditional,
     cross_attentions,
 )
 
@@ -56,8 +55,8 @@ def margins(head: AttentionHead, taps: AttentionTaps, queries: torch.Tensor) -> 
         queries: [N,D] of all nouns, N at least as many as images.
     """
     tapped, result = taps.features(), []
-    for i, (name, _) in enumerate(head.config.layers):
-        image = conditional(tapped[f"{name}.to_q"])  # [B,hw,C]
+    for i in range(len(head.config.layers)):
+        image = head.image_queries(i, tapped)
         batch = len(image)
         ask = lambda q: head.shares(i, image, q.expand(batch, 1, -1), torch.ones(batch, 1, dtype=torch.bool))  # noqa: B023
         shares = torch.cat([ask(query) for query in queries], 1)  # [B,N,hw]
@@ -106,5 +105,7 @@ def attention_head(
     kept = [i for i, gap in enumerate(gaps.tolist()) if gap >= LEAST * gaps.max()]
     weights = gaps[kept] / gaps[kept].sum()
     layers = tuple((equal[i][0], round(float(w), 4)) for i, w in zip(kept, weights, strict=True))
-    report("masks are read at " + ", ".join(f"{name} ({gaps[i]:.2f})" for i, (name, _) in zip(kept, layers, strict=True)))
+    report(
+        "masks are read at " + ", ".join(f"{name} ({gaps[i]:.2f})" for i, (name, _) in zip(kept, layers, strict=True))
+    )
     return AttentionHead(AttentionConfig(layers, features), unet, words, latent_size)
