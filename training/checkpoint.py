@@ -24,10 +24,10 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from grounded_diffusion.errors import CheckpointError, UsageError
 from grounded_diffusion.families import FAMILIES
+from grounded_diffusion.training.generator.attention import NOUNS, attention_head
 from grounded_diffusion.training.generator.denoiser import Denoiser
 from grounded_diffusion.training.generator.model import PARTS, first_line, load_base
 from grounded_diffusion.training.generator.text import TextTower
-from grounded_diffusion.training.generator.attention import NOUNS, attention_head
 from grounded_diffusion.training.head.attention import CAPTURE_TIMESTEP, AttentionHead
 from grounded_diffusion.training.head.head import GroundingHead, HeadConfig, load_released, load_state
 

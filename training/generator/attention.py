@@ -1,8 +1,8 @@
 """Which cross-attention layers tell objects apart, measured on the model itself, and the attention head made of them.
 
 Labels are not needed. The model draws a few nouns; at a layer that grounds, the places that answer most to the noun
-that was drawn answer less to the other nouns. The gap is the layer's margin: on the shipped model it is 0.34 and 0.23 at
-the two layers whose masks agree with an independent segmenter, and below 0.03 at the five whose masks do not.
+that was drawn answer less to the other nouns. The gap is the layer's margin: on the shipped model, over 168 images, it
+is 0.34 and 0.23 at the two layers whose masks agree with an independent segmenter, and at most 0.03 at the other five.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """LoRA files added to a model's weights once and for all: W + scale * alpha / rank * up @ down (Hu et al. 2021).
 
 Both ways of naming are read: diffusers' and PEFT's ("unet.down_blocks.0....lora_A.weight"), and kohya's
-("lora_unet_down_blocks_0_..._to_q.lora_down.weight"), also with the original layout's blocks, as SDXL's files have them.
+("lora_unet_down_blocks_0_..._to_q.lora_down.weight"), also with the original layout's blocks, as SDXL's files have.
 Every tensor must find its place: a file for another family changes nothing.
 """
 

@@ -9,9 +9,9 @@ query k_o competes at every head of a layer with the keys of the words that stan
                                                     + sum over objects j of exp(Q k_j / sqrt d))
 
 averaged over layers. Layers are weighted by measurement, see training/generator/attention.py. The maps are then spread
-twice over the image's own affinity (a softmax over cosines of the features of the UNet's last two blocks), as seeds over
-a graph of like pixels. A pixel is inside where its share is above half of the object's highest, and an object whose
-highest share is low is not there at all.
+twice over the image's own affinity (a softmax over cosines of the features of the UNet's last two blocks), as seeds
+over a graph of like pixels. A pixel is inside where its share is above half of the object's highest, and an object
+whose highest share is low is not there at all.
 """
 
 from __future__ import annotations

@@ -55,7 +55,10 @@ def test_a_file_is_the_model_it_was_written_from(tiny):
     for part in ("unet", "vae"):
         mine, other = loaded[part].config, parts[part].config
         assert {k: v for k, v in mine.items() if not k.startswith("_") and list_(v) != list_(other[k])} == {}
-    assert dict(loaded["scheduler"].config) == dict(parts["scheduler"].config)
+    assert (
+        loaded["scheduler"].config.items()
+        >= {k: v for k, v in parts["scheduler"].config.items() if k[0] != "_"}.items()
+    )
 
 
 def list_(value):
@@ -75,7 +78,7 @@ def test_a_folder_tells_its_family(tiny):
 
 def test_diffusers_reads_the_same_from_the_file(sd1):
     """That the file is a real one: diffusers' own loader gives what ours gives."""
-    parts, folder, file = sd1
+    _, folder, file = sd1
     theirs = StableDiffusionPipeline.from_single_file(
         file, config=str(folder), local_files_only=True, safety_checker=None
     )
@@ -158,7 +161,7 @@ def test_another_autoencoder(sd1, tmp_path):
 @pytest.mark.parametrize("scale", [1.0, 0.6])
 def test_loras_are_fused_as_diffusers_does(sd1, tmp_path, scale):
     pytest.importorskip("peft")
-    parts, folder, file = sd1
+    parts, folder, _ = sd1
     kohya_lora(tmp_path / "lora.safetensors", parts)
     pipeline = pipeline_of(load_base(folder))
     pipeline.load_lora_weights(tmp_path / "lora.safetensors")
@@ -184,7 +187,7 @@ def test_a_lora_for_another_model_changes_nothing(sd1, tmp_path):
 
 def test_a_file_without_pairs_is_no_lora(sd1, tmp_path):
     save_file({"a.hada_w1_a": torch.zeros(2)}, tmp_path / "loha.safetensors")
-    with pytest.raises(CheckpointError, match="it has tensors such as a.hada_w1_a"):
+    with pytest.raises(CheckpointError, match=r"it has tensors such as a\.hada_w1_a"):
         load_base(sd1[1], loras=[(tmp_path / "loha.safetensors", 1.0)])
     with pytest.raises(CheckpointError, match="there is no LoRA at"):
         load_base(sd1[1], loras=[(tmp_path / "nowhere.safetensors", 1.0)])
@@ -197,7 +200,7 @@ def test_the_tokenizer_comes_from_a_place_that_is_named(sd1, tmp_path, monkeypat
         find_tokenizer(tmp_path)
     monkeypatch.setattr("grounded_diffusion.training.generator.vocabulary.PACKAGES", ())
     monkeypatch.setattr("grounded_diffusion.training.generator.vocabulary.HUB", {})
-    with pytest.raises(CheckpointError, match="does not hold CLIP's vocabulary.*--tokenizer.*pip install"):
+    with pytest.raises(CheckpointError, match=r"does not hold CLIP's vocabulary.*--tokenizer.*pip install"):
         load_base(file)
 
 
