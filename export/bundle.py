@@ -29,6 +29,7 @@ from grounded_diffusion.export.graphs import latent_multiple, trace, without_gro
 from grounded_diffusion.export.staging import check_output, staged
 from grounded_diffusion.export.weights import WeightStore
 from grounded_diffusion.export.winograd import LARGEST, winograd
+from grounded_diffusion.families import FAMILIES
 from grounded_diffusion.training.checkpoint import Checkpoint
 
 MAKERS = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir")
@@ -127,12 +128,17 @@ def export_bundle(
         report: told, in one line each, what is going on.
 
     Raises:
-        UsageError: `out` cannot be used, or `fused` without "fp16".
+        UsageError: `out` cannot be used, `fused` without "fp16", or a model with two text encoders.
         ParityError: from `verify`.
     """
     out = Path(out)
     if fused and precision != "fp16":
         raise UsageError("the graphs of fused operators are of fp16; give --precision fp16 with --fused")
+    if checkpoint.text_encoder_2 is not None:
+        title = FAMILIES[checkpoint.family].title
+        raise UsageError(
+            f"{title} cannot be exported yet: only models of one text encoder can, SD 1.x, 2.x and SD-Turbo"
+        )
     check_output(out, overwrite)
     with staged(out) as work:
         write_bundle(checkpoint, work, precision, fused, report)

@@ -1,14 +1,14 @@
 """Model families: what a Stable Diffusion is, besides the sizes that its own tensors tell.
 
 A file of weights says how wide and how deep a network is, but not what the network predicts, how its attention is cut
-into heads, how its latents are scaled or how its makers sample. That is here, in one table; a new family is one entry.
-Sources are the configurations that the models' makers publish beside the weights.
+into heads, how its latents are scaled or how its timesteps are spaced. That is here, in one table; a new family is one
+entry. Sources are the configurations that the models' makers publish beside the weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -54,7 +54,6 @@ class Family:
         prediction: "epsilon" or "v_prediction".
         scheduler: diffusers' class, and what its configuration has besides NOISE.
         scaling_factor: of the latents.
-        defaults: how its makers sample; names are those of the engine's Options.
         zero_negative: whether an empty negative prompt is a context of zeros.
     """
 
@@ -65,7 +64,6 @@ class Family:
     prediction: str = "epsilon"
     scheduler: tuple[str, Mapping[str, Any]] = ("DDIMScheduler", MappingProxyType({}))
     scaling_factor: float = 0.18215
-    defaults: Mapping[str, Any] = field(default_factory=dict)
     zero_negative: bool = False
 
     @property
@@ -82,21 +80,19 @@ OPEN_CLIP_G = TextTower(
     "conditioner.embedders.1.model.", "gelu", open_clip=True, penultimate=True, pooled=True, pad="!"
 )
 TRAILING = ("EulerDiscreteScheduler", MappingProxyType(dict(timestep_spacing="trailing")))
-ONE_STEP = MappingProxyType(dict(sampler="euler", steps=1, guidance_scale=1.0))
 
 FAMILIES: dict[str, Family] = {
     "sd1": Family("Stable Diffusion 1.x", 512, (CLIP_L,), heads=8),
     "sd2": Family("Stable Diffusion 2.x at 768 pixels", 768, (OPEN_CLIP_H,), heads=None, prediction="v_prediction"),
     "sd2-base": Family("Stable Diffusion 2.x at 512 pixels", 512, (OPEN_CLIP_H,), heads=None),
-    "sd-turbo": Family("SD-Turbo", 512, (OPEN_CLIP_H,), heads=None, scheduler=TRAILING, defaults=ONE_STEP),
+    "sd-turbo": Family("SD-Turbo", 512, (OPEN_CLIP_H,), heads=None, scheduler=TRAILING),
     "sdxl": Family(
         "SDXL", 1024, (CLIP_L_XL, OPEN_CLIP_G), heads=None, scaling_factor=0.13025, zero_negative=True,
         scheduler=("EulerDiscreteScheduler", MappingProxyType(dict(timestep_spacing="leading"))),
-        defaults=MappingProxyType(dict(sampler="euler", steps=30, guidance_scale=5.0)),
     ),
     "sdxl-turbo": Family(
         "SDXL-Turbo", 512, (CLIP_L_XL, OPEN_CLIP_G), heads=None, scaling_factor=0.13025, zero_negative=True,
-        scheduler=TRAILING, defaults=ONE_STEP,
+        scheduler=TRAILING,
     ),
 }  # fmt: skip
 
