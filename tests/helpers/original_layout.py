@@ -98,11 +98,14 @@ def original(parts: dict, family) -> dict[str, torch.Tensor]:
 
 
 def kohya_lora(path, parts: dict, rank: int = 2, alpha: float = 1.0, seed: int = 0) -> None:
-    """A LoRA of random pairs for every attention projection of the UNet and of the text encoder."""
+    """A LoRA of random pairs for the UNet's attention and feed-forward and the text encoder's feed-forward.
+
+    Not for the text encoder's attention: diffusers 0.42 drops that silently beside transformers 5.23.
+    """
     generator, state = torch.Generator().manual_seed(seed), {}
     for prefix, module in (("lora_unet_", parts["unet"]), ("lora_te_text_model_", parts["text_encoder"])):
         for name, layer in module.named_modules():
-            if not name.endswith(("to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "proj_in", "q_proj", "fc1")):
+            if not name.endswith(("to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "proj_in", "fc1")):
                 continue
             out, into, *kernel = layer.weight.shape
             key = prefix + name.removeprefix("text_model.").replace(".", "_")

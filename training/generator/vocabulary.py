@@ -28,7 +28,7 @@ def from_merges(path: Path) -> CLIPTokenizer:
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         lines = content.decode("utf-8").split("\n")[1 : MERGES + 1]
-        merges = [(first, second) for first, second in (line.split() for line in lines)]
+        merges = [(first, second) for first, second in (line.split() for line in lines if line)]
     except (OSError, EOFError, ValueError) as error:
         raise CheckpointError(f"{path} is not CLIP's list of byte pairs ({error}); {HOW}") from None
     if len(merges) != MERGES:

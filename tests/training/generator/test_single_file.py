@@ -174,6 +174,26 @@ def test_loras_are_fused_as_diffusers_does(sd1, tmp_path, scale):
         assert any(not torch.equal(ours[name], value) for name, value in parts[part].state_dict().items())
 
 
+def test_a_lora_in_diffusers_naming(sd1, tmp_path):
+    """W + scale * B A, without alpha; also for the text encoder's attention."""
+    parts, folder, _ = sd1
+    names = dict(
+        unet="down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k",
+        text_encoder="text_model.encoder.layers.0.self_attn.q_proj",
+    )
+    state = {}
+    for part, name in names.items():
+        state[f"{part}.{name}.lora_A.weight"] = torch.randn(3, 64)
+        state[f"{part}.{name}.lora_B.weight"] = torch.randn(128 if part == "unet" else 64, 3)
+    save_file(state, tmp_path / "lora.safetensors")
+    loaded = load_base(folder, loras=[(tmp_path / "lora.safetensors", 0.5)])
+    for part, name in names.items():
+        change = state[f"{part}.{name}.lora_B.weight"] @ state[f"{part}.{name}.lora_A.weight"]
+        own = name.removeprefix("text_model.")
+        old = parts[part].get_submodule(own).weight
+        assert torch.allclose(loaded[part].get_submodule(own).weight, old + 0.5 * change, atol=1e-5)
+
+
 def test_a_lora_for_another_model_changes_nothing(sd1, tmp_path):
     _, folder, _ = sd1
     other = save_tiny(tmp_path, "sdxl")[0]
