@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from helpers.families import pipeline_of, save_tiny
+from helpers.original_layout import kohya_lora
 
 from grounded_diffusion.engine import GroundedPipeline, Options
 from grounded_diffusion.errors import UsageError
@@ -14,8 +16,6 @@ from grounded_diffusion.export.bundle import export_bundle
 from grounded_diffusion.export.verify import check_graphs, check_loop, psnr, table
 from grounded_diffusion.training.checkpoint import load_checkpoint
 from grounded_diffusion.training.head.attention import AttentionHead
-from tests.helpers.families import pipeline_of, save_tiny
-from tests.helpers.original_layout import kohya_lora
 
 SIZE = 32  # pixels a side, of images
 

@@ -10,8 +10,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from grounded_diffusion.families import FAMILIES
 from grounded_diffusion.training.emoji.base import train_tokenizer
 from grounded_diffusion.training.generator.single_file import make_scheduler, pad_token
-from tests.conftest import TINY_CORPUS
-from tests.helpers.original_layout import original
+from helpers.original_layout import original
+from helpers.tiny import TINY_CORPUS
 
 WIDTH = 64  # of text encoders; one head
 

@@ -5,6 +5,8 @@ import pickle
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from helpers.families import pipeline_of, save_tiny
+from helpers.original_layout import kohya_lora
 from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 
@@ -13,8 +15,6 @@ from grounded_diffusion.families import FAMILIES
 from grounded_diffusion.training.generator.lora import fuse
 from grounded_diffusion.training.generator.model import load_base
 from grounded_diffusion.training.generator.vocabulary import byte_alphabet, find_tokenizer, from_merges
-from tests.helpers.families import pipeline_of, save_tiny
-from tests.helpers.original_layout import kohya_lora
 
 ONE_OF_EACH_LAYOUT = ["sd1", "sd2", "sdxl"]
 

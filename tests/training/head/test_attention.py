@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.tiny import tiny_model
 
 from grounded_diffusion.engine.pipeline.shipped import shipped_checkpoint
 from grounded_diffusion.errors import UsageError
 from grounded_diffusion.training.checkpoint import load_checkpoint, with_attention
 from grounded_diffusion.training.generator.model import load_base
 from grounded_diffusion.training.head.attention import AttentionConfig, AttentionHead
-from tests.conftest import tiny_model
 
 LAYER = "up_blocks.1.attentions.0.transformer_blocks.0.attn2"
 
