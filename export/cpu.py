@@ -63,6 +63,10 @@ def cut_context(model: onnx_ir.Model) -> onnx_ir.Model:
         made.replace_all_uses_with(given)
         model.graph.remove(node, safe=True)
         model.graph.inputs.append(given)
+    latents = next(value for value in model.graph.inputs if value.name == "latents")
+    for node, at in list(source.uses()):
+        if node.op_type == "Shape":  # of the batch, which the exporter may read off any input
+            node.replace_input_with(at, latents)
     if not source.uses():
         model.graph.inputs.remove(source)
     passes.RemoveUnusedNodesPass()(model)
