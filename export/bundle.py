@@ -29,6 +29,7 @@ from grounded_diffusion.export.graphs import latent_multiple, trace, without_gro
 from grounded_diffusion.export.rewrites.winograd import LARGEST, winograd
 from grounded_diffusion.export.staging import check_output, staged
 from grounded_diffusion.export.weights import WeightStore
+from grounded_diffusion.families import FAMILIES
 from grounded_diffusion.training.checkpoint import PARTS, Checkpoint
 from grounded_diffusion.training.generator.base import base_digest
 
@@ -38,7 +39,7 @@ Report = Callable[[str], None]
 
 def describe(checkpoint: Checkpoint, precision: str) -> Manifest:
     """The manifest of a checkpoint, its files not yet listed."""
-    unet, head, tokenizer = checkpoint.unet.config, checkpoint.head.config, checkpoint.tokenizer
+    unet, tokenizer = checkpoint.unet.config, checkpoint.tokenizer
     scale = checkpoint.vae_scale_factor
     size = checkpoint.latent_size
     return Manifest(
@@ -55,14 +56,7 @@ def describe(checkpoint: Checkpoint, precision: str) -> Manifest:
         scheduler={"_class_name": type(checkpoint.scheduler).__name__, **scheduler_config(checkpoint)},
         capture_timestep=checkpoint.capture_timestep,
         query_template=checkpoint.query_template,
-        head=dict(
-            variant=head.variant,
-            statistics=head.statistics,
-            reduced_channels=list(head.reduced_channels),
-            embed_dim=head.embed_dim,
-            layers=head.layers,
-            patch=head.patch,
-        ),
+        head=checkpoint.head.about(),
         precision=precision,
         names=checkpoint.names,
         base=base_digest({part: getattr(checkpoint, part) for part in PARTS}),
@@ -137,12 +131,17 @@ def export_bundle(
         report: told, in one line each, what is going on.
 
     Raises:
-        UsageError: `out` cannot be used, or `fused` without "fp16".
+        UsageError: `out` cannot be used, `fused` without "fp16", or a model with two text encoders.
         ParityError: from `verify`.
     """
     out = Path(out)
     if fused and precision != "fp16":
         raise UsageError("the graphs of fused operators are of fp16; give --precision fp16 with --fused")
+    if checkpoint.text_encoder_2 is not None:
+        title = FAMILIES[checkpoint.family].title
+        raise UsageError(
+            f"{title} cannot be exported yet: only models of one text encoder can, SD 1.x, 2.x and SD-Turbo"
+        )
     check_output(out, overwrite)
     with staged(out) as work:
         write_bundle(checkpoint, work, precision, fused, report)

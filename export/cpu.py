@@ -63,6 +63,10 @@ def cut_context(model: onnx_ir.Model) -> onnx_ir.Model:
         made.replace_all_uses_with(given)
         model.graph.remove(node, safe=True)
         model.graph.inputs.append(given)
+    latents = next(value for value in model.graph.inputs if value.name == "latents")
+    for node, at in list(source.uses()):
+        if node.op_type == "Shape":  # of the batch, which the exporter may read off any input
+            node.replace_input_with(at, latents)
     if not source.uses():
         model.graph.inputs.remove(source)
     passes.RemoveUnusedNodesPass()(model)
@@ -111,7 +115,9 @@ def fuse_attention(model: onnx_ir.Model) -> None:
     for softmax in nodes(model, "Softmax"):
         scores, product = softmax.inputs[0].producer(), only_user(softmax)
         merged = only_user(only_user(product))
-        if scores is None or scores.op_type != "MatMul" or product is None or merged is None:
+        if scores is None or product is None or merged is None:
+            continue
+        if (scores.op_type, product.op_type) != ("MatMul", "MatMul"):
             continue
         query = back(scores.inputs[0], ["Mul", *HEADS_OUT])
         key = back(scores.inputs[1], ["Mul", "Reshape", "Transpose", "Reshape", *HEADS_OUT])

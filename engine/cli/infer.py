@@ -102,6 +102,10 @@ def build_parser() -> common.Parser:
             *default.guidance_interval
         ),
     )  # fmt: skip
+    how.add_argument(
+        "--negative-prompt", metavar="TEXT",
+        help='what not to draw; works where the prompt is guided. A JSON line may say its own "negative_prompt"',
+    )  # fmt: skip
     how.add_argument("--size", type=parse_size, metavar="PIXELS", help="512 or HEIGHTxWIDTH (default: the model's own)")
     how.add_argument(
         "--threshold", type=float, default=default.threshold, metavar="P",

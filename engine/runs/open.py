@@ -156,11 +156,12 @@ def check_prompts(tokenizer: Tokenizer, prompts: PromptFile, classes: Classes | 
                 names.add(name)
         if classes:
             classes.check(prompt.objects, f"the prompt {shorten(prompt.text)!r}")
-        if cut := tokenizer.what_is_cut(prompt.text):
-            too_long += 1
-            if len(shown) < LONG_SHOWN and prompt.text not in shown:
-                shown.add(prompt.text)
-                warnings.warn(cut, stacklevel=2)
+        for text in filter(None, (prompt.text, prompt.negative_prompt)):
+            if cut := tokenizer.what_is_cut(text):
+                too_long += 1
+                if len(shown) < LONG_SHOWN and text not in shown:
+                    shown.add(text)
+                    warnings.warn(cut, stacklevel=2)
     if too_long > len(shown):
         warnings.warn(f"{too_long} prompts in all are too long", stacklevel=2)
     return names
