@@ -100,7 +100,7 @@ def check_graphs(checkpoint: Checkpoint, folder: Path) -> list[Parity]:
     shapes = [Sizes(1, 1, height, width), Sizes(3, 4, 2 * step, 3 * step)]
     manifest = read_manifest(folder)
     rows, tolerance = [], TOLERANCES[manifest.precision]
-    variants = [f"{place}/{graph}" for place in (CPU, CUDA) for graph in GRAPHS]
+    variants = [f"{prefix}{graph}" for prefix in (CPU, CUDA, OPENVINO) for graph in GRAPHS]
     for file in [*GRAPHS, *(name for name in variants if name in manifest.files)]:
         graph, run = Path(file).name, _runner(Bundle(folder, manifest), file)
         module, outputs = MODULES[graph](checkpoint).eval(), list(GRAPH_IO[graph][1])

@@ -145,7 +145,7 @@ class OnnxRuntimeBackend:
                 while len(self._graphs) >= self.sessions:
                     self._graphs.pop(next(iter(self._graphs)))
                 session = self._session(self.bundle.variant(CPU, name))
-                cut = "context" in GRAPH_IO[name][0] and CONTEXT in self.bundle.manifest.files
+                cut = "context" in GRAPH_IO[name][0] and f"{CPU}{CONTEXT}" in self.bundle.manifest.files
                 self._graphs[name] = Graph(name, session, self._projection() if cut else None)
             return self._graphs[name]
 
@@ -158,7 +158,7 @@ class OnnxRuntimeBackend:
     def _projection(self) -> Projection:
         """Shared by the UNets; a captured step has the context of the steps before it."""
         if self._shared is None:
-            self._shared = Projection(self._session(self.bundle.file(CONTEXT)))
+            self._shared = Projection(self._session(self.bundle.variant(CPU, CONTEXT)))
         return self._shared
 
     def run(self, graph: str, inputs: Mapping[str, np.ndarray]) -> Arrays:
