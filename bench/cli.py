@@ -24,9 +24,9 @@ from grounded_diffusion.bench.report import (
 from grounded_diffusion.bench.systems import EVERY_STEP, PEERS, missing_packages
 from grounded_diffusion.bundle import open_bundle
 from grounded_diffusion.engine import GroundedPipeline, Options
-from grounded_diffusion.engine.backends.calibrate import placement
-from grounded_diffusion.engine.backends.onnxruntime_cpu import usable_cores
-from grounded_diffusion.engine.backends.open import BACKENDS
+from grounded_diffusion.engine.backends.calibrate import calibrate
+from grounded_diffusion.engine.backends.open import BACKENDS, DEFAULT_BACKEND, backend_entry
+from grounded_diffusion.engine.checks import usable_cores
 from grounded_diffusion.engine.pipeline.shipped import shipped_bundle, shipped_checkpoint
 from grounded_diffusion.errors import GroundedDiffusionError, UsageError
 
@@ -51,7 +51,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     common.add_argument("--out", type=Path, help="write JSON, Markdown and SVG into this folder")
 
     speed = kinds.add_parser("speed", parents=[common], help="stages, and systems end to end, taking turns")
-    speed.add_argument("--backend", choices=BACKENDS, default=BACKENDS[0], help="of the engine; all but the first: GPU")
+    speed.add_argument(
+        "--backend", choices=BACKENDS, default=DEFAULT_BACKEND, help="of the engine; all but the first: GPU"
+    )
     speed.add_argument("--peers", default=",".join(PEERS), help=f"of {', '.join(PEERS)} (default: all); '' for none")
     speed.add_argument("--sampler", default=DEFAULT_SAMPLER)
     speed.add_argument("--steps", type=int, default=DEFAULT_STEPS)
@@ -80,14 +82,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def open_model(args: argparse.Namespace, options: Options, backend: str = BACKENDS[0]) -> tuple[GroundedPipeline, int]:
-    """The engine at its best placement on this machine, or at the one that was asked for; and images to a call."""
+def open_model(
+    args: argparse.Namespace, options: Options, backend: str = DEFAULT_BACKEND
+) -> tuple[GroundedPipeline, int]:
+    """The engine with the batch and lanes that are best on this machine, or were asked for; and images to a call."""
     model, chosen = args.model or shipped_bundle(say), dict(backend=backend, threads=args.threads)
-    if backend != BACKENDS[0]:
+    if backend_entry(backend).device != "cpu":
         return GroundedPipeline.open(model, **chosen), args.batch or GPU_BATCH
     batch, lanes = args.batch, args.lanes
     if not (batch and lanes):
-        found = placement(open_bundle(model), options, args.threads, say)
+        found = calibrate(open_bundle(model), options, args.threads, say)
         batch, lanes = batch or found.batch, lanes or found.lanes
     return GroundedPipeline.open(model, **chosen, lanes=lanes), batch
 
@@ -109,7 +113,7 @@ def run_speed(args: argparse.Namespace) -> None:
     """gd-bench speed."""
     from grounded_diffusion.bench.speed import Plan, measure_speed
 
-    device = "cpu" if args.backend == BACKENDS[0] else "cuda"
+    device = backend_entry(args.backend).device
     if device == "cuda" and not has_gpu():
         print("skipped: no NVIDIA GPU")
         return

@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from grounded_diffusion.kernels import cfg_step, image_epilogue, mask_epilogue
-from grounded_diffusion.kernels.cuda import STATS_BYTES, CudaKernels, pack_step
+from grounded_diffusion.kernels import StepCoefficients, cfg_step, image_epilogue, mask_epilogue
+from grounded_diffusion.kernels.cuda import STATS_BYTES, CudaKernels, MaskPointers, StepPointers, pack_step
 from grounded_diffusion.kernels.device import DeviceArray, gpu_name
 
 COPY_BYTES = 256 << 20  # far beyond any cache
 SIZES = ((8, 64), (1, 512), (8, 512))  # (batch, pixels a side); the latent grid is an eighth
 OBJECTS = 4
-STEP = dict(guidance_scale=7.5, cx=0.0, co=1.0, a=0.99, b=[0.05, -0.02], head=0)  # a second-order solver, guided
+STEP = StepCoefficients(guidance_scale=7.5, cx=0.0, co=1.0, a=0.99, b=[0.05, -0.02])  # a second-order solver, guided
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ def host_rows(repeats: int) -> Iterator[Row]:
         picture = np.empty((batch, side, side, 3), np.uint8)
         runs = {
             "cfg_step": lambda g=given, n=new, f=following: cfg_step(
-                g["output"], g["latents"], g["history"], **STEP, out_latents=n, out_input=f
+                STEP, g["output"], g["latents"], g["history"], out_latents=n, out_input=f
             ),
             "image_epilogue": lambda g=given, p=picture: image_epilogue(g["image"], p),
             "mask_epilogue": lambda g=given, s=side: mask_epilogue(g["logits"], g["valid"], (s, s)),
@@ -131,44 +131,27 @@ def cuda_rows(repeats: int) -> Iterator[Row]:
 def cuda_launches(kernels: CudaKernels, stream: Any, put: Callable, batch: int, side: int) -> dict[str, Callable]:
     """One launch per operation on buffers of one size, FP32."""
     given = {name: put(array) for name, array in inputs(batch, side).items()}
-    row = put(pack_step(**STEP, slots=1).view(np.uint8))
+    row = put(pack_step(STEP, slots=1).view(np.uint8))
     new, following = put(given["latents"].numpy()), put(given["output"].numpy())
     picture = put(np.empty((batch, side, side, 3), np.uint8))
     count, size = batch * OBJECTS, (side, side)
     made = [(batch * side * side, 1), (count, 8), (4 * count, 4), (count, 4), (count, STATS_BYTES)]
-    outputs = [put(np.empty(number * width, np.uint8)) for number, width in made]
+    names = ("labels", "area", "box", "score", "stats")
+    outputs = {n: put(np.empty(number * width, np.uint8)) for n, (number, width) in zip(names, made, strict=True)}
     masks = put(np.empty(count * side * side, np.uint8))
     shape = (batch, OBJECTS, side // 8, side // 8)
     at = {name: array.pointer for name, array in given.items()}
     elements = batch * 4 * (side // 8) ** 2
+    step = StepPointers(row.pointer, at["output"], at["latents"], new.pointer, following.pointer, history=at["history"])
+    mask = MaskPointers(
+        at["logits"], at["valid"], masks=masks.pointer, **{name: array.pointer for name, array in outputs.items()}
+    )
     return {
-        "cfg_step": lambda: kernels.cfg_step(
-            stream,
-            row.pointer,
-            at["output"],
-            at["latents"],
-            at["history"],
-            0,
-            new.pointer,
-            following.pointer,
-            count=elements,
-            guided=True,
-            doubled=True,
-            half=False,
-        ),
+        "cfg_step": lambda: kernels.cfg_step(stream, step, count=elements, guided=True, doubled=True, half=False),
         "image_epilogue": lambda: kernels.image_epilogue(
             stream, at["image"], picture.pointer, batch=batch, size=size, half=False
         ),
-        "mask_epilogue": lambda: kernels.mask_epilogue(
-            stream,
-            at["logits"],
-            at["valid"],
-            *(o.pointer for o in outputs),
-            masks=masks.pointer,
-            shape=shape,
-            size=size,
-            half=False,
-        ),
+        "mask_epilogue": lambda: kernels.mask_epilogue(stream, mask, shape=shape, size=size, half=False),
     }
 
 

@@ -12,7 +12,7 @@ from grounded_diffusion.bench.environment import gpu_memory_used, peak_rss
 from grounded_diffusion.bench.speed import Plan, open_named
 from grounded_diffusion.bench.systems import PEERS, make_work
 from grounded_diffusion.engine import GroundedPipeline
-from grounded_diffusion.engine.backends.open import BACKENDS
+from grounded_diffusion.engine.backends.open import DEFAULT_BACKEND
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def main() -> None:
     request = json.loads(sys.argv[1])
     plan, name = Plan.load(request["plan"]), request["system"]
     taken = gpu_memory_used() or 0  # by others, this process's parent among them
-    backend = BACKENDS[0] if name in PEERS else plan.backend  # peers ask the engine for sizes only
+    backend = DEFAULT_BACKEND if name in PEERS else plan.backend  # peers ask the engine for sizes only
     pipe = GroundedPipeline.open(request["model"], backend=backend, threads=plan.threads, lanes=request["lanes"])
     system = open_named(name, pipe, plan)
     system.run(make_work(pipe.bundle.manifest, pipe.latent_shape(plan.options), plan.images, 0))

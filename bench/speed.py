@@ -34,8 +34,8 @@ from grounded_diffusion.bench.systems import (
 )
 from grounded_diffusion.bench.timing import alternate, clock
 from grounded_diffusion.engine import GroundedPipeline, Options
-from grounded_diffusion.engine.backends.onnxruntime_cpu import usable_cores
-from grounded_diffusion.engine.backends.open import BACKENDS
+from grounded_diffusion.engine.backends.open import backend_entry
+from grounded_diffusion.engine.checks import usable_cores
 from grounded_diffusion.errors import BackendError, ParityError
 
 BUDGET = 90.0  # seconds of timed turns, where their number is not given
@@ -77,7 +77,7 @@ class Plan:
     @property
     def device(self) -> str:
         """ "cpu" or "cuda"."""
-        return "cpu" if self.backend == BACKENDS[0] else "cuda"
+        return backend_entry(self.backend).device
 
     def dump(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -164,7 +164,7 @@ def measure_speed(pipe: GroundedPipeline, plan: Plan, report: Report = lambda li
     result["bound"] = {"rates": rates, "flops_per_s": bound}
     work = lambda number: make_work(pipe.bundle.manifest, pipe.latent_shape(plan.options), plan.images, number)
     report("measuring the stages")
-    batch = plan.options.batch_size(math.prod(work(0).noise.shape[2:]))
+    batch = pipe.batch_size(plan.options)
     one_call = make_work(pipe.bundle.manifest, pipe.latent_shape(plan.options), batch, 0)
     heads = plan.checkpoint if not missing_packages("eager") and plan.device == "cpu" else None
     stages = measure_stages(pipe, one_call, plan.options, plan.repeats, heads)

@@ -17,10 +17,12 @@ import numpy as np
 
 from grounded_diffusion.bundle import UNET, UNET_GROUNDED, Manifest
 from grounded_diffusion.engine import GroundedPipeline, Options, Prompt
+from grounded_diffusion.engine.backends.host import HostBackend
 from grounded_diffusion.engine.dataset.formats import Settings, open_format
 from grounded_diffusion.engine.dataset.record import Record
 from grounded_diffusion.engine.dataset.shards import encode_shard
 from grounded_diffusion.engine.dataset.storage.base import open_storage
+from grounded_diffusion.engine.sampling.backend import Backend
 from grounded_diffusion.engine.sampling.noise import batch_normal
 from grounded_diffusion.errors import UsageError
 
@@ -117,14 +119,16 @@ class FolderEngine:
         self._rounds += 1
 
 
-class TimedBackend:
-    """A backend that notes the seconds of every call of a graph."""
+class TimedBackend(HostBackend):
+    """The host's loop on a backend's graphs, with the seconds of every call of one noted."""
 
-    def __init__(self, backend: Any):
-        self._backend, self.calls = backend, []  # (graph, seconds), appended by several threads
+    def __init__(self, backend: Backend):
+        super().__init__(backend.lanes)
+        self.name, self._backend = backend.name, backend
+        self.calls: list[tuple[str, float]] = []  # (graph, seconds), appended by several threads
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._backend, name)
+    def default_batch(self, latent_cells: int) -> int:
+        return self._backend.default_batch(latent_cells)
 
     def run(self, graph: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         start = time.perf_counter()
@@ -137,10 +141,10 @@ class TimedBackend:
 def unet_share(pipe: GroundedPipeline, options: Options, work: Work) -> float:
     """Share of a round's time that the host's loop spends in the UNet's graphs, averaged over the backend's lanes."""
     timed = TimedBackend(pipe.backend)
-    twin = GroundedPipeline(pipe.bundle, timed)
     start = time.perf_counter()
-    for _ in twin.generate(work.prompts, options, noise=work.noise):
-        pass
+    with GroundedPipeline(pipe.bundle, timed) as twin:
+        for _ in twin.generate(work.prompts, options, noise=work.noise):
+            pass
     elapsed = time.perf_counter() - start
     inside = sum(seconds for graph, seconds in timed.calls if graph in (UNET, UNET_GROUNDED))
     return inside / (elapsed * pipe.backend.lanes)

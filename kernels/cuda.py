@@ -6,16 +6,16 @@ Every launch goes to the caller's stream and may be captured into a CUDA graph.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from grounded_diffusion.errors import BackendError
-from grounded_diffusion.kernels.cfg_step import history_terms
+from grounded_diffusion.kernels.cfg_step import StepCoefficients
 from grounded_diffusion.kernels.mask_epilogue import MAX_OBJECTS, MAX_SIDE, logit
-from grounded_diffusion.kernels.nvrtc import DEFAULT_CACHE, STEMS, cubin
+from grounded_diffusion.kernels.nvrtc import STEMS, cubin
 
 MAX_TERMS = 8  # kMaxTerms of cfg_step.cuh
 # struct StepCoefficients of cfg_step.cuh
@@ -30,32 +30,22 @@ _MAX_BLOCKS = 1 << 16  # the grid-stride loops take what is left
 _SCAN_ROWS = 8  # kRows of mask_epilogue.cu
 
 
-def pack_step(
-    *,
-    guidance_scale: float | None,
-    cx: float,
-    co: float,
-    a: float,
-    b: Sequence[float],
-    head: int = 0,
-    slots: int = 0,
-    n: float = 0.0,
-    next_scale: float = 1.0,
-    row: int = 0,
-) -> np.ndarray:
+def pack_step(step: StepCoefficients, *, slots: int = 0, row: int = 0) -> np.ndarray:
     """One row of a schedule as the kernel reads it, [1] of COEFFICIENTS: concatenate the rows and upload them once.
 
-    Arguments are those of `kernels.cfg_step`; `slots` is the length of the history (0: none), and `row` the one of
-    `bad` that latents which are not finite are reported in.
+    Args:
+        slots: length of the history (0: none).
+        row: the row of `bad` that latents which are not finite are reported in.
     """
-    weights, past = history_terms(b, head, slots)
+    weights, past = step.history_terms(slots)
     if len(weights) > MAX_TERMS:
         raise ValueError(f"b reaches too many steps back; at most {MAX_TERMS} past terms are supported")
     packed = np.zeros(1, COEFFICIENTS)
-    values = (1.0 if guidance_scale is None else guidance_scale, cx, co, a, b[0], n, next_scale)
-    for name, value in zip(COEFFICIENTS.names, values, strict=False):
-        packed[name] = value
-    packed["head"] = head if slots else -1
+    packed["guidance"] = 1.0 if step.guidance_scale is None else step.guidance_scale
+    for name in ("cx", "co", "a", "n", "next_scale"):
+        packed[name] = getattr(step, name)
+    packed["b0"] = step.b[0]
+    packed["head"] = step.head if slots else -1
     packed["terms"] = len(weights)
     packed["row"] = row
     packed["weight"][0, : len(weights)] = weights
@@ -63,10 +53,53 @@ def pack_step(
     return packed
 
 
+@dataclass(frozen=True, slots=True)
+class StepPointers:
+    """Device addresses of one sampler step's arrays, as in `kernels.cfg_step`; those of 0 are left out.
+
+    Attributes:
+        coefficients: one row made by `pack_step`.
+        history, noise: 0 where the row has none.
+        bad: uint8 [rows, batch]; byte (row, b) becomes 1 where a new latent of image b is not finite.
+    """
+
+    coefficients: int
+    model_output: int
+    latents: int
+    out_latents: int
+    out_input: int
+    history: int = 0
+    noise: int = 0
+    bad: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class MaskPointers:
+    """Device addresses of the mask epilogue's arrays: outputs have the shapes and types of MaskResult.
+
+    Attributes:
+        stats: scratch of B * O * STATS_BYTES bytes.
+        masks: bool [B, O, H, W], or 0 to leave it out.
+        bits: uint32 [B, O, H, ceil(W / 32)] as `reference.pack_bits`, an eighth of the bytes, or 0 to leave it out.
+        bad: uint8 [B] or 0; byte b becomes 1 where a logit of a valid object of image b is not finite.
+    """
+
+    logits: int
+    valid: int
+    labels: int
+    area: int
+    box: int
+    score: int
+    stats: int
+    masks: int = 0
+    bits: int = 0
+    bad: int = 0
+
+
 class CudaKernels:
     """The kernels, loaded for one device."""
 
-    def __init__(self, device_id: int = 0, cache: Path = DEFAULT_CACHE) -> None:
+    def __init__(self, device_id: int = 0, cache: Path | None = None) -> None:
         """Load (compiling at first use) for the device's architecture and make the device current.
 
         Raises:
@@ -96,36 +129,19 @@ class CudaKernels:
         launch(stream, LaunchConfig(grid=grid, block=block), self._kernels[name], *args)
 
     def cfg_step(
-        self,
-        stream: Any,
-        coefficients: int,
-        model_output: int,
-        latents: int,
-        history: int,
-        noise: int,
-        out_latents: int,
-        out_input: int,
-        *,
-        count: int,
-        guided: bool,
-        doubled: bool,
-        half: bool,
-        bad: int = 0,
-        batch: int = 1,
+        self, stream: Any, at: StepPointers, *, count: int, guided: bool, doubled: bool, half: bool, batch: int = 1
     ) -> None:
-        """One sampler step. Pointers as in `kernels.cfg_step`; `history` and `noise` may be 0 where the row has none.
+        """One sampler step.
 
         Args:
             stream: cuda.core.Stream.
-            coefficients: device address of one row made by `pack_step`.
             count: elements of the latents, B * 4 * h * w.
             guided: model_output holds 2B rows; `doubled`: out_input receives 2B rows.
             half: model_output and out_input are float16. Latents, history and noise are always float32.
-            bad: uint8 [rows, batch] or 0; byte (row, b) becomes 1 where a new latent of image b is not finite.
         """
         blocks = min(-(-count // (4 * _THREADS)), _MAX_BLOCKS)
-        pointers = (coefficients, model_output, latents, history, noise, out_latents, out_input)
-        flags = (bad, np.int32(batch), np.int64(count), np.int32(guided), np.int32(doubled))
+        pointers = (at.coefficients, at.model_output, at.latents, at.history, at.noise, at.out_latents, at.out_input)
+        flags = (at.bad, np.int32(batch), np.int64(count), np.int32(guided), np.int32(doubled))
         self._launch(stream, "cfg_step_f16" if half else "cfg_step_f32", blocks, _THREADS, *pointers, *flags)
 
     def image_epilogue(
@@ -143,29 +159,16 @@ class CudaKernels:
     def mask_epilogue(
         self,
         stream: Any,
-        logits: int,
-        valid: int,
-        labels: int,
-        area: int,
-        box: int,
-        score: int,
-        stats: int,
+        at: MaskPointers,
         *,
-        masks: int = 0,
-        bits: int = 0,
-        bad: int = 0,
         shape: tuple[int, int, int, int],
         size: tuple[int, int],
         threshold: float = 0.5,
         half: bool,
     ) -> None:
-        """Masks of a batch; outputs have the shapes and types of MaskResult.
+        """Masks of a batch.
 
         Args:
-            masks: bool [B, O, H, W], or 0 to leave it out.
-            bits: uint32 [B, O, H, ceil(W / 32)] as `reference.pack_bits`, an eighth of the bytes, or 0 to leave it out.
-            bad: uint8 [B] or 0; byte b becomes 1 where a logit of a valid object of image b is not finite.
-            stats: scratch of B * O * STATS_BYTES bytes.
             shape: (B, O, h, w) of the logits; at most 255 objects.
             size: (H, W); at most 16384 a side.
             half: the logits are float16.
@@ -176,10 +179,10 @@ class CudaKernels:
             raise ValueError(f"at most {MAX_OBJECTS} objects and {MAX_SIDE} pixels a side, not {objects} and {size}")
         count = np.int32(batch * objects)
         few = max(1, -(-batch * objects // _THREADS))
-        self._launch(stream, "mask_begin", few, _THREADS, stats, count)
+        self._launch(stream, "mask_begin", few, _THREADS, at.stats, count)
         grid = (-(-width // 32), -(-height // _SCAN_ROWS), batch)
         sizes = [np.int32(v) for v in (objects, low_h, low_w, height, width)]
         name = "mask_scan_f16" if half else "mask_scan_f32"
-        pointers = (logits, valid, labels, masks, bits, stats, bad)
+        pointers = (at.logits, at.valid, at.labels, at.masks, at.bits, at.stats, at.bad)
         self._launch(stream, name, grid, (32, _SCAN_ROWS), *pointers, *sizes, np.float32(logit(threshold)))
-        self._launch(stream, "mask_finish", few, _THREADS, stats, area, box, score, count)
+        self._launch(stream, "mask_finish", few, _THREADS, at.stats, at.area, at.box, at.score, count)

@@ -6,17 +6,15 @@ Compiling needs no GPU, so that a machine without one can check every architectu
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from pathlib import Path
 
+from grounded_diffusion.cache import cache_folder, write_cached
 from grounded_diffusion.errors import BackendError
 
 STEMS = ("cfg_step", "image_epilogue", "mask_epilogue")
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
 STANDARD = "c++17"
 FOLDER = Path(__file__).resolve().parent
-DEFAULT_CACHE = Path.home() / ".cache" / "grounded-diffusion" / "cubin"
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
@@ -68,7 +66,7 @@ def cache_key(stem: str, arch: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
-def cubin(stem: str, arch: str, cache: Path = DEFAULT_CACHE) -> bytes:
+def cubin(stem: str, arch: str, cache: Path | None = None) -> bytes:
     """The cubin of one operation: the one built with the wheel, else the cached one, else compiled and cached.
 
     A cached file begins with the SHA-256 of the rest; one that does not match is compiled again.
@@ -77,7 +75,7 @@ def cubin(stem: str, arch: str, cache: Path = DEFAULT_CACHE) -> bytes:
     if built.is_file():
         return built.read_bytes()
     try:
-        file = cache / f"{stem}.{arch}.{cache_key(stem, arch)}.cubin"
+        file = (cache or cache_folder() / "cubin") / f"{stem}.{arch}.{cache_key(stem, arch)}.cubin"
     except ImportError as error:
         raise BackendError(f"CUDA kernels need NVRTC ({error}); pip install 'grounded-diffusion[gpu]'") from error
     if file.is_file():
@@ -85,14 +83,5 @@ def cubin(stem: str, arch: str, cache: Path = DEFAULT_CACHE) -> bytes:
         if hashlib.sha256(raw[_DIGEST_BYTES:]).digest() == raw[:_DIGEST_BYTES]:
             return raw[_DIGEST_BYTES:]
     code = compile_cubin(stem, arch)
-    _write_whole(file, hashlib.sha256(code).digest() + code)
+    write_cached(file, hashlib.sha256(code).digest() + code)
     return code
-
-
-def _write_whole(file: Path, content: bytes) -> None:
-    """Write under a temporary name and rename, so that another process never reads half a file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.name, suffix=".tmp")
-    with os.fdopen(handle, "wb") as stream:
-        stream.write(content)
-    Path(temporary).replace(file)

@@ -2,44 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
+
+from grounded_diffusion.kernels.cfg_step import StepCoefficients
 
 
 def cfg_step(
+    step: StepCoefficients,
     model_output: np.ndarray,
     latents: np.ndarray,
     history: np.ndarray | None,
-    *,
-    guidance_scale: float | None,
-    cx: float,
-    co: float,
-    a: float,
-    b: Sequence[float],
-    head: int = 0,
     noise: np.ndarray | None = None,
-    n: float = 0.0,
-    next_scale: float = 1.0,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """New latents [B, ...], next input (as many rows as `model_output`) and new history [K, B, ...], all float64."""
     output, x = np.float64(model_output), np.float64(latents)
-    if guidance_scale is not None:
+    if step.guidance_scale is not None:
         uncond, cond = np.split(output, 2)
-        output = uncond + guidance_scale * (cond - uncond)
-    m = cx * x + co * output
-    new = a * x + b[0] * m
-    for k, weight in enumerate(b):
+        output = uncond + step.guidance_scale * (cond - uncond)
+    m = step.cx * x + step.co * output
+    new = step.a * x + step.b[0] * m
+    for k, weight in enumerate(step.b):
         if k and weight:
-            new = new + weight * np.float64(history[(head - k) % len(history)])
-    if n:
-        new = new + n * np.float64(noise)
+            new = new + weight * np.float64(history[(step.head - k) % len(history)])
+    if step.n:
+        new = new + step.n * np.float64(noise)
     kept = None
     if history is not None:
         kept = np.float64(history)
-        kept[head] = m
-    copies = 1 if guidance_scale is None else 2
-    return new, np.concatenate([new * next_scale] * copies), kept
+        kept[step.head] = m
+    copies = 1 if step.guidance_scale is None else 2
+    return new, np.concatenate([new * step.next_scale] * copies), kept
 
 
 def upsample(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:

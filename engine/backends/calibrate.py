@@ -1,4 +1,4 @@
-"""How many images to a call, and how many calls at once: measured once on each machine and remembered.
+"""How many images to a batch, and how many batches at once: measured once on each machine and remembered.
 
 One call on all threads waits at every operation for the slowest of them; several calls with fewer threads each do
 not. Which is faster depends on the model, the processor and its load, so it is tried.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -19,33 +18,40 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from grounded_diffusion.bundle import MANIFEST, UNET, Bundle, sha256
-from grounded_diffusion.engine.backends.onnxruntime_cpu import OnnxRuntimeBackend, usable_cores
-from grounded_diffusion.engine.pipeline.shipped import cache_folder
+from grounded_diffusion.cache import cache_folder, write_cached
+from grounded_diffusion.engine.backends.host import LATENT_CELLS, default_batch
+from grounded_diffusion.engine.backends.open import DEFAULT_BACKEND, open_backend
+from grounded_diffusion.engine.checks import usable_cores
 from grounded_diffusion.engine.sampling.backend import Backend
-from grounded_diffusion.engine.sampling.options import LATENT_CELLS, MAX_BATCH, Options
+from grounded_diffusion.engine.sampling.options import MAX_BATCH, Options
 
-BUDGET = 25.0  # seconds; at large images only a few placements are tried
-TIMED = 1.0  # seconds of calls to a placement in each of two rounds, at least one call a lane
-WORTH = 1.015  # a larger placement must be faster by this, or the smaller one, with its smaller memory, is taken
+BUDGET = 25.0  # seconds; at large images only a few candidates are tried
+TIMED = 1.0  # seconds of calls to a candidate in each of two rounds, at least one call a lane
+WORTH = 1.015  # a larger candidate must be faster by this, or the smaller one, with its smaller memory, is taken
 
 
 @dataclass(frozen=True, slots=True)
-class Placement:
-    """Images to a call of the network, and calls at once."""
+class BatchAndLanes:
+    """Images to a batch, and batches at once."""
 
     batch: int
     lanes: int
 
 
-def placement(
-    bundle: Bundle, options: Options, threads: int | None = None, report: Callable[[str], None] = lambda line: None
-) -> Placement:
-    """The fastest placement on this machine: remembered, or measured now within half a minute.
+def calibrate(
+    bundle: Bundle,
+    options: Options,
+    threads: int | None = None,
+    report: Callable[[str], None] = lambda line: None,
+    backend: str = DEFAULT_BACKEND,
+) -> BatchAndLanes:
+    """The fastest batch and lanes on this machine: remembered, or measured now within half a minute.
 
     Args:
         options: decide the image size; a batch that they fix is kept, and only the lanes are tried.
         threads: CPU threads in all; None takes all cores.
         report: told what has been measured.
+        backend: name of a backend on the CPU.
     """
     threads = threads or usable_cores()
     height, width = (side // bundle.manifest.vae_scale_factor for side in options.image_size(bundle.manifest))
@@ -56,51 +62,61 @@ def placement(
         "threads": threads,
         "host": [platform.node(), platform.machine()],
     }
+    if backend != DEFAULT_BACKEND:
+        asked["backend"] = backend
     key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:24]
     file = cache_folder() / "placements" / f"{key}.json"
     with contextlib.suppress(OSError, ValueError, TypeError):
-        return Placement(**json.loads(file.read_text(encoding="utf-8")))
-    rates = measure(bundle, list(candidates(options, height * width, threads)), threads, (height, width))
+        return BatchAndLanes(**json.loads(file.read_text(encoding="utf-8")))
+    tries = list(candidates(options, height * width, threads))
+    rates = measure(lambda lanes: open_backend(backend, bundle, threads=threads, lanes=lanes), bundle, tries,
+                    (height, width))  # fmt: skip
     chosen = choose(rates)
     for tried, rate in rates.items():
         report(f"batch {tried.batch} x {tried.lanes}: {rate:.2f} guided calls of one image a second")
     with contextlib.suppress(OSError):  # a cache that cannot be written is measured again
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(asdict(chosen)), encoding="utf-8")
-        temporary.replace(file)
+        write_cached(file, json.dumps(asdict(chosen)).encode())
     return chosen
 
 
-def candidates(options: Options, cells: int, threads: int) -> Iterator[Placement]:
-    """Placements to try, the safest first: lanes double up to one a thread, batches around the default."""
-    usual = options.batch_size(cells)
-    batches = [options.batch] if options.batch else [usual, *{max(1, usual // 2), min(2 * usual, MAX_BATCH)} - {usual}]
+def candidates(options: Options, cells: int, threads: int) -> Iterator[BatchAndLanes]:
+    """What to try, the safest first: lanes double up to one a thread, batches around the default."""
+    usual = options.batch or default_batch(cells)
+    batches = [usual] if options.batch else [usual, *{max(1, usual // 2), min(2 * usual, MAX_BATCH)} - {usual}]
     lanes = 1
     while lanes <= threads:
         for batch in batches:
             if lanes == 1 or lanes * batch * cells <= 16 * LATENT_CELLS:  # keeps the memory in bounds
-                yield Placement(batch, lanes)
+                yield BatchAndLanes(batch, lanes)
         lanes *= 2
 
 
-def measure(bundle: Bundle, tries: list[Placement], threads: int, latents: tuple[int, int]) -> dict[Placement, float]:
-    """Guided network calls for one image a second, of as many placements as fit the budget; at least one.
+def measure(
+    open_with: Callable[[int], Backend], bundle: Bundle, tries: list[BatchAndLanes], latents: tuple[int, int]
+) -> dict[BatchAndLanes, float]:
+    """Guided network calls for one image a second, of as many candidates as fit the budget; at least one.
 
-    The better of two rounds counts: what disturbs a placement in one hardly does so in the other.
+    The better of two rounds counts: what disturbs a candidate in one hardly does so in the other.
+
+    Args:
+        open_with: opens the backend with so many lanes.
     """
-    rates: dict[Placement, float] = {}
+    rates: dict[BatchAndLanes, float] = {}
     started, backend = time.monotonic(), None
     for tried in [*tries, *tries]:
         if rates and time.monotonic() - started > BUDGET:
             break
         if backend is None or backend.lanes != tried.lanes:
-            backend = OnnxRuntimeBackend(bundle, threads, tried.lanes)
+            if backend:
+                backend.close()
+            backend = open_with(tried.lanes)
         rates[tried] = max(rates.get(tried, 0.0), rate(backend, bundle, tried, latents))
+    if backend:
+        backend.close()
     return rates
 
 
-def rate(backend: Backend, bundle: Bundle, tried: Placement, latents: tuple[int, int]) -> float:
+def rate(backend: Backend, bundle: Bundle, tried: BatchAndLanes, latents: tuple[int, int]) -> float:
     """Images a second through one guided call, all lanes at once."""
     manifest, images = bundle.manifest, tried.batch
     noise = np.random.default_rng(0).standard_normal((images, manifest.latent_channels, *latents), np.float32)
@@ -126,7 +142,7 @@ def rate(backend: Backend, bundle: Bundle, tried: Placement, latents: tuple[int,
         return tried.lanes * tried.batch * rounds / seconds(rounds)
 
 
-def choose(rates: dict[Placement, float]) -> Placement:
+def choose(rates: dict[BatchAndLanes, float]) -> BatchAndLanes:
     """The fastest, unless a smaller one is nearly as fast."""
     best = max(rates.values())
     fast = [tried for tried, rate in rates.items() if rate * WORTH >= best]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 import numpy as np
 
 from grounded_diffusion.bundle import CONTEXT, CPU, GRAPH_IO, SHARED_ROWS, Bundle
+from grounded_diffusion.engine.backends.host import HostBackend
+from grounded_diffusion.engine.checks import first_line, usable_cores
 from grounded_diffusion.engine.sampling.backend import Arrays, both_halves
 from grounded_diffusion.errors import BackendError
 
@@ -103,13 +104,13 @@ class Graph:
         return {name: array.astype(np.float32, copy=False) for name, array in known[key].items()}
 
 
-class OnnxRuntimeBackend:
+class OnnxRuntimeBackend(HostBackend):
     """The `onnxruntime` package with its CPU provider.
 
     Args:
         bundle: the opened bundle.
         threads: CPU threads in all; None takes all cores this process may use.
-        lanes: calls of `run` at once; each has its share of the threads.
+        lanes: batches at once; each has its share of the threads.
         sessions: graphs kept open at once; opening one more closes the oldest.
 
     Raises:
@@ -124,7 +125,7 @@ class OnnxRuntimeBackend:
         except ImportError as error:
             raise BackendError(f"onnxruntime cannot be imported ({error}); pip install onnxruntime") from None
         self.bundle, self.sessions, self._ort = bundle, sessions, onnxruntime
-        self.lanes = lanes
+        super().__init__(lanes)
         self._graphs: dict[str, Graph] = {}
         self._shared: Projection | None = None
         self._opening = threading.Lock()
@@ -171,13 +172,3 @@ class OnnxRuntimeBackend:
         except Exception as error:
             shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
             raise BackendError(f"onnxruntime failed in {graph} on {shapes}: {first_line(error)}") from None
-
-
-def usable_cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def first_line(error: Exception) -> str:
-    """The first line of a message, for errors of one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,13 +1,67 @@
-"""Backends by name."""
+"""Backends by name: the one table of them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
 from grounded_diffusion.bundle import Bundle
+from grounded_diffusion.engine.backends.gpu.backend import DeviceBackend
+from grounded_diffusion.engine.backends.gpu.cuda import CudaDevice
 from grounded_diffusion.engine.backends.gpu.loop import Replay
+from grounded_diffusion.engine.backends.gpu.onnxruntime_cuda import OnnxRuntimeCuda, load_runtime
+from grounded_diffusion.engine.backends.gpu.tensorrt import TensorRT
+from grounded_diffusion.engine.backends.onnxruntime_cpu import OnnxRuntimeBackend
+from grounded_diffusion.engine.backends.tensorrt.spec import load_module
 from grounded_diffusion.engine.sampling.backend import Backend
 from grounded_diffusion.errors import UsageError
 
-BACKENDS = ("onnxruntime", "cuda", "tensorrt", "tensorrt-rtx")
+
+@dataclass(frozen=True, slots=True)
+class BackendEntry:
+    """One backend.
+
+    Attributes:
+        device: where it runs.
+        open: opens it with (bundle, threads, lanes, replay), of which it takes what concerns it.
+    """
+
+    device: Literal["cpu", "cuda"]
+    open: Callable[[Bundle, int | None, int, Replay], Backend]
+
+
+def _open_onnxruntime(bundle: Bundle, threads: int | None, lanes: int, replay: Replay) -> Backend:
+    return OnnxRuntimeBackend(bundle, threads, lanes)
+
+
+def _open_cuda(bundle: Bundle, threads: int | None, lanes: int, replay: Replay) -> Backend:
+    load_runtime()  # what is missing is said in the order in which it is installed
+    device = CudaDevice()
+    return DeviceBackend(bundle, device, OnnxRuntimeCuda(bundle, device), replay)
+
+
+def _open_tensorrt(package: str, bundle: Bundle, threads: int | None, lanes: int, replay: Replay) -> Backend:
+    load_module(package)
+    device = CudaDevice()
+    return DeviceBackend(bundle, device, TensorRT(bundle, package, device), replay)
+
+
+DEFAULT_BACKEND = "onnxruntime"
+BACKENDS = {
+    DEFAULT_BACKEND: BackendEntry("cpu", _open_onnxruntime),
+    "cuda": BackendEntry("cuda", _open_cuda),  # ONNX Runtime
+    "tensorrt": BackendEntry("cuda", partial(_open_tensorrt, "tensorrt")),  # engines that `gd-export --engine` built
+    "tensorrt-rtx": BackendEntry("cuda", partial(_open_tensorrt, "tensorrt_rtx")),
+}
+
+
+def backend_entry(name: str) -> BackendEntry:
+    """A backend's entry. Raises UsageError where there is no such backend."""
+    if name not in BACKENDS:
+        raise UsageError(f"there is no backend {name!r}; choose one of {', '.join(BACKENDS)}")
+    return BACKENDS[name]
 
 
 def open_backend(
@@ -16,8 +70,7 @@ def open_backend(
     """A backend, ready to run a bundle.
 
     Args:
-        name: "onnxruntime" runs on the CPU; "cuda" is ONNX Runtime on an NVIDIA GPU; "tensorrt" and "tensorrt-rtx" run
-            engines that `gd-export --engine` has built.
+        name: one of BACKENDS.
         threads, lanes: CPU threads in all and batches at once; a GPU chooses for itself.
         replay: what a GPU captures into CUDA graphs: "none", single steps, or the whole "loop".
 
@@ -25,26 +78,4 @@ def open_backend(
         UsageError: there is no such backend.
         BackendError: it is not installed, or finds no GPU.
     """
-    if name not in BACKENDS:
-        raise UsageError(f"there is no backend {name!r}; choose one of {', '.join(BACKENDS)}")
-    if name == "onnxruntime":
-        from grounded_diffusion.engine.backends.onnxruntime_cpu import OnnxRuntimeBackend
-
-        return OnnxRuntimeBackend(bundle, threads, lanes)
-    from grounded_diffusion.engine.backends.gpu.backend import DeviceBackend
-
-    if name == "cuda":
-        from grounded_diffusion.engine.backends.gpu.cuda import CudaDevice
-        from grounded_diffusion.engine.backends.gpu.onnxruntime_cuda import OnnxRuntimeCudaNetworks, load_runtime
-
-        load_runtime()  # what is missing is said in the order in which it is installed
-        device = CudaDevice()
-        return DeviceBackend(bundle, device, OnnxRuntimeCudaNetworks(bundle, device), replay)
-    from grounded_diffusion.engine.backends.gpu.cuda import CudaDevice
-    from grounded_diffusion.engine.backends.gpu.tensorrt import TensorRTNetworks
-    from grounded_diffusion.engine.backends.tensorrt.spec import load_module
-
-    package = name.replace("-", "_")
-    load_module(package)
-    device = CudaDevice()
-    return DeviceBackend(bundle, device, TensorRTNetworks(bundle, package, device), replay)
+    return backend_entry(name).open(bundle, threads, lanes, replay)

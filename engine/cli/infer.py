@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from grounded_diffusion import __version__
-from grounded_diffusion.engine.backends.open import BACKENDS
+from grounded_diffusion.engine.backends.open import BACKENDS, DEFAULT_BACKEND
 from grounded_diffusion.engine.cli.format_options import add_format_options
 from grounded_diffusion.engine.dataset.formats import FORMATS
 from grounded_diffusion.engine.dataset.shards import finished_shards, read_shard
@@ -116,7 +116,9 @@ def build_parser() -> Parser:
     how.add_argument(
         "--batch", type=int, metavar="N", help="images to one call of the network (default: the fastest here)"
     )
-    how.add_argument("--backend", choices=BACKENDS, default=BACKENDS[0], help=f"default: {BACKENDS[0]}, on the CPU")
+    how.add_argument(
+        "--backend", choices=BACKENDS, default=DEFAULT_BACKEND, help=f"default: {DEFAULT_BACKEND}, on the CPU"
+    )
     how.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
     how.add_argument("--lanes", type=int, metavar="N", help="batches at once on the CPU (default: the fastest here)")
     how.add_argument(
@@ -161,6 +163,12 @@ def run(args: argparse.Namespace, stop: Stop) -> int:
     if args.workers is not None and args.ray is None:
         raise UsageError("--workers is for --ray; give --threads for the threads of this process")
     run = open_run(args, note, stop)
+    with run.pipe:
+        return carry_out(args, run, stop)
+
+
+def carry_out(args: argparse.Namespace, run: Run, stop: Stop) -> int:
+    """What was asked of a run; returns the exit status."""
     if args.dry_run:
         print_estimate(run)
         return 0

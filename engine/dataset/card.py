@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from grounded_diffusion.bundle import MANIFEST, read_manifest, sha256
+from grounded_diffusion.cache import cache_folder
 from grounded_diffusion.engine.dataset.shards import FINISHED, Rows, finished_shards
 from grounded_diffusion.engine.dataset.sheet import choose, draw_sheet
 from grounded_diffusion.engine.dataset.storage.base import Storage, open_storage
 from grounded_diffusion.engine.dataset.verify import MARKER
-from grounded_diffusion.engine.pipeline.shipped import NAME, cache_folder
+from grounded_diffusion.engine.pipeline.shipped import NAME
 from grounded_diffusion.engine.prompts.vocabulary import EMOJI_NAMES
 from grounded_diffusion.engine.runs.run import RUN, SUMMARY, read_json
 from grounded_diffusion.errors import UsageError

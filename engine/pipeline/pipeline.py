@@ -5,23 +5,22 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Container, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from grounded_diffusion.bundle import Bundle, open_bundle
-from grounded_diffusion.engine.backends.gpu.backend import DeviceBackend
 from grounded_diffusion.engine.backends.open import open_backend
+from grounded_diffusion.engine.checks import shorten
 from grounded_diffusion.engine.pipeline.text_encoder import TextEncoder
 from grounded_diffusion.engine.pipeline.tokenizer import Tokenizer
 from grounded_diffusion.engine.prompts.prompt import Prompt, as_prompts
 from grounded_diffusion.engine.sampling.backend import Backend
-from grounded_diffusion.engine.sampling.batch import Made, Request, make
-from grounded_diffusion.engine.sampling.denoise import Conditioning
+from grounded_diffusion.engine.sampling.batch import BatchRequest, BatchResult, Conditioning
 from grounded_diffusion.engine.sampling.noise import batch_normal
 from grounded_diffusion.engine.sampling.options import Options
 from grounded_diffusion.engine.sampling.schedule import Schedule, build_schedule
@@ -95,9 +94,9 @@ def plan(prompts: Iterable[Prompt], options: Options) -> list[Job]:
 class GroundedPipeline:
     """A model ready to run.
 
-        pipe = GroundedPipeline.open("bundle")
-        for sample in pipe.generate(["a photograph of a [dog] and a [cat]"], steps=25, seed=7):
-            sample.image, sample.masks["dog"]
+        with GroundedPipeline.open("bundle") as pipe:
+            for sample in pipe.generate(["a photograph of a [dog] and a [cat]"], steps=25, seed=7):
+                sample.image, sample.masks["dog"]
 
     Attributes:
         bundle: the opened bundle.
@@ -123,7 +122,8 @@ class GroundedPipeline:
         Args:
             bundle: directory that gd-export wrote; None takes the model that ships with the package, exported into
                 the user's cache at first use (which needs the `export` extra).
-            backend: "onnxruntime" for the CPU; "cuda", "tensorrt" or "tensorrt-rtx" for an NVIDIA GPU.
+            backend: one of backends.open.BACKENDS: "onnxruntime" for the CPU; "cuda", "tensorrt" or "tensorrt-rtx" for
+                an NVIDIA GPU.
             threads: CPU threads; None takes all cores.
             lanes: batches at once on the CPU, each on its share of the threads: slower for one, faster for many.
 
@@ -138,6 +138,16 @@ class GroundedPipeline:
             bundle = shipped_bundle()
         opened = open_bundle(bundle)
         return cls(opened, open_backend(backend, opened, threads=threads, lanes=lanes))
+
+    def close(self) -> None:
+        """Wait for what is under way and free the backend's threads and memory; a with statement does it too."""
+        self.backend.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def schedule(self, options: Options) -> Schedule:
         """The sampler's table for this model. Raises UsageError for what the model's scheduler does not allow."""
@@ -190,13 +200,16 @@ class GroundedPipeline:
         return self._generate(jobs, options, noise)
 
     def _generate(self, jobs: list[Job], options: Options, noise: np.ndarray | None) -> Iterator[Sample]:
-        _, height, width = self.latent_shape(options)
-        batch = options.batch_size(height * width, isinstance(self.backend, DeviceBackend))
-        for results in self.batches(chunks(jobs, batch), options, noise=noise):
+        for results in self.batches(chunks(jobs, self.batch_size(options)), options, noise=noise):
             for result in results:
                 if isinstance(result, Failed):
                     raise NumericsError(result.reason)
                 yield result
+
+    def batch_size(self, options: Options) -> int:
+        """Images to a batch: what was asked for, or what the backend is best at."""
+        _, height, width = self.latent_shape(options)
+        return options.batch or self.backend.default_batch(height * width)
 
     def batches(
         self, batches: Iterable[Sequence[Job]], options: Options, *, noise: np.ndarray | None = None
@@ -212,38 +225,31 @@ class GroundedPipeline:
         Raises:
             BackendError: the backend has failed.
         """
-        schedule, lanes = self.schedule(options), self.backend.lanes
-        waiting: deque[Future[list[Sample | Failed]]] = deque()
-        with ThreadPoolExecutor(lanes, "lane") as pool:
-            try:
-                for jobs in batches:
-                    conditioning = self.condition([job.prompt for job in jobs])
-                    waiting.append(pool.submit(self._batch, list(jobs), conditioning, schedule, options, noise))
-                    if len(waiting) > lanes:
-                        yield waiting.popleft().result()
-                while waiting:
-                    yield waiting.popleft().result()
-            finally:
-                for future in waiting:
-                    future.cancel()
-
-    def _batch(self, jobs: list[Job], conditioning: Conditioning, schedule: Schedule, options: Options, noise):
-        """One batch, or where it fails each of its samples alone."""
+        schedule = self.schedule(options)
+        submitted: deque[tuple[Sequence[Job], BatchRequest, Future[BatchResult]]] = deque()
         try:
-            return self._make(jobs, conditioning, schedule, options, noise)
-        except NumericsError as error:
-            if len(jobs) == 1:
-                return [Failed(jobs[0], str(error))]
-        return [self._batch([job], conditioning.row(b), schedule, options, noise)[0] for b, job in enumerate(jobs)]
+            for jobs in batches:
+                request = self._request(jobs, schedule, options, noise)
+                submitted.append((jobs, request, self.backend.submit(request)))
+                if len(submitted) > self.backend.lanes:
+                    yield self._results(*submitted.popleft())
+            while submitted:
+                yield self._results(*submitted.popleft())
+        finally:
+            left = [future for _, _, future in submitted]
+            for future in left:
+                future.cancel()
+            wait(left)
 
-    def _make(
-        self, jobs: list[Job], conditioning: Conditioning, schedule: Schedule, options: Options, noise
-    ) -> list[Sample]:
+    def _request(
+        self, jobs: Sequence[Job], schedule: Schedule, options: Options, noise: np.ndarray | None
+    ) -> BatchRequest:
+        """What the backend is to make for some jobs."""
         shape = self.latent_shape(options)
         keys = [(job.seed, job.draw) for job in jobs]
-        request = Request(
+        return BatchRequest(
             schedule,
-            conditioning,
+            self.condition([job.prompt for job in jobs]),
             batch_normal(keys, shape) if noise is None else noise[[job.index for job in jobs]].astype(np.float32),
             size=options.image_size(self.bundle.manifest),
             guidance_scale=options.guidance_scale,
@@ -253,9 +259,21 @@ class GroundedPipeline:
             names=[f"sample {job.index}" for job in jobs],
             threshold=options.threshold,
         )
-        on_device = isinstance(self.backend, DeviceBackend)
-        made = self.backend.submit(request).result() if on_device else make(self.backend, request)
-        return [make_sample(job, b, made) for b, job in enumerate(jobs)]
+
+    def _results(
+        self, jobs: Sequence[Job], request: BatchRequest, future: Future[BatchResult]
+    ) -> list[Sample | Failed]:
+        """The samples of a batch; where it fails, those of each of its images alone."""
+        try:
+            result = future.result()
+        except NumericsError as error:
+            if len(jobs) == 1:
+                return [Failed(jobs[0], str(error))]
+        else:
+            return [make_sample(job, b, result) for b, job in enumerate(jobs)]
+        alone = [([job], request.part(b, b + 1)) for b, job in enumerate(jobs)]
+        futures = [self.backend.submit(part) for _, part in alone]
+        return [self._results(*given, future)[0] for given, future in zip(alone, futures, strict=True)]
 
     def condition(self, prompts: list[Prompt]) -> Conditioning:
         """Encode the prompts and object queries of a batch."""
@@ -272,7 +290,7 @@ def chunks(jobs: Iterable[Job], size: int) -> Iterator[tuple[Job, ...]]:
         yield chunk
 
 
-def make_sample(job: Job, b: int, made: Made) -> Sample:
+def make_sample(job: Job, b: int, made: BatchResult) -> Sample:
     """Row b of a batch as a Sample."""
     objects, result, denoised = job.prompt.objects, made.masks, made.denoised
     rows = {name: (b, o) for o, name in enumerate(objects)}
@@ -292,8 +310,3 @@ def make_sample(job: Job, b: int, made: Made) -> Sample:
         mask_logits=denoised.mask_logits[b, : len(objects)],
         latents=denoised.latents[b],
     )
-
-
-def shorten(text: str, limit: int = 60) -> str:
-    """`text`, cut to `limit` characters."""
-    return text if len(text) <= limit else text[: limit - 3] + "..."

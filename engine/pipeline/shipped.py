@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 import shutil
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 import grounded_diffusion
 from grounded_diffusion import __version__
 from grounded_diffusion.bundle import open_bundle, sha256
+from grounded_diffusion.cache import cache_folder
 from grounded_diffusion.errors import BundleError, UsageError
 
 PACKAGE = Path(grounded_diffusion.__file__).parent
@@ -31,12 +31,6 @@ def shipped_checkpoint() -> Path:
     if not (path / "model_index.json").is_file():
         raise UsageError(f"this installation has no shipped model in {path}; pass --model BUNDLE, made by gd-export")
     return path
-
-
-def cache_folder() -> Path:
-    """Where exported bundles are kept: $XDG_CACHE_HOME/grounded-diffusion, or ~/.cache/grounded-diffusion."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "grounded-diffusion"
 
 
 def checkpoint_key(checkpoint: Path) -> str:

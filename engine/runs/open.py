@@ -11,19 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from grounded_diffusion.bundle import MANIFEST, Bundle, open_bundle, sha256
-from grounded_diffusion.engine.backends.calibrate import Placement, placement
-from grounded_diffusion.engine.backends.open import open_backend
+from grounded_diffusion.engine.backends.calibrate import calibrate
+from grounded_diffusion.engine.backends.open import backend_entry, open_backend
+from grounded_diffusion.engine.checks import check_int, shorten
 from grounded_diffusion.engine.cli.format_options import settings_of
 from grounded_diffusion.engine.dataset.formats import WITHOUT_CLASSES, Classes, Settings, open_format
 from grounded_diffusion.engine.dataset.storage.base import PARTIAL, SHARDS, Storage, open_storage
-from grounded_diffusion.engine.pipeline.pipeline import GroundedPipeline, shorten
+from grounded_diffusion.engine.pipeline.pipeline import GroundedPipeline
 from grounded_diffusion.engine.prompts.file import PromptFile
 from grounded_diffusion.engine.runs.filters import filters_of
 from grounded_diffusion.engine.runs.plan import MAX_ATTEMPTS, Plan, default_shard_size
 from grounded_diffusion.engine.runs.run import RUN, Run, check_same, read_settings
 from grounded_diffusion.engine.runs.share import parse_shard
 from grounded_diffusion.engine.runs.stop import Stop
-from grounded_diffusion.engine.sampling.options import Options, check_int
+from grounded_diffusion.engine.sampling.options import Options
 from grounded_diffusion.errors import UsageError
 
 CALIBRATED = 256  # images from which it pays to try which batch is fastest on this machine
@@ -54,13 +55,13 @@ def open_run(args: argparse.Namespace, say: Callable[[str], None], stop: Stop) -
     check_output(storage, args.overwrite)
     before = None if args.overwrite else read_settings(storage)
     bundle = open_bundle(args.model or shipped(say))
-    chosen = place(args, options, bundle, prompts.samples, before or {}, say)
-    options = replace(options, batch=chosen.batch)
-    pipe = GroundedPipeline(bundle, open_backend(args.backend, bundle, threads=args.threads, lanes=chosen.lanes))
+    batch, lanes = batch_and_lanes(args, options, bundle, prompts.samples, before or {}, say)
+    pipe = GroundedPipeline(bundle, open_backend(args.backend, bundle, threads=args.threads, lanes=lanes))
+    options = replace(options, batch=batch or pipe.batch_size(options))
     shard_size = (before or {}).get("shard_size") if args.shard_size is None else args.shard_size
     if shard_size is None:
-        shard_size = default_shard_size(prompts.samples, chosen.batch)
-    plan = Plan(prompts, options.seed, chosen.batch, shard_size)
+        shard_size = default_shard_size(prompts.samples, options.batch)
+    plan = Plan(prompts, options.seed, options.batch, shard_size)
     pipe.schedule(options)  # raises for what the model's scheduler does not allow
     written = written_settings(args, pipe, prompts, before, stop)
     settings = {
@@ -106,21 +107,25 @@ def shipped(say: Callable[[str], None]) -> Path:
     return shipped_bundle(say)
 
 
-def place(
+def batch_and_lanes(
     args: argparse.Namespace,
     options: Options,
     bundle: Bundle,
     samples: int,
     before: dict[str, Any],
     say: Callable[[str], None],
-) -> Placement:
-    """Images to a batch, and batches at once: as asked for, as the run was begun, or what is fastest here."""
+) -> tuple[int | None, int]:
+    """Images to a batch, and batches at once: as asked for, as the run was begun, or what is fastest here.
+
+    A batch of None is the backend's to choose.
+    """
     batch = options.batch or before.get("batch")
-    if args.backend == "onnxruntime" and samples >= CALIBRATED and None in (batch, args.lanes):
-        found = placement(bundle, replace(options, batch=batch), args.threads, say)
-        return replace(found, lanes=args.lanes or found.lanes)
-    height, width = (side // bundle.manifest.vae_scale_factor for side in options.image_size(bundle.manifest))
-    return Placement(batch or options.batch_size(height * width, args.backend != "onnxruntime"), args.lanes or 1)
+    on_cpu = backend_entry(args.backend).device == "cpu"
+    if on_cpu and samples >= CALIBRATED and None in (batch, args.lanes):
+        found = calibrate(bundle, replace(options, batch=batch), args.threads, say, args.backend)
+        return found.batch, args.lanes or found.lanes
+    options.image_size(bundle.manifest)  # raises for a size that the model cannot make
+    return batch, args.lanes or 1
 
 
 def check_output(storage: Storage, overwrite: bool) -> None:

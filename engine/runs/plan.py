@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from grounded_diffusion.engine.checks import check_int
 from grounded_diffusion.engine.pipeline.pipeline import Job, chunks
 from grounded_diffusion.engine.prompts.file import PromptFile
-from grounded_diffusion.engine.sampling.options import check_int
 
 MAX_SHARD = 1_000_000
 BATCHES = 16  # to a shard, unless asked otherwise: little is lost when a worker is killed

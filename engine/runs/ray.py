@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grounded_diffusion.engine.checks import check_int
 from grounded_diffusion.engine.runs.monitor import Monitor
-from grounded_diffusion.engine.sampling.options import check_int
 from grounded_diffusion.errors import BackendError, UsageError
 
 if TYPE_CHECKING:

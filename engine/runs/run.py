@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from grounded_diffusion.engine.checks import shorten
 from grounded_diffusion.engine.dataset.formats import Format
 from grounded_diffusion.engine.dataset.shards import DamagedShard, finish_shards, finished_shards, read_shard
 from grounded_diffusion.engine.dataset.storage.base import FINISH, SHARDS, Storage
-from grounded_diffusion.engine.pipeline.pipeline import GroundedPipeline, shorten
+from grounded_diffusion.engine.pipeline.pipeline import GroundedPipeline
 from grounded_diffusion.engine.runs.filters import Filters
 from grounded_diffusion.engine.runs.monitor import Monitor
 from grounded_diffusion.engine.runs.plan import Plan

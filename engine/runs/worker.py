@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from threading import BoundedSemaphore
 from typing import Any
 
-from grounded_diffusion.engine.backends.onnxruntime_cpu import usable_cores
+from grounded_diffusion.engine.checks import usable_cores
 from grounded_diffusion.engine.dataset.formats import Encoded, Format
 from grounded_diffusion.engine.dataset.record import Record
 from grounded_diffusion.engine.dataset.shards import DamagedShard, encode_shard, read_shard

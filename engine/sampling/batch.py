@@ -1,34 +1,68 @@
-"""A batch to make and a batch made, whether the loop runs on the host or on a device."""
+"""A batch to make, the steps that make it, and what comes of it, on the host as on a device."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
-from grounded_diffusion.bundle import VAE_DECODER
-from grounded_diffusion.engine.sampling.backend import Backend
-from grounded_diffusion.engine.sampling.denoise import Conditioning, Denoised, check_finite, denoise, not_finite
 from grounded_diffusion.engine.sampling.schedule import Schedule
-from grounded_diffusion.errors import NumericsError
-from grounded_diffusion.kernels import MaskResult, image_epilogue, mask_epilogue
-
-MAX_ROWS = 1024  # of a schedule: 1000 training timesteps, and one call more with PNDM
-MASKS, PIXELS = MAX_ROWS, MAX_ROWS + 1  # rows of the flags after those of the steps
-FLAG_ROWS = MAX_ROWS + 2
+from grounded_diffusion.kernels import MaskResult, StepCoefficients
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Request:
-    """B images to make. Arguments of `denoise`, and of the epilogues.
+class Conditioning:
+    """What a batch of B images is to show.
+
+    Attributes:
+        context: text embeddings [2B,L,D], rows [unconditional x B; conditional x B].
+        queries: object queries [B,O,D], padded to the largest number of objects.
+        query_valid: [B,O] bool, False where padded.
+    """
+
+    context: np.ndarray
+    queries: np.ndarray
+    query_valid: np.ndarray
+
+    def part(self, start: int, stop: int) -> Conditioning:
+        """Images `start` to `stop`, alone."""
+        at, batch = slice(start, stop), len(self.queries)
+        context = np.concatenate([self.context[:batch][at], self.context[batch:][at]])
+        return Conditioning(context, self.queries[at], self.query_valid[at])
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One call of the network, and the update after it.
+
+    Attributes:
+        timestep: what the network is told.
+        grounded: the grounding head runs too, and gives the masks.
+        both_halves: the network runs both halves of guidance, 2B rows; else the conditional half alone.
+        update: coefficients of the update.
+    """
+
+    timestep: float
+    grounded: bool
+    both_halves: bool
+    update: StepCoefficients
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BatchRequest:
+    """B images to make.
 
     Attributes:
         schedule: the sampler's table.
         conditioning: what is to be seen.
-        noise: standard normal float32 [B,4,h,w].
+        noise: standard normal float32 [B,4,h,w] to start from.
         size: (H, W) of the images.
-        guidance_scale, guidance_interval, capture, step_noise, names: as in `denoise`.
+        guidance_scale: weight w of classifier-free guidance, u + w (c - u); 1 turns it off.
+        capture: index of the row at which the grounding head runs.
+        guidance_interval: the part of the way from noise (0) to image (1) that is guided, see Schedule.progress.
+        step_noise: row -> standard normal [B,4,h,w]; needed by stochastic samplers only.
+        names: what errors call the samples; None counts them from 0.
         threshold: a pixel is inside a mask where its probability is above this.
     """
 
@@ -48,21 +82,61 @@ class Request:
         """What errors call the samples."""
         return self.names or [f"sample {i}" for i in range(len(self.noise))]
 
-    def part(self, start: int, stop: int) -> Request:
+    def steps(self) -> list[Step]:
+        """The steps of the schedule, in order.
+
+        Without guidance (scale 1, or outside the interval) only the conditional half runs, except at the captured
+        step: the head reads both.
+        """
+        rows, slots = self.schedule.rows, self.schedule.history
+        start, end = self.guidance_interval
+        steps = []
+        for i, (row, progress) in enumerate(zip(rows, self.schedule.progress, strict=True)):
+            scale = self.guidance_scale if start <= progress <= end else 1.0
+            grounded = i == self.capture
+            both_halves = scale != 1 or grounded
+            update = StepCoefficients(
+                guidance_scale=scale if both_halves else None,
+                cx=row.cx,
+                co=row.co,
+                a=row.a,
+                b=row.b,
+                head=i % slots if slots else 0,
+                n=row.n,
+                next_scale=rows[i + 1].input_scale if i + 1 < len(rows) else 1.0,
+            )
+            steps.append(Step(row.timestep, grounded, both_halves, update))
+        return steps
+
+    def part(self, start: int, stop: int) -> BatchRequest:
         """Images `start` to `stop`, alone."""
-        given, at, batch = self.conditioning, slice(start, stop), len(self.noise)
-        context = np.concatenate([given.context[:batch][at], given.context[batch:][at]])
+        drawn = self.step_noise
         return replace(
             self,
-            conditioning=Conditioning(context, given.queries[at], given.query_valid[at]),
-            noise=self.noise[at],
-            step_noise=self.step_noise and (lambda row: self.step_noise(row)[at]),
-            names=self.names and self.names[at],
+            conditioning=self.conditioning.part(start, stop),
+            noise=self.noise[start:stop],
+            step_noise=drawn and (lambda row: drawn(row)[start:stop]),
+            names=self.names and self.names[start:stop],
         )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Made:
+class Denoised:
+    """What the loop leaves behind.
+
+    Attributes:
+        latents: final latents [B,4,h,w].
+        mask_logits: [B,O,h',w'], from the captured step.
+        capture_timestep: timestep of the captured step.
+    """
+
+    latents: np.ndarray
+    mask_logits: np.ndarray
+    capture_timestep: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BatchResult:
     """Images uint8 [B,H,W,3], their masks, and what they were decoded from."""
 
     images: np.ndarray
@@ -70,85 +144,17 @@ class Made:
     denoised: Denoised
 
     @classmethod
-    def join(cls, parts: Sequence[Made]) -> Made:
+    def join(cls, parts: Sequence[BatchResult]) -> BatchResult:
         """Parts of one batch, in order."""
         if len(parts) == 1:
             return parts[0]
-        cat = lambda pick: np.concatenate([pick(part) for part in parts])
-        fields = ("labels", "masks", "area", "box", "score")
+        masks = {f.name: np.concatenate([getattr(part.masks, f.name) for part in parts]) for f in fields(MaskResult)}
         return cls(
-            cat(lambda p: p.images),
-            MaskResult(**{name: cat(lambda p, name=name: getattr(p.masks, name)) for name in fields}),
+            np.concatenate([part.images for part in parts]),
+            MaskResult(**masks),
             Denoised(
-                cat(lambda p: p.denoised.latents),
-                cat(lambda p: p.denoised.mask_logits),
+                np.concatenate([part.denoised.latents for part in parts]),
+                np.concatenate([part.denoised.mask_logits for part in parts]),
                 parts[0].denoised.capture_timestep,
             ),
         )
-
-
-def make(backend: Backend, request: Request) -> Made:
-    """Run the loop, the decoder and the epilogues on the host.
-
-    Raises:
-        NumericsError: a value is not finite, naming stage, step and sample.
-        BackendError: the backend has failed.
-    """
-    denoised = denoise(
-        backend,
-        request.schedule,
-        request.conditioning,
-        request.noise,
-        guidance_scale=request.guidance_scale,
-        guidance_interval=request.guidance_interval,
-        capture=request.capture,
-        step_noise=request.step_noise,
-        names=request.names,
-    )
-    image = backend.run(VAE_DECODER, {"latents": denoised.latents})["image"]
-    check_finite(image, request.sample_names, "pixels")
-    valid = request.conditioning.query_valid
-    masks = mask_epilogue(denoised.mask_logits, valid, request.size, request.threshold)
-    return Made(image_epilogue(image), masks, denoised)
-
-
-def unpack(request: Request, arrays: Mapping[str, np.ndarray]) -> Made:
-    """What a device has left in host memory, without its padding, copied out.
-
-    Args:
-        arrays: latents, mask_logits, pixels, labels, bits, area, box and score of a bucket of sizes.
-    """
-    batch, objects = request.conditioning.query_valid.shape
-    width = request.size[1]
-    real = {name: array[:batch] for name, array in arrays.items()}
-    # The bits of a uint32 word are 32 neighbouring pixels, the lowest first: on a little-endian host its bytes are too.
-    packed = np.ascontiguousarray(real["bits"][:, :objects]).view(np.uint8)
-    masks = MaskResult(
-        labels=real["labels"].copy(),
-        masks=np.unpackbits(packed, axis=-1, count=width, bitorder="little").view(np.bool_),
-        **{name: real[name][:, :objects].copy() for name in ("area", "box", "score")},
-    )
-    logits = real["mask_logits"][:, :objects].astype(np.float32)
-    timestep = request.schedule.rows[request.capture].timestep
-    return Made(real["pixels"].copy(), masks, Denoised(real["latents"].copy(), logits, timestep))
-
-
-def failure(request: Request, flags: np.ndarray) -> NumericsError | None:
-    """The first number that was not finite, as `denoise` would have met it.
-
-    Args:
-        flags: uint8 [FLAG_ROWS,B], not 0 where the latents after a step, the mask logits or the pixels are not finite.
-    """
-    rows, batch = len(request.schedule.rows), len(request.noise)
-    flags = flags[:, :batch] != 0
-    steps = np.flatnonzero(flags[:rows].any(1))
-    first = int(steps[0]) if len(steps) else rows
-    if flags[MASKS].any() and request.capture <= first:
-        row, stage = MASKS, f"mask logits at step {request.capture + 1} of {rows}"
-    elif first < rows:
-        row, stage = first, f"latents at step {first + 1} of {rows}"
-    elif flags[PIXELS].any():
-        row, stage = PIXELS, "pixels"
-    else:
-        return None
-    return not_finite(request.sample_names[int(np.argmax(flags[row]))], stage)

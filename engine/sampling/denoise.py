@@ -2,130 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 
-from grounded_diffusion.bundle import UNET, UNET_GROUNDED
+from grounded_diffusion.bundle import UNET, UNET_GROUNDED, VAE_DECODER
 from grounded_diffusion.engine.sampling.backend import Backend
-from grounded_diffusion.engine.sampling.schedule import Schedule
+from grounded_diffusion.engine.sampling.batch import BatchRequest, BatchResult, Denoised
 from grounded_diffusion.errors import NumericsError
-from grounded_diffusion.kernels import cfg_step
+from grounded_diffusion.kernels import cfg_step, image_epilogue, mask_epilogue
 
 
-@dataclass(frozen=True, slots=True)
-class Conditioning:
-    """What a batch of B images is to show.
-
-    Attributes:
-        context: text embeddings [2B,L,D], rows [unconditional x B; conditional x B].
-        queries: object queries [B,O,D], padded to the largest number of objects.
-        query_valid: [B,O] bool, False where padded.
-    """
-
-    context: np.ndarray
-    queries: np.ndarray
-    query_valid: np.ndarray
-
-    def row(self, b: int) -> Conditioning:
-        """Image b alone."""
-        batch = len(self.queries)
-        return Conditioning(self.context[[b, batch + b]], self.queries[b : b + 1], self.query_valid[b : b + 1])
-
-
-@dataclass(frozen=True, slots=True)
-class Denoised:
-    """What the loop leaves behind.
-
-    Attributes:
-        latents: final latents [B,4,h,w].
-        mask_logits: [B,O,h',w'], from the captured step.
-        capture_timestep: timestep of the captured step.
-    """
-
-    latents: np.ndarray
-    mask_logits: np.ndarray
-    capture_timestep: float
-
-
-def denoise(
-    backend: Backend,
-    schedule: Schedule,
-    conditioning: Conditioning,
-    noise: np.ndarray,
-    *,
-    guidance_scale: float,
-    capture: int,
-    guidance_interval: tuple[float, float] = (0.0, 1.0),
-    step_noise: Callable[[int], np.ndarray] | None = None,
-    names: Sequence[str] | None = None,
-) -> Denoised:
+def denoise(backend: Backend, request: BatchRequest) -> Denoised:
     """Run a schedule from noise to latents.
-
-    Without guidance (scale 1, or outside the interval) only the conditional half runs, except at the captured step:
-    the head reads both.
-
-    Args:
-        noise: standard normal [B,4,h,w].
-        guidance_scale: weight w of classifier-free guidance, u + w (c - u); 1 turns it off.
-        capture: index of the row at which the grounding head runs.
-        guidance_interval: the part of the way from noise (0) to image (1) that is guided, see Schedule.progress.
-        step_noise: row -> standard normal [B,4,h,w]; needed by stochastic samplers only.
-        names: what errors call the samples; None counts them from 0.
 
     Raises:
         NumericsError: a value is not finite, naming stage, step and sample.
+        BackendError: the backend has failed.
     """
-    batch, rows = len(noise), schedule.rows
-    names = names or [f"sample {i}" for i in range(batch)]
-    scales, both = guided_calls(schedule, guidance_scale, guidance_interval, capture)
-    slots = schedule.history
-    history = np.empty((slots, *noise.shape), np.float32) if slots else None  # ring buffer of past m
-    latents = noise * np.float32(schedule.init_noise_sigma)
-    network_input = latents * np.float32(rows[0].input_scale)  # both halves of guidance see it
+    given, schedule, names = request.conditioning, request.schedule, request.sample_names
+    batch, steps = len(request.noise), request.steps()
+    latents = request.noise * np.float32(schedule.init_noise_sigma)  # [B,4,h,w]
+    network_input = latents * np.float32(schedule.rows[0].input_scale)  # both halves of guidance see it
+    history = np.empty((schedule.history, *latents.shape), np.float32) if schedule.history else None
     mask_logits = None
-    for i, row in enumerate(rows):
+    for i, step in enumerate(steps):
+        at = f"at step {i + 1} of {len(steps)}"
         inputs = {
             "latents": network_input,
-            "timestep": np.full(batch, row.timestep, np.float32),
-            "context": conditioning.context if both[i] else conditioning.context[batch:],
+            "timestep": np.full(batch, step.timestep, np.float32),
+            "context": given.context if step.both_halves else given.context[batch:],
         }
-        if i == capture:
-            inputs |= {"queries": conditioning.queries, "query_valid": conditioning.query_valid}
+        if step.grounded:
+            inputs |= {"queries": given.queries, "query_valid": given.query_valid}
             outputs = backend.run(UNET_GROUNDED, inputs)
             mask_logits = outputs["mask_logits"].copy()
-            check_finite(mask_logits, names, f"mask logits at step {i + 1} of {len(rows)}")
+            check_finite(mask_logits, names, f"mask logits {at}")
         else:
             outputs = backend.run(UNET, inputs)
+        noise = request.step_noise(i) if step.update.n else None
         cfg_step(
-            outputs["model_output"],
-            latents,
-            history,
-            guidance_scale=scales[i] if both[i] else None,
-            cx=row.cx,
-            co=row.co,
-            a=row.a,
-            b=row.b,
-            head=i % slots if slots else 0,
-            noise=step_noise(i) if row.n else None,
-            n=row.n,
-            next_scale=rows[i + 1].input_scale if i + 1 < len(rows) else 1.0,
-            out_latents=latents,
-            out_input=network_input,
-        )
-        check_finite(latents, names, f"latents at step {i + 1} of {len(rows)}")
-    return Denoised(latents, mask_logits, rows[capture].timestep)
+            step.update, outputs["model_output"], latents, history,
+            noise=noise, out_latents=latents, out_input=network_input,
+        )  # fmt: skip
+        check_finite(latents, names, f"latents {at}")
+    return Denoised(latents, mask_logits, steps[request.capture].timestep)
 
 
-def guided_calls(
-    schedule: Schedule, guidance_scale: float, interval: tuple[float, float], capture: int
-) -> tuple[list[float], list[bool]]:
-    """The guidance of every call, and which calls run both halves: one entry more than there are rows."""
-    start, end = interval
-    scales = [guidance_scale if start <= p <= end else 1.0 for p in schedule.progress]
-    both = [scale != 1 or i == capture for i, scale in enumerate(scales)]
-    return scales, [*both, both[-1]]  # no call follows the last row
+def make_batch(backend: Backend, request: BatchRequest) -> BatchResult:
+    """Run the loop, the decoder and the epilogues on the host. Raises as `denoise` does."""
+    denoised = denoise(backend, request)
+    image = backend.run(VAE_DECODER, {"latents": denoised.latents})["image"]
+    check_finite(image, request.sample_names, "pixels")
+    masks = mask_epilogue(denoised.mask_logits, request.conditioning.query_valid, request.size, request.threshold)
+    return BatchResult(image_epilogue(image), masks, denoised)
 
 
 def not_finite(name: str, stage: str) -> NumericsError:

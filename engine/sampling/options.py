@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any
 
 from grounded_diffusion.bundle import Manifest
+from grounded_diffusion.engine.checks import check_float, check_int
 from grounded_diffusion.engine.sampling.noise import MAX_SEED
 from grounded_diffusion.engine.sampling.schedule import SAMPLERS
 from grounded_diffusion.errors import UsageError
 
 MAX_BATCH = 256
-LATENT_CELLS = 4096  # to a default batch: 16 images at 16x16 latents, 1 at the 64x64 of Stable Diffusion
-GPU_LATENT_CELLS = 16 * LATENT_CELLS  # the same on a GPU, which one image of Stable Diffusion leaves half idle
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +25,7 @@ class Options:
         sampler: one of schedule.SAMPLERS.
         seed: seed of the data set; the same seed and sample index give the same image at any batch size.
         images_per_prompt: images of each prompt that does not say its own count.
-        batch: images to one call of the network; None chooses by size.
+        batch: images to one call of the network; None takes what the backend is best at.
         threshold: a pixel is inside a mask where its probability is above this.
         size: (height, width) in pixels, or one number for both; None takes the model's own.
 
@@ -80,20 +77,3 @@ class Options:
                     f"use {' or '.join(map(str, near))}"
                 )
         return tuple(size)
-
-    def batch_size(self, latent_cells: int, gpu: bool = False) -> int:
-        """Images to a call: what was asked for, or what keeps the network busy without filling the memory."""
-        return self.batch or max(1, min(16, (GPU_LATENT_CELLS if gpu else LATENT_CELLS) // latent_cells))
-
-
-def check_int(value: Any, name: str, low: int, high: int) -> None:
-    """Raise UsageError unless `value` is a whole number from low to high."""
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise UsageError(f"{name} must be a whole number from {low} to {high}, not {value!r}")
-
-
-def check_float(value: Any, name: str, low: float, high: float) -> None:
-    """Raise UsageError unless `value` is a finite number from low to high."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not low <= value <= high:
-        raise UsageError(f"{name} must be a number from {low:g} to {high:g}, not {value!r}")

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from grounded_diffusion.bundle import GRAPHS, TEXT_ENCODER, UNET, UNET_GROUNDED, open_bundle
-from grounded_diffusion.engine.backends.gpu.tensorrt import TensorRTNetworks
+from grounded_diffusion.engine.backends.gpu.tensorrt import TensorRT
 from grounded_diffusion.engine.backends.tensorrt.spec import Bucket, engine_spec, load_module, profile_shapes
 from grounded_diffusion.engine.backends.tensorrt.store import PLAN, SIDECAR, load_plan, read_sidecar
 from grounded_diffusion.errors import BackendError, UsageError
@@ -211,7 +211,7 @@ def test_the_unet_without_guidance_has_half_the_rows(text_engine, capsys):
 
 def test_the_runtime_takes_only_engines_of_its_gpu_version_and_sizes(built, tmp_path):
     path, specs, _ = built
-    open_for = lambda arch, at=path: TensorRTNetworks(open_bundle(at), RTX, SimpleNamespace(name="GPU", arch=arch))
+    open_for = lambda arch, at=path: TensorRT(open_bundle(at), RTX, SimpleNamespace(name="GPU", arch=arch))
     assert open_for(86).buckets(2, 3, (64, 64)) == [(2, 3)] == open_for(86).buckets(7, 2, (64, 64))
     with pytest.raises(BackendError, match=r"device is sm_86, not sm_89.*gd-export --bundle .* --sm 89 --batch 2$"):
         open_for(89).buckets(2, 3, (64, 64))

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from cuda.core import Device
 
-from grounded_diffusion.kernels import cfg_step, image_epilogue, mask_epilogue, reference
-from grounded_diffusion.kernels.cuda import STATS_BYTES, CudaKernels, pack_step
+from grounded_diffusion.kernels import StepCoefficients, cfg_step, image_epilogue, mask_epilogue, reference
+from grounded_diffusion.kernels.cuda import STATS_BYTES, CudaKernels, MaskPointers, StepPointers, pack_step
 from grounded_diffusion.kernels.device import DeviceArray
 from grounded_diffusion.kernels.mask_epilogue import logit
 
@@ -40,21 +40,23 @@ def test_cfg_step(gpu, size, guidance, half):
     shape = (3, 4, *size)
     output = random(1, 3 if guidance is None else 6, *shape[1:]).astype(kind)
     latents, history, noise = random(2, *shape), random(3, 3, *shape), random(4, *shape)
-    step = dict(
+    step = StepCoefficients(
         guidance_scale=guidance, cx=0.4, co=0.9, a=1.013, b=[0.9, -0.3, 0.2, 0.1], head=1, n=0.3, next_scale=0.7
     )
-    expected = reference.cfg_step(output, latents, history, **step, noise=noise)
-    row = put(pack_step(**step, slots=3).view(np.uint8))
+    expected = reference.cfg_step(step, output, latents, history, noise)
+    row = put(pack_step(step, slots=3).view(np.uint8))
     given = [put(v) for v in (output, latents, history, noise)]
     outputs = [put(np.full(shape, np.nan, np.float32)), put(np.full(output.shape, np.nan, kind))]
-    kernels.cfg_step(
-        stream, row.pointer, *(v.pointer for v in given + outputs), count=latents.size, guided=guidance is not None,
-        doubled=guidance is not None, half=half,
+    at = StepPointers(
+        coefficients=row.pointer, model_output=given[0].pointer, latents=given[1].pointer, history=given[2].pointer,
+        noise=given[3].pointer, out_latents=outputs[0].pointer, out_input=outputs[1].pointer,
     )  # fmt: skip
+    guided = guidance is not None
+    kernels.cfg_step(stream, at, count=latents.size, guided=guided, doubled=guided, half=half)
     for value, wanted in zip((*outputs, given[2]), expected, strict=True):
         assert relative(value.numpy(), wanted) <= tolerance
     if not half:
-        host = cfg_step(output, latents, history, **step, noise=noise)
+        host = cfg_step(step, output, latents, history, noise=noise)
         for value, wanted in zip(outputs, host, strict=True):
             assert relative(value.numpy(), wanted) <= tolerance
 
@@ -65,13 +67,13 @@ def test_numbers_that_are_not_finite_are_flagged_by_step_and_image(gpu):
     image, logits = random(3, 3, 3, 7, 13), random(4, 3, 2, 5, 3)
     output[1, 3, 32, 64], image[2, 2, 6, 12], logits[0, 0, 4, 2], logits[1, 1, 0, 0] = np.inf, np.nan, np.nan, np.inf
     valid = np.array([[True, True], [True, False], [True, True]])  # the infinity is of no object
-    row = put(pack_step(guidance_scale=None, cx=0.0, co=1.0, a=1.0, b=[1.0], row=4).view(np.uint8))
+    row = put(pack_step(StepCoefficients(None, cx=0.0, co=1.0, a=1.0, b=[1.0]), row=4).view(np.uint8))
     flags = put(np.zeros((8, 3), np.uint8))
     given, after = [put(v) for v in (output, latents)], [put(latents), put(output)]
-    pointers = (row.pointer, given[0].pointer, given[1].pointer, 0, 0, after[0].pointer, after[1].pointer)
-    kernels.cfg_step(
-        stream, *pointers, count=latents.size, guided=False, doubled=False, half=False, bad=flags.pointer, batch=3
+    at = StepPointers(
+        row.pointer, given[0].pointer, given[1].pointer, after[0].pointer, after[1].pointer, bad=flags.pointer
     )
+    kernels.cfg_step(stream, at, count=latents.size, guided=False, doubled=False, half=False, batch=3)
     picture, pixels = put(image), put(np.zeros((3, 7, 13, 3), np.uint8))
     kernels.image_epilogue(
         stream, picture.pointer, pixels.pointer, batch=3, size=(7, 13), half=False, bad=flags.pointer + 15
@@ -79,10 +81,10 @@ def test_numbers_that_are_not_finite_are_flagged_by_step_and_image(gpu):
     result = mask_epilogue(np.nan_to_num(logits), valid, (7, 13))
     outputs = [put(getattr(result, name).view(np.uint8)) for name in ("labels", "area", "box", "score")]
     stats, source, known = put(np.zeros(6 * STATS_BYTES, np.uint8)), put(logits), put(valid)
-    kernels.mask_epilogue(
-        stream, source.pointer, known.pointer, *(v.pointer for v in outputs), stats.pointer, bad=flags.pointer + 18,
-        shape=logits.shape, size=(7, 13), half=False,
-    )  # fmt: skip
+    at = MaskPointers(
+        source.pointer, known.pointer, *(v.pointer for v in outputs), stats.pointer, bad=flags.pointer + 18
+    )
+    kernels.mask_epilogue(stream, at, shape=logits.shape, size=(7, 13), half=False)
     assert np.argwhere(flags.numpy()).tolist() == [[4, 1], [5, 2], [6, 0]]
 
 
@@ -119,9 +121,8 @@ def test_mask_epilogue(gpu, low, size, threshold, half):
     bits = put(np.full((2, 5, size[0], words), 0xA5A5A5A5, np.uint32))
     stats = put(np.full(10 * STATS_BYTES, 0xFF, np.uint8))
     source, flags = put(logits), put(valid)
-    pointers = (v.pointer for v in (source, flags, labels, area, box, score, stats))
-    kernels.mask_epilogue(stream, *pointers, masks=masks.pointer, bits=bits.pointer, shape=logits.shape, size=size,
-                          threshold=threshold, half=half)  # fmt: skip
+    at = MaskPointers(*(v.pointer for v in (source, flags, labels, area, box, score, stats, masks, bits)))
+    kernels.mask_epilogue(stream, at, shape=logits.shape, size=size, threshold=threshold, half=half)
     got = masks.numpy().view(np.bool_)
     sure = np.abs(full - logit(threshold)) > 1e-5
     np.testing.assert_array_equal(got[sure], host.masks[sure])

@@ -8,20 +8,22 @@ import sys
 import numpy as np
 
 from grounded_diffusion.bundle import TEXT_ENCODER, UNET, UNET_GROUNDED, VAE_DECODER
-from grounded_diffusion.engine.backends import onnxruntime_cpu
+from grounded_diffusion.engine.backends.host import HostBackend
+from grounded_diffusion.engine.backends.open import BACKENDS, DEFAULT_BACKEND, BackendEntry
 from grounded_diffusion.engine.cli import infer
 from grounded_diffusion.engine.sampling.backend import both_halves
 
 FAILS = 0.8  # of a standard normal: about every fifth sample
 
 
-class NullBackend:
-    """See backend.Backend. Element by element, so that a sample does not depend on its batch."""
+class NullBackend(HostBackend):
+    """Element by element, so that a sample does not depend on its batch."""
 
     name, fails = "null", np.inf
 
     def __init__(self, bundle, threads=None, lanes=1):
-        self.manifest, self.lanes = bundle.manifest, lanes
+        super().__init__(lanes)
+        self.manifest = bundle.manifest
 
     def run(self, graph, inputs):
         if graph == TEXT_ENCODER:
@@ -50,11 +52,12 @@ class FailingBackend(NullBackend):
 
 def main(argv, backend=NullBackend):
     """gd-infer."""
-    before, onnxruntime_cpu.OnnxRuntimeBackend = onnxruntime_cpu.OnnxRuntimeBackend, backend
+    before = BACKENDS[DEFAULT_BACKEND]
+    BACKENDS[DEFAULT_BACKEND] = BackendEntry("cpu", lambda bundle, threads, lanes, _: backend(bundle, threads, lanes))
     try:
         return infer.main([str(argument) for argument in argv])
     finally:
-        onnxruntime_cpu.OnnxRuntimeBackend = before
+        BACKENDS[DEFAULT_BACKEND] = before
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from grounded_diffusion.kernels import cfg_step, reference
+from grounded_diffusion.kernels import StepCoefficients, cfg_step, reference
 
 SHAPES = [(1, 1), (7, 13), (16, 16), (33, 65)]
 PLMS = [55 / 24, -59 / 24, 37 / 24, -9 / 24]  # the weights of PNDM's fourth-order step
@@ -26,12 +26,12 @@ def test_equals_reference(size, guidance, order):
     shape = (3, 4, *size)
     output = random(1, 3 if guidance is None else 6, *shape[1:])
     latents, history, noise = random(2, *shape), random(3, 3, *shape), random(4, *shape)
-    step = dict(
-        guidance_scale=guidance, cx=0.4, co=0.9, a=1.013, b=PLMS[:order], head=1, noise=noise, n=0.3, next_scale=0.7
+    step = StepCoefficients(
+        guidance_scale=guidance, cx=0.4, co=0.9, a=1.013, b=PLMS[:order], head=1, n=0.3, next_scale=0.7
     )
-    expected = reference.cfg_step(output, latents, history, **step)
+    expected = reference.cfg_step(step, output, latents, history, noise)
     out_latents, out_input = np.full(shape, np.nan, np.float32), np.full(output.shape, np.nan, np.float32)
-    got = cfg_step(output, latents, history, **step, out_latents=out_latents, out_input=out_input)
+    got = cfg_step(step, output, latents, history, noise=noise, out_latents=out_latents, out_input=out_input)
     assert got[0] is out_latents and got[1] is out_input
     for value, wanted in zip((*got, history), expected, strict=True):
         assert relative(value, wanted) <= 1e-6
@@ -46,8 +46,8 @@ def test_whole_guided_trajectory_with_ring():
     for i in range(50):
         output = random(100 + i, 4, *shape[1:])
         b = (0.05 * np.array(PLMS[: min(i, 3) + 1])).tolist()
-        cfg_step(output, latents, history, guidance_scale=7.5, cx=0.0, co=1.0, a=0.99, b=b, head=i % slots,
-                 out_latents=latents)  # fmt: skip
+        step = StepCoefficients(guidance_scale=7.5, cx=0.0, co=1.0, a=0.99, b=b, head=i % slots)
+        cfg_step(step, output, latents, history, out_latents=latents)
         uncond, cond = np.split(np.float64(output), 2)
         kept.insert(0, uncond + 7.5 * (cond - uncond))
         exact = 0.99 * exact + sum(w * m for w, m in zip(b, kept, strict=False))
@@ -57,16 +57,17 @@ def test_whole_guided_trajectory_with_ring():
 def test_oldest_value_is_read_before_its_slot_is_written():
     shape = (1, 1, 1, 700)
     history = np.full((1, *shape), 5.0, np.float32)
-    out, _ = cfg_step(np.full(shape, 2.0, np.float32), np.zeros(shape, np.float32), history, guidance_scale=None,
-                      cx=0.0, co=1.0, a=1.0, b=[10.0, 100.0], head=0)  # fmt: skip
+    step = StepCoefficients(guidance_scale=None, cx=0.0, co=1.0, a=1.0, b=[10.0, 100.0])
+    out, _ = cfg_step(step, np.full(shape, 2.0, np.float32), np.zeros(shape, np.float32), history)
     assert (out == 520.0).all() and (history == 2.0).all()
 
 
 def test_unused_history_and_noise_are_not_read():
     shape = (1, 4, 3, 5)
     history = np.full((3, *shape), np.nan, np.float32)
-    out, following = cfg_step(random(1, 2, *shape[1:]), random(2, *shape), history, guidance_scale=2.0, cx=0.1, co=1.0,
-                              a=1.0, b=[0.5, 0.0, 0.0], head=2, noise=np.full(shape, np.nan, np.float32))  # fmt: skip
+    step = StepCoefficients(guidance_scale=2.0, cx=0.1, co=1.0, a=1.0, b=[0.5, 0.0, 0.0], head=2)
+    noise = np.full(shape, np.nan, np.float32)
+    out, following = cfg_step(step, random(1, 2, *shape[1:]), random(2, *shape), history, noise=noise)
     assert np.isfinite(out).all() and np.isfinite(following).all()
     assert np.isnan(history[:2]).all() and np.isfinite(history[2]).all()
 
@@ -76,16 +77,18 @@ def test_next_input_rows_are_free_of_the_present_ones(guidance, rows):
     """A guidance interval goes from guided to unguided calls and back: the caller's buffer says which comes next."""
     output, latents = random(1, 2 if guidance is None else 4, 4, 5, 7), random(2, 2, 4, 5, 7)
     out_input = np.full((rows, 4, 5, 7), np.nan, np.float32)
-    out, following = cfg_step(output, latents, None, guidance_scale=guidance, cx=0.0, co=1.0, a=0.9, b=[0.2],
-                              next_scale=0.5, out_input=out_input)  # fmt: skip
+    step = StepCoefficients(guidance_scale=guidance, cx=0.0, co=1.0, a=0.9, b=[0.2], next_scale=0.5)
+    out, following = cfg_step(step, output, latents, None, out_input=out_input)
     for half in np.split(following, rows // 2):
         np.testing.assert_array_equal(half, out * np.float32(0.5))
 
 
 def arguments(**changes):
-    given = dict(model_output=random(1, 4, 4, 3, 3), latents=random(2, 2, 4, 3, 3), history=random(3, 2, 2, 4, 3, 3),
-                 guidance_scale=2.0, cx=0.0, co=1.0, a=1.0, b=[1.0])  # fmt: skip
-    return given | changes
+    """Arguments of cfg_step that fit, with changes to them or to the step's coefficients."""
+    given = dict(model_output=random(1, 4, 4, 3, 3), latents=random(2, 2, 4, 3, 3), history=random(3, 2, 2, 4, 3, 3))
+    step = dict(guidance_scale=2.0, cx=0.0, co=1.0, a=1.0, b=[1.0], head=0, n=0.0)
+    step |= {name: changes.pop(name) for name in step.keys() & changes.keys()}
+    return {"step": StepCoefficients(**step)} | given | changes
 
 
 @pytest.mark.parametrize(

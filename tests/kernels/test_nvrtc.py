@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from grounded_diffusion.errors import BackendError
-from grounded_diffusion.kernels import nvrtc
+from grounded_diffusion.kernels import StepCoefficients, nvrtc
 from grounded_diffusion.kernels.cuda import COEFFICIENTS, CudaKernels, pack_step
 
 KERNELS = {
@@ -68,10 +68,10 @@ def test_a_device_that_is_not_there_is_told():
 
 
 def test_coefficients_have_the_layout_of_the_struct():
-    row = pack_step(guidance_scale=7.5, cx=1, co=2, a=3, b=[4, 0, 6], head=0, slots=3, n=5, next_scale=8)
+    row = pack_step(StepCoefficients(7.5, cx=1, co=2, a=3, b=[4, 0, 6], n=5, next_scale=8), slots=3)
     words, integers = row.view(np.float32), row.view(np.int32)
     assert COEFFICIENTS.itemsize == 104
     assert words[:7].tolist() == [7.5, 1, 2, 3, 4, 5, 8]
     assert integers[7:9].tolist() == [0, 1]
     assert words[10] == 6 and integers[18] == 1, "the value of two steps ago lies in slot (0 - 2) mod 3"
-    assert pack_step(guidance_scale=None, cx=0, co=1, a=1, b=[1])["head"] == -1
+    assert pack_step(StepCoefficients(None, cx=0, co=1, a=1, b=[1]))["head"] == -1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
@@ -12,20 +12,22 @@ import numpy as np
 
 from grounded_diffusion.bundle import Bundle
 from grounded_diffusion.engine.backends.gpu.device import Device, DeviceMemoryError, Graphs
-from grounded_diffusion.engine.backends.gpu.loop import DeviceLoop, Handle, Replay
+from grounded_diffusion.engine.backends.gpu.loop import DeviceLoop, QueuedBatch, Replay
 from grounded_diffusion.engine.backends.gpu.memory import Sizes, Streams
+from grounded_diffusion.engine.backends.host import LATENT_CELLS, default_batch
 from grounded_diffusion.engine.sampling.backend import Arrays
-from grounded_diffusion.engine.sampling.batch import Made, Request
+from grounded_diffusion.engine.sampling.batch import BatchRequest, BatchResult
 from grounded_diffusion.engine.sampling.options import MAX_BATCH
 from grounded_diffusion.errors import BackendError
 
 LOOPS = 3  # buckets kept open at once; opening one more closes the one used longest ago
+GPU_LATENT_CELLS = 16 * LATENT_CELLS  # to a batch; one image of Stable Diffusion leaves a GPU half idle
 OBJECTS = 8  # objects are padded to a multiple of this where a backend takes any number
 T = TypeVar("T")
 
 
-class Networks(Protocol):
-    """How a library runs a bundle's graphs on a device."""
+class GraphRuntime(Protocol):
+    """A library that runs a bundle's graphs on a device."""
 
     name: str
 
@@ -50,17 +52,6 @@ class Networks(Protocol):
         ...
 
 
-class Pending:
-    """A batch that is being made."""
-
-    def __init__(self, handles: Future[Sequence[Handle]]):
-        self._handles = handles
-
-    def result(self) -> Made:
-        """The batch. Raises NumericsError naming stage, step and sample; BackendError."""
-        return Made.join([handle.result() for handle in self._handles.result()])
-
-
 class DeviceBackend:
     """Runs whole batches on a device; also single graphs, as any Backend.
 
@@ -69,16 +60,17 @@ class DeviceBackend:
     Args:
         bundle: the opened bundle.
         device: where it runs.
-        networks: what runs its graphs.
+        runtime: what runs its graphs.
         replay: what the device loop captures.
     """
 
     lanes = 2  # batches under way in the pipeline: one runs while the next is queued
 
-    def __init__(self, bundle: Bundle, device: Device, networks: Networks, replay: Replay = "step"):
-        self.bundle, self.device, self.networks, self.replay = bundle, device, networks, replay
-        self.name = networks.name
+    def __init__(self, bundle: Bundle, device: Device, runtime: GraphRuntime, replay: Replay = "step"):
+        self.bundle, self.device, self.runtime, self.replay = bundle, device, runtime, replay
+        self.name = runtime.name
         self._thread = ThreadPoolExecutor(1, "device", initializer=device.activate)
+        self._collectors = ThreadPoolExecutor(self.lanes, "collect")
         self._streams = self._call(Streams.on, device)
         self._loops: OrderedDict[Sizes, DeviceLoop] = OrderedDict()
         self._largest: dict[tuple[int, int], int] = {}  # batch asked for yet, by image size
@@ -89,41 +81,51 @@ class DeviceBackend:
 
     def run(self, graph: str, inputs: Mapping[str, np.ndarray]) -> Arrays:
         """See `Backend.run`."""
-        return self._call(self.networks.run, graph, inputs, self._streams)
+        return self._call(self.runtime.run, graph, inputs, self._streams)
 
-    def submit(self, request: Request) -> Pending:
-        """Queue a batch; its bytes and masks are made and copied while later ones run."""
-        return Pending(self._thread.submit(self._enqueue, request))
+    def default_batch(self, latent_cells: int) -> int:
+        """See `Backend.default_batch`."""
+        return default_batch(latent_cells, GPU_LATENT_CELLS)
+
+    def submit(self, request: BatchRequest) -> Future[BatchResult]:
+        """See `Backend.submit`: queued at once; bytes and masks are made and copied while later batches run."""
+        return self._collectors.submit(self._collect, self._thread.submit(self._enqueue, request))
+
+    @staticmethod
+    def _collect(queued: Future[list[QueuedBatch]]) -> BatchResult:
+        """Wait for a batch and join the parts it was split into."""
+        return BatchResult.join([part.result() for part in queued.result()])
 
     def close(self) -> None:
         """Wait for what is under way, free the device's memory and end the thread."""
+        self._collectors.shutdown()
         for loop in self._loops.values():
             self._call(loop.close)
         self._loops.clear()
-        self._call(self.networks.close)
+        self._call(self.runtime.close)
         self._thread.shutdown()
 
-    def _enqueue(self, request: Request) -> list[Handle]:
+    def _enqueue(self, request: BatchRequest) -> list[QueuedBatch]:
         """Queue a batch, in parts where it does not fit the device as a whole."""
         while True:
-            handles, start, count = [], 0, len(request.noise)
+            queued, start, count = [], 0, len(request.noise)
             try:
                 while start < count:
                     sizes = self._sizes(request, count - start)
                     stop = min(count, start + sizes.batch)
                     part = request if (start, stop) == (0, count) else request.part(start, stop)
-                    handles.append(self._loop(sizes).enqueue(part))
+                    queued.append(self._loop(sizes).enqueue(part))
                     start = stop
-                return handles
+                return queued
             except DeviceMemoryError as error:
                 self._halve(sizes, error)
 
-    def _sizes(self, request: Request, batch: int) -> Sizes:
+    def _sizes(self, request: BatchRequest, batch: int) -> Sizes:
         """The smallest bucket that takes `batch` images, or the largest that there is and that fits."""
         manifest, size = self.bundle.manifest, tuple(request.size)
         objects = request.conditioning.query_valid.shape[1]
         limit = self._limits.get(size, MAX_BATCH)
-        buckets = self.networks.buckets(batch, objects, size)
+        buckets = self.runtime.buckets(batch, objects, size)
         if buckets is None:  # any: the largest batch yet, a quarter of it, and so on
             largest = self._largest[size] = min(limit, max(batch, self._largest.get(size, 0)))
             padded = -(-objects // OBJECTS) * OBJECTS
@@ -139,7 +141,7 @@ class DeviceBackend:
         if sizes not in self._loops:
             while len(self._loops) >= LOOPS:
                 self._loops.popitem(last=False)[1].close()
-            graphs = self.networks.open(sizes, self._streams)
+            graphs = self.runtime.open(sizes, self._streams)
             self._loops[sizes] = DeviceLoop(self.device, graphs, sizes, self._streams, self.replay)
         self._loops.move_to_end(sizes)
         return self._loops[sizes]

@@ -1,6 +1,6 @@
 """What the device loop asks of a device: memory, streams, events, copies, kernels, and work captured for replay.
 
-`cuda_device.CudaDevice` is the one for NVIDIA GPUs.
+`cuda.CudaDevice` is the one for NVIDIA GPUs.
 """
 
 from __future__ import annotations

@@ -20,10 +20,10 @@ import numpy as np
 from grounded_diffusion.bundle import UNET, UNET_GROUNDED, VAE_DECODER
 from grounded_diffusion.engine.backends.gpu.device import ALIGNMENT, Device, Graphs, Tensor
 from grounded_diffusion.engine.backends.gpu.memory import BYTE, F32, Memory, Sizes, Slot, Streams
-from grounded_diffusion.engine.sampling.batch import MASKS, PIXELS, Made, Request, failure, unpack
-from grounded_diffusion.engine.sampling.denoise import guided_calls
+from grounded_diffusion.engine.backends.gpu.results import MASKS, PIXELS, first_failure, unpack
+from grounded_diffusion.engine.sampling.batch import BatchRequest, BatchResult, Step
 from grounded_diffusion.errors import NumericsError
-from grounded_diffusion.kernels.cuda import pack_step
+from grounded_diffusion.kernels.cuda import MaskPointers, StepPointers, pack_step
 
 REMEMBERED = 4  # whole loops kept captured
 
@@ -39,25 +39,25 @@ class Kind:
     doubled: bool  # the next call's input has 2B rows
 
 
-class Handle:
-    """A batch that was submitted."""
+class QueuedBatch:
+    """A batch on its way through the streams, and its slot's memory until the result is copied out."""
 
-    def __init__(self, device: Device, slot: Slot, request: Request):
+    def __init__(self, device: Device, slot: Slot, request: BatchRequest):
         self._device, self._slot, self._request = device, slot, request
         self._lock = threading.Lock()
-        self._outcome: Made | NumericsError | None = None
+        self._outcome: BatchResult | NumericsError | None = None
 
-    def wait(self) -> Made | NumericsError:
+    def wait(self) -> BatchResult | NumericsError:
         """Stop until the batch is made, and copy it out of the slot."""
         with self._lock:
             if self._outcome is None:
                 self._device.activate()
                 self._device.sync(self._slot.done)
                 arrays = self._slot.arrays
-                self._outcome = failure(self._request, arrays["flags"]) or unpack(self._request, arrays)
+                self._outcome = first_failure(self._request, arrays["flags"]) or unpack(self._request, arrays)
             return self._outcome
 
-    def result(self) -> Made:
+    def result(self) -> BatchResult:
         """The batch. Raises NumericsError naming stage, step and sample."""
         outcome = self.wait()
         if isinstance(outcome, NumericsError):
@@ -87,6 +87,7 @@ class DeviceLoop:
         self.at, self.slots = self.memory.at, self.memory.slots
         self._bound: dict[tuple[str, bool], Callable[[], None]] = {}
         self._captured: dict[Any, Callable[[], None]] = {}
+        self._queued: list[QueuedBatch | None] = [None] * len(self.slots)  # the last one of each slot
         self._next = 0
         try:
             for kind in (Kind(True, True, True), Kind(False, True, True)):  # the largest first: others share its memory
@@ -119,15 +120,24 @@ class DeviceLoop:
         """The network, then the kernel that turns its output into the next input."""
         at, b = self.at, self.sizes.batch
         self._network(kind)()
-        names = ("record", "model_output", "latents", "history", "noise", "latents", "input")
+        latents = at["latents"].pointer
+        pointers = StepPointers(
+            coefficients=at["record"].pointer,
+            model_output=at["model_output"].pointer,
+            latents=latents,
+            out_latents=latents,
+            out_input=at["input"].pointer,
+            history=at["history"].pointer,
+            noise=at["noise"].pointer,
+            bad=at["flags"].pointer,
+        )
         self.device.kernels.cfg_step(
             self.streams.loop,
-            *(at[name].pointer for name in names),
+            pointers,
             count=at["latents"].nbytes // F32.itemsize,
             guided=kind.both,
             doubled=kind.doubled,
             half=self.memory.half,
-            bad=at["flags"].pointer,
             batch=b,
         )
 
@@ -140,7 +150,7 @@ class DeviceLoop:
             self._captured[key] = self.device.capture(self.streams.loop, work)
         return self._captured[key]
 
-    def _steps(self, slot: Slot, request: Request, kinds: tuple[Kind, ...], replay: bool) -> None:
+    def _steps(self, slot: Slot, request: BatchRequest, kinds: tuple[Kind, ...], replay: bool) -> None:
         """All steps of a schedule, each of them replayed or queued as it is."""
         copy, stream, at = self.device.copy, self.streams.loop, self.at
         records, size = at["records"], at["record"].nbytes
@@ -156,23 +166,25 @@ class DeviceLoop:
             else:
                 self._step(kind)
 
-    def enqueue(self, request: Request) -> Handle:
+    def enqueue(self, request: BatchRequest) -> QueuedBatch:
         """Queue a batch of at most `sizes.batch` images; stops only while all slots are under way."""
-        slot = self.slots[self._next]
+        number, slot = self._next, self.slots[self._next]
         self._next = (self._next + 1) % len(self.slots)
-        if slot.handle:
-            slot.handle.wait()
-        scales, both = guided_calls(
-            request.schedule, request.guidance_scale, request.guidance_interval, request.capture
+        if before := self._queued[number]:
+            before.wait()
+        steps = request.steps()
+        following = [*steps[1:], steps[-1]]  # no call follows the last one
+        kinds = tuple(
+            Kind(step.grounded, step.both_halves, after.both_halves)
+            for step, after in zip(steps, following, strict=True)
         )
-        kinds = tuple(Kind(i == request.capture, both[i], both[i + 1]) for i in range(len(scales)))
         for kind in dict.fromkeys(kinds):
             self._network(kind)  # binds what is new before anything of this batch is queued
-        self._stage(slot, request, scales, both)
+        self._stage(slot, request, steps)
         device, stream, at = self.device, self.streams.loop, self.at
         used = self.memory.upload.offsets["records"] + len(kinds) * at["record"].nbytes
         device.copy(stream, at["latents"].pointer, slot.upload.ctypes.data, used)
-        if not all(both):
+        if not all(step.both_halves for step in steps):
             half = at["conditional"].nbytes
             device.copy(stream, at["conditional"].pointer, at["context"].pointer + half, half)
         device.clear(stream, at["flags"].pointer, at["flags"].nbytes)
@@ -183,33 +195,28 @@ class DeviceLoop:
             self._steps(slot, request, kinds, replay=mode != "none")
         self._hand_over(slot)
         self._finish(slot, request)
-        slot.handle = Handle(device, slot, request)
-        return slot.handle
+        self._queued[number] = queued = QueuedBatch(device, slot, request)
+        return queued
 
-    def _stage(self, slot: Slot, request: Request, scales: list[float], both: list[bool]) -> None:
+    def _stage(self, slot: Slot, request: BatchRequest, steps: list[Step]) -> None:
         """Write a batch into the slot's pinned memory. What is missing to the bucket repeats the last image."""
-        views, given, rows = slot.views, request.conditioning, request.schedule.rows
+        views, given, schedule = slot.views, request.conditioning, request.schedule
         batch, objects = given.query_valid.shape
         fill = np.minimum(np.arange(self.sizes.batch), batch - 1)
-        latents = request.noise[fill] * np.float32(request.schedule.init_noise_sigma)
+        latents = request.noise[fill] * np.float32(schedule.init_noise_sigma)
         views["latents"][:] = latents
-        views["input"].reshape(2, *latents.shape)[:] = latents * np.float32(rows[0].input_scale)
+        views["input"].reshape(2, *latents.shape)[:] = latents * np.float32(schedule.rows[0].input_scale)
         views["context"].reshape(2, *views["context"][: self.sizes.batch].shape)[:] = given.context.reshape(
             2, batch, *given.context.shape[1:]
         )[:, fill]
         views["queries"][:], views["query_valid"][:] = 0, False
         views["queries"][:, :objects], views["query_valid"][:, :objects] = given.queries[fill], given.query_valid[fill]
-        slots = request.schedule.history
-        for i, row in enumerate(rows):
-            packed = pack_step(
-                guidance_scale=scales[i] if both[i] else None, cx=row.cx, co=row.co, a=row.a, b=row.b,
-                head=i % slots if slots else 0, slots=slots, n=row.n, row=i,
-                next_scale=rows[i + 1].input_scale if i + 1 < len(rows) else 1.0,
-            ).view(BYTE)  # fmt: skip
+        for i, step in enumerate(steps):
+            packed = pack_step(step.update, slots=schedule.history, row=i).view(BYTE)
             record = views["records"][i]
             record[: packed.size] = packed
-            record[ALIGNMENT:].view(self.memory.timestep)[:] = row.timestep
-        drawn = [request.step_noise(i)[fill] for i, row in enumerate(rows) if row.n]
+            record[ALIGNMENT:].view(self.memory.timestep)[:] = step.timestep
+        drawn = [request.step_noise(i)[fill] for i, step in enumerate(steps) if step.update.n]
         if drawn:
             noise = np.ascontiguousarray(drawn, F32).view(BYTE).reshape(-1)
             if slot.noise.size < noise.size:
@@ -226,7 +233,7 @@ class DeviceLoop:
             device.copy(stream, slot.at[name].pointer, at[name].pointer, at[name].nbytes)
         device.record(slot.denoised, stream)
 
-    def _finish(self, slot: Slot, request: Request) -> None:
+    def _finish(self, slot: Slot, request: BatchRequest) -> None:
         """Decode, turn into bytes and masks, and copy to the host, on their own streams."""
         device, at, s = self.device, slot.at, self.sizes
         stream, flags = self.streams.decode, at["flags"].pointer
@@ -237,11 +244,15 @@ class DeviceLoop:
             stream, image.pointer, at["pixels"].pointer, batch=s.batch, size=s.image,
             half=image.dtype == np.float16, bad=flags + PIXELS * s.batch,
         )  # fmt: skip
-        names = ("mask_logits", "query_valid", "labels", "area", "box", "score")
+        outputs = {name: at[name].pointer for name in ("labels", "area", "box", "score", "bits")}
+        logits = at["mask_logits"]
+        pointers = MaskPointers(
+            logits=logits.pointer, valid=at["query_valid"].pointer, stats=self.at["stats"].pointer,
+            bad=flags + MASKS * s.batch, **outputs,
+        )  # fmt: skip
         device.kernels.mask_epilogue(
-            stream, *(at[name].pointer for name in names), self.at["stats"].pointer, bits=at["bits"].pointer,
-            bad=flags + MASKS * s.batch, shape=at["mask_logits"].shape, size=s.image, threshold=request.threshold,
-            half=at["mask_logits"].dtype == np.float16,
+            stream, pointers, shape=logits.shape, size=s.image, threshold=request.threshold,
+            half=logits.dtype == np.float16,
         )  # fmt: skip
         device.record(slot.decoded, stream)
         device.wait(self.streams.copy, slot.decoded)
@@ -250,9 +261,9 @@ class DeviceLoop:
 
     def close(self) -> None:
         """Wait for what is under way and free the device's memory."""
-        for slot in self.slots:
-            if slot.handle:
-                slot.handle.wait()
+        for queued in self._queued:
+            if queued:
+                queued.wait()
         self._captured.clear()
         self._bound.clear()
         self.graphs.close()

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from grounded_diffusion.bundle import UNET, UNET_GROUNDED, VAE_DECODER
 from grounded_diffusion.engine.backends.gpu.device import ALIGNMENT, Block, Device, Graphs
-from grounded_diffusion.engine.sampling.batch import FLAG_ROWS, MAX_ROWS
+from grounded_diffusion.engine.backends.gpu.results import FLAG_ROWS, MAX_ROWS
 from grounded_diffusion.errors import BackendError
 from grounded_diffusion.kernels.cuda import MAX_TERMS, STATS_BYTES
-
-if TYPE_CHECKING:
-    from grounded_diffusion.engine.backends.gpu.loop import Handle
 
 SLOTS = 2  # batches under way: one in the loop, one being decoded and copied
 F32, BYTE = np.dtype(np.float32), np.dtype(np.uint8)
@@ -59,7 +56,6 @@ class Slot:
         self.at = results.tensors(self.pointer) | own.tensors(self.pointer + results.nbytes)
         self.noise = np.empty(0, np.uint8)  # pinned, grown by stochastic samplers
         self.denoised, self.decoded, self.done = (device.event() for _ in range(3))
-        self.handle: Handle | None = None
         self.decode: Callable[[], None] | None = None
 
 
@@ -79,7 +75,8 @@ class Memory:
     """
 
     def __init__(self, device: Device, graphs: Graphs, sizes: Sizes, streams: Streams):
-        self.device, self.slots = device, []
+        self.device = device
+        self.slots: list[Slot] = []
         self._pointers: list[int] = []
         try:
             self._allocate(graphs, sizes, streams)

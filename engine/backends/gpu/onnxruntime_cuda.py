@@ -15,7 +15,8 @@ import numpy as np
 from grounded_diffusion.bundle import CUDA, GRAPH_IO, UNET_GROUNDED, VAE_DECODER, Bundle
 from grounded_diffusion.engine.backends.gpu.device import DeviceMemoryError, Tensor
 from grounded_diffusion.engine.backends.gpu.memory import Sizes, Streams
-from grounded_diffusion.engine.backends.onnxruntime_cpu import DTYPES, WEIGHTS_FOLDER, first_line
+from grounded_diffusion.engine.backends.onnxruntime_cpu import DTYPES, WEIGHTS_FOLDER
+from grounded_diffusion.engine.checks import first_line
 from grounded_diffusion.engine.sampling.backend import Arrays
 from grounded_diffusion.errors import BackendError
 
@@ -35,7 +36,7 @@ NO_MEMORY = re.compile(r"out of memory|failed to allocate memory|alloc_failed", 
 NO_CAPTURE = "cannot use the graph capture"
 
 
-class OnnxRuntimeCudaNetworks:
+class OnnxRuntimeCuda:
     """A bundle's graphs as CUDA sessions; those of `cuda/` in the bundle where it has them.
 
     Args:
@@ -54,7 +55,7 @@ class OnnxRuntimeCudaNetworks:
         self._single: dict[str, Any] = {}
 
     def buckets(self, batch: int, objects: int, size: tuple[int, int]) -> None:
-        """See `Networks.buckets`: any."""
+        """See `GraphRuntime.buckets`: any."""
         return None
 
     def file(self, graph: str) -> Path:
@@ -111,12 +112,12 @@ class OnnxRuntimeCudaNetworks:
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         return options
 
-    def open(self, sizes: Sizes, streams: Streams) -> Sessions:
-        """See `Networks.open`."""
-        return Sessions(self, sizes, streams)
+    def open(self, sizes: Sizes, streams: Streams) -> OnnxRuntimeGraphs:
+        """See `GraphRuntime.open`."""
+        return OnnxRuntimeGraphs(self, sizes, streams)
 
     def run(self, graph: str, inputs: Mapping[str, np.ndarray], streams: Streams) -> Arrays:
-        """See `Networks.run`."""
+        """See `GraphRuntime.run`."""
         if graph not in self._single:
             self._single[graph] = self.session(graph, streams.aside)
         session = self._single[graph]
@@ -130,17 +131,17 @@ class OnnxRuntimeCudaNetworks:
         return {name: value.astype(np.float32) for name, value in zip(names, outputs, strict=True)}
 
     def close(self) -> None:
-        """See `Networks.close`."""
+        """See `GraphRuntime.close`."""
         self._single.clear()
 
 
-class Sessions:
+class OnnxRuntimeGraphs:
     """See `Graphs`: the sessions of one bucket."""
 
     capturable = False  # ONNX Runtime captures by itself, once for each binding
 
-    def __init__(self, networks: OnnxRuntimeCudaNetworks, sizes: Sizes, streams: Streams):
-        self.networks, self.sizes, self.streams = networks, sizes, streams
+    def __init__(self, runtime: OnnxRuntimeCuda, sizes: Sizes, streams: Streams):
+        self.runtime, self.sizes, self.streams = runtime, sizes, streams
         self._sessions: dict[tuple[str, int], Any] = {}  # by graph and rows
 
     def session(self, graph: str, rows: int | None = None) -> Any:
@@ -150,7 +151,7 @@ class Sessions:
         if (graph, rows) not in self._sessions:
             stream = self.streams.decode if graph == VAE_DECODER else self.streams.loop
             dims = {"B": s.batch, "N": rows, "O": s.objects, "h": s.latent[1], "w": s.latent[2]}
-            self._sessions[graph, rows] = self.networks.session(graph, stream, dims)
+            self._sessions[graph, rows] = self.runtime.session(graph, stream, dims)
         return self._sessions[graph, rows]
 
     def dtype(self, graph: str, tensor: str) -> np.dtype:
@@ -166,8 +167,8 @@ class Sessions:
 
     def bind(self, graph: str, tensors: Mapping[str, Tensor], stream: Any) -> Callable[[], None]:
         """See `Graphs.bind`. `stream` is the one that the graph's session is on."""
-        networks, session = self.networks, self.session(graph, tensors["latents"].shape[0])
-        binding, options = session.io_binding(), networks.run_options()
+        runtime, session = self.runtime, self.session(graph, tensors["latents"].shape[0])
+        binding, options = session.io_binding(), runtime.run_options()
         for names, bind in zip(GRAPH_IO[graph], (binding.bind_input, binding.bind_output), strict=True):
             for name in names:
                 tensor = tensors[name]
@@ -180,9 +181,9 @@ class Sessions:
                 raise failure(f"onnxruntime failed in {graph} at batch {self.sizes.batch}", error) from None
 
         launch()  # runs once, then captures
-        done = networks.device.event()
-        networks.device.record(done, stream)
-        networks.device.sync(done)
+        done = runtime.device.event()
+        runtime.device.record(done, stream)
+        runtime.device.sync(done)
         return launch
 
     def close(self) -> None:

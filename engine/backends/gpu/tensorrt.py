@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,16 +10,16 @@ from typing import Any
 import numpy as np
 
 from grounded_diffusion.bundle import GRAPH_IO, UNET_GROUNDED, Bundle
+from grounded_diffusion.cache import cache_folder, write_cached
 from grounded_diffusion.engine.backends.gpu.device import ALIGNMENT, DeviceMemoryError, Tensor
 from grounded_diffusion.engine.backends.gpu.memory import Sizes, Streams
 from grounded_diffusion.engine.backends.tensorrt.spec import Bucket, load_module, profile_shapes, quiet_logger, spec_of
 from grounded_diffusion.engine.backends.tensorrt.store import OBJECTS, EngineSpec, found_engines, load_plan
-from grounded_diffusion.engine.pipeline.shipped import cache_folder
 from grounded_diffusion.engine.sampling.backend import Arrays
 from grounded_diffusion.errors import BackendError
 
 
-class TensorRTNetworks:
+class TensorRT:
     """The engines of one bundle that fit this device, package and version.
 
     Args:
@@ -40,7 +39,7 @@ class TensorRTNetworks:
         self.runtime = self.trt.Runtime(self.log)
         self._found = found_engines(bundle.path, backend)
         self._engines: dict[str, Any] = {}
-        self._single: dict[str, tuple[dict[str, Tensor], Callable[[], None], Contexts]] = {}
+        self._single: dict[str, tuple[dict[str, Tensor], Callable[[], None], TensorRTGraphs]] = {}
 
     def spec(self, graph: str, shapes: Mapping[str, list[int]]) -> EngineSpec:
         """What the engine of a graph at these shapes must be."""
@@ -51,7 +50,7 @@ class TensorRTNetworks:
         return [spec.shapes for spec in self._found if spec.graph == graph and spec == self.spec(graph, spec.shapes)]
 
     def buckets(self, batch: int, objects: int, size: tuple[int, int]) -> list[tuple[int, int]]:
-        """See `Networks.buckets`."""
+        """See `GraphRuntime.buckets`."""
         wanted = profile_shapes(self.bundle, UNET_GROUNDED, Bucket(batch, max(objects, OBJECTS), size))
         found = [shapes for shapes in self.shapes(UNET_GROUNDED) if shapes["latents"][1:] == wanted["latents"][1:]]
         buckets = [tuple(shapes["query_valid"]) for shapes in found if shapes["query_valid"][1] >= objects]
@@ -76,13 +75,13 @@ class TensorRTNetworks:
         memory = "memory" in reason.lower() and ("alloc" in reason.lower() or "out of" in reason.lower())
         return (DeviceMemoryError if memory else BackendError)(f"{self.name} {what}: {reason}")
 
-    def open(self, sizes: Sizes, streams: Streams) -> Contexts:
-        """See `Networks.open`."""
+    def open(self, sizes: Sizes, streams: Streams) -> TensorRTGraphs:
+        """See `GraphRuntime.open`."""
         bucket = Bucket(sizes.batch, sizes.objects, sizes.image)
-        return Contexts(self, {graph: profile_shapes(self.bundle, graph, bucket) for graph in GRAPH_IO})
+        return TensorRTGraphs(self, {graph: profile_shapes(self.bundle, graph, bucket) for graph in GRAPH_IO})
 
     def run(self, graph: str, inputs: Mapping[str, np.ndarray], streams: Streams) -> Arrays:
-        """See `Networks.run`. Rows beyond the engine's are run in turn; missing ones repeat the last."""
+        """See `GraphRuntime.run`. Rows beyond the engine's are run in turn; missing ones repeat the last."""
         given = {name: list(value.shape) for name, value in inputs.items()}
         rows, known = next(iter(given.values()))[0], self.shapes(graph)
         fits = [s for s in known if all(s.get(name, [0])[1:] == shape[1:] for name, shape in given.items())]
@@ -105,12 +104,12 @@ class TensorRTNetworks:
         """One run of an engine, from and to host memory."""
         spec, device = self.spec(graph, shapes), self.device
         if spec.key not in self._single:
-            contexts = Contexts(self, {graph: shapes})
+            graphs = TensorRTGraphs(self, {graph: shapes})
             tensors = {}
             for name in (n for names in GRAPH_IO[graph] for n in names):
-                tensor = Tensor(0, contexts.shape(graph, name), contexts.dtype(graph, name))
+                tensor = Tensor(0, graphs.shape(graph, name), graphs.dtype(graph, name))
                 tensors[name] = Tensor(device.allocate(tensor.nbytes), tensor.shape, tensor.dtype)
-            self._single[spec.key] = tensors, contexts.bind(graph, tensors, stream), contexts
+            self._single[spec.key] = tensors, graphs.bind(graph, tensors, stream), graphs
         tensors, launch, _ = self._single[spec.key]
         kept = {name: np.ascontiguousarray(value, tensors[name].dtype) for name, value in inputs.items()}
         outputs = {name: np.empty(tensors[name].shape, tensors[name].dtype) for name in GRAPH_IO[graph][1]}
@@ -125,20 +124,20 @@ class TensorRTNetworks:
         return outputs
 
     def close(self) -> None:
-        """See `Networks.close`."""
-        for tensors, _, contexts in self._single.values():
-            contexts.close()
+        """See `GraphRuntime.close`."""
+        for tensors, _, graphs in self._single.values():
+            graphs.close()
             for tensor in tensors.values():
                 self.device.free(tensor.pointer)
         self._single.clear()
         self._engines.clear()
 
 
-class Contexts:
+class TensorRTGraphs:
     """See `Graphs`: execution contexts of one bucket. Those of one stream, which never run at once, share an arena."""
 
-    def __init__(self, networks: TensorRTNetworks, shapes: Mapping[str, dict[str, list[int]]]):
-        self.networks, self.shapes = networks, shapes
+    def __init__(self, runtime: TensorRT, shapes: Mapping[str, dict[str, list[int]]]):
+        self.runtime, self.shapes = runtime, shapes
         self.capturable = True
         self._contexts: dict[str, tuple[Any, list[Callable[[], None] | None]]] = {}  # and the launch bound last
         self._arenas: dict[int, tuple[int, int]] = {}  # pointer and size, by stream
@@ -146,11 +145,11 @@ class Contexts:
         self._caches: dict[Path, Any] = {}
 
     def _engine(self, graph: str, shapes: Mapping[str, list[int]] | None = None) -> Any:
-        return self.networks.engine(self.networks.spec(graph, shapes or self.shapes[graph]))
+        return self.runtime.engine(self.runtime.spec(graph, shapes or self.shapes[graph]))
 
     def dtype(self, graph: str, tensor: str) -> np.dtype:
         """See `Graphs.dtype`."""
-        return np.dtype(self.networks.trt.nptype(self._engine(graph).get_tensor_dtype(tensor)))
+        return np.dtype(self.runtime.trt.nptype(self._engine(graph).get_tensor_dtype(tensor)))
 
     def shape(self, graph: str, tensor: str) -> tuple[int, ...]:
         """Shape of an input or output in this bucket."""
@@ -164,24 +163,24 @@ class Contexts:
 
     def _context(self, graph: str, shapes: Mapping[str, list[int]]) -> tuple[Any, list[Callable[[], None] | None]]:
         """The context of a graph at these shapes, without device memory yet."""
-        trt, spec = self.networks.trt, self.networks.spec(graph, shapes)
+        trt, spec = self.runtime.trt, self.runtime.spec(graph, shapes)
         if spec.key not in self._contexts:
-            config = self.networks.engine(spec).create_runtime_config()
+            config = self.runtime.engine(spec).create_runtime_config()
             config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
             if hasattr(config, "create_runtime_cache"):  # TensorRT-RTX, which compiles kernels on this machine
                 self._remember(config, spec)
-            context = self.networks.engine(spec).create_execution_context(config)
+            context = self.runtime.engine(spec).create_execution_context(config)
             if context is None:
-                raise self.networks.failure(f"cannot make a context of {spec}")
+                raise self.runtime.failure(f"cannot make a context of {spec}")
             for name, shape in shapes.items():
                 if not context.set_input_shape(name, tuple(shape)):
-                    raise self.networks.failure(f"refuses {name} of shape {shape}, which {spec} was built for")
+                    raise self.runtime.failure(f"refuses {name} of shape {shape}, which {spec} was built for")
             self._contexts[spec.key] = context, [None]
         return self._contexts[spec.key]
 
     def _remember(self, config: Any, spec: EngineSpec) -> None:
         """Give a context the kernels that were compiled for this engine before."""
-        file = cache_folder() / "kernels" / f"{spec.key}.{self.networks.device.arch}.rtx"
+        file = cache_folder() / "kernels" / f"{spec.key}.{self.runtime.device.arch}.rtx"
         cache = config.create_runtime_cache()
         with contextlib.suppress(OSError):
             cache.deserialize(file.read_bytes())  # False, and nothing read, where driver or version are others
@@ -192,7 +191,7 @@ class Contexts:
         """Memory for contexts on a stream. The first that is bound should be the largest."""
         key = int(stream.handle)
         if self._arenas.get(key, (0, -1))[1] < size:
-            self._arenas[key] = self.networks.device.allocate(max(size, ALIGNMENT)), size
+            self._arenas[key] = self.runtime.device.allocate(max(size, ALIGNMENT)), size
             self._pointers.append(self._arenas[key][0])
         return self._arenas[key]
 
@@ -203,7 +202,7 @@ class Contexts:
         engine = self._engine(graph, shapes)
         if last[0] is None:
             context.set_device_memory(*self._arena(stream, engine.device_memory_size_v2))
-        handle, failure = int(stream.handle), self.networks.failure
+        handle, failure = int(stream.handle), self.runtime.failure
 
         def launch() -> None:
             if last[0] is not launch:  # another binding of the same context, such as the other slot's
@@ -215,9 +214,9 @@ class Contexts:
                 raise failure(f"failed in {graph} on {tensors['latents'].shape if 'latents' in tensors else shapes}")
 
         launch()  # compiles and allocates what it does once; a graph can be captured only afterwards
-        done = self.networks.device.event()
-        self.networks.device.record(done, stream)
-        self.networks.device.sync(done)
+        done = self.runtime.device.event()
+        self.runtime.device.record(done, stream)
+        self.runtime.device.sync(done)
         if hasattr(context, "is_stream_capturable"):
             self.capturable = self.capturable and bool(context.is_stream_capturable(handle))
         self._save()
@@ -230,14 +229,11 @@ class Contexts:
             with contextlib.suppress(OSError):
                 if content is None or (file.is_file() and file.stat().st_size == content.nbytes):
                     continue
-                file.parent.mkdir(parents=True, exist_ok=True)
-                temporary = file.with_suffix(f".{os.getpid()}.tmp")
-                temporary.write_bytes(memoryview(content))
-                temporary.replace(file)
+                write_cached(file, memoryview(content))
 
     def close(self) -> None:
         """See `Graphs.close`."""
         self._contexts.clear()
         for pointer in self._pointers:
-            self.networks.device.free(pointer)
+            self.runtime.device.free(pointer)
         self._pointers, self._arenas = [], {}

@@ -9,6 +9,7 @@ import pytest
 
 from grounded_diffusion.bundle import UNET_GROUNDED, sha256
 from grounded_diffusion.engine import GroundedPipeline, Options, Prompt
+from grounded_diffusion.engine.sampling.batch import BatchRequest
 from grounded_diffusion.engine.sampling.denoise import denoise
 from grounded_diffusion.engine.sampling.noise import batch_normal
 from grounded_diffusion.engine.sampling.schedule import SAMPLERS
@@ -113,11 +114,11 @@ def test_the_loop_equals_one_around_the_diffusers_scheduler(pipe, monkeypatch, s
 
 def test_the_captured_step_does_not_disturb_the_image(pipe):
     """Captured early or late, with the head's graph or the plain one, the latents come out the same."""
-    schedule = pipe.schedule(Options(steps=4, sampler="ddim"))
-    noise = batch_normal([(7, 0), (7, 1)], (4, 16, 16))
+    schedule, size = pipe.schedule(Options(steps=4, sampler="ddim")), pipe.bundle.manifest.image_size
+    noise, conditioning = batch_normal([(7, 0), (7, 1)], (4, 16, 16)), pipe.condition(MIXED[:2])
     for scale in (1.0, 5.0):
         runs = [
-            denoise(pipe.backend, schedule, pipe.condition(MIXED[:2]), noise, guidance_scale=scale, capture=capture)
+            denoise(pipe.backend, BatchRequest(schedule, conditioning, noise, size, scale, capture))
             for capture in (0, 2, 3)
         ]
         assert [run.capture_timestep for run in runs] == [751, 251, 1]

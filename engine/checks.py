@@ -1,0 +1,37 @@
+"""Checks of values from outside, and words about them, for all rooms of the engine."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+from grounded_diffusion.errors import UsageError
+
+
+def check_int(value: Any, name: str, low: int, high: int) -> None:
+    """Raise UsageError unless `value` is a whole number from low to high."""
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise UsageError(f"{name} must be a whole number from {low} to {high}, not {value!r}")
+
+
+def check_float(value: Any, name: str, low: float, high: float) -> None:
+    """Raise UsageError unless `value` is a finite number from low to high."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not low <= value <= high:
+        raise UsageError(f"{name} must be a number from {low:g} to {high:g}, not {value!r}")
+
+
+def usable_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a message, for errors of one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def shorten(text: str, limit: int = 60) -> str:
+    """`text`, cut to `limit` characters."""
+    return text if len(text) <= limit else text[: limit - 3] + "..."
