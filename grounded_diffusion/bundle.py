@@ -34,6 +34,7 @@ CPU, CUDA, OPENVINO = "cpu/", "cuda/", "openvino."
 CONTEXT = "context.onnx"
 # What OPENVINO's need of the timestep, in its place: timestep [1] -> what each residual block adds, [1,C,1,1].
 TIME = "time.onnx"
+MAKERS = {"context": CONTEXT, "timestep": TIME}  # graphs by the input that they take
 SHARED_ROWS = "S"
 
 # Names and shapes of every graph's inputs and outputs. B images, N = 2B guided rows

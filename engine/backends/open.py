@@ -14,6 +14,7 @@ from grounded_diffusion.engine.backends.gpu.loop import Replay
 from grounded_diffusion.engine.backends.gpu.onnxruntime_cuda import OnnxRuntimeCuda, load_runtime
 from grounded_diffusion.engine.backends.gpu.tensorrt import TensorRT
 from grounded_diffusion.engine.backends.onnxruntime_cpu import OnnxRuntimeBackend
+from grounded_diffusion.engine.backends.openvino_cpu import OpenVinoBackend, chip_precisions
 from grounded_diffusion.engine.backends.tensorrt.spec import load_module
 from grounded_diffusion.engine.sampling.backend import Backend
 from grounded_diffusion.errors import UsageError
@@ -25,15 +26,21 @@ class BackendEntry:
 
     Attributes:
         device: where it runs.
+        precision: it computes in; None is that of the bundle.
         open: opens it with (bundle, threads, lanes, replay), of which it takes what concerns it.
     """
 
     device: Literal["cpu", "cuda"]
+    precision: str | None
     open: Callable[[Bundle, int | None, int, Replay], Backend]
 
 
 def _open_onnxruntime(bundle: Bundle, threads: int | None, lanes: int, replay: Replay) -> Backend:
     return OnnxRuntimeBackend(bundle, threads, lanes)
+
+
+def _open_openvino(precision: str, bundle: Bundle, threads: int | None, lanes: int, replay: Replay) -> Backend:
+    return OpenVinoBackend(bundle, threads, lanes, precision)
 
 
 def _open_cuda(bundle: Bundle, threads: int | None, lanes: int, replay: Replay) -> Backend:
@@ -50,10 +57,14 @@ def _open_tensorrt(package: str, bundle: Bundle, threads: int | None, lanes: int
 
 DEFAULT_BACKEND = "onnxruntime"
 BACKENDS = {
-    DEFAULT_BACKEND: BackendEntry("cpu", _open_onnxruntime),
-    "cuda": BackendEntry("cuda", _open_cuda),  # ONNX Runtime
-    "tensorrt": BackendEntry("cuda", partial(_open_tensorrt, "tensorrt")),  # engines that `gd-export --engine` built
-    "tensorrt-rtx": BackendEntry("cuda", partial(_open_tensorrt, "tensorrt_rtx")),
+    DEFAULT_BACKEND: BackendEntry("cpu", "fp32", _open_onnxruntime),
+    "openvino": BackendEntry("cpu", "fp32", partial(_open_openvino, "fp32")),
+    "openvino-bf16": BackendEntry("cpu", "bf16", partial(_open_openvino, "bf16")),
+    "cuda": BackendEntry("cuda", None, _open_cuda),  # ONNX Runtime
+    "tensorrt": BackendEntry(
+        "cuda", None, partial(_open_tensorrt, "tensorrt")
+    ),  # engines that `gd-export --engine` built
+    "tensorrt-rtx": BackendEntry("cuda", None, partial(_open_tensorrt, "tensorrt_rtx")),
 }
 
 
@@ -62,6 +73,15 @@ def backend_entry(name: str) -> BackendEntry:
     if name not in BACKENDS:
         raise UsageError(f"there is no backend {name!r}; choose one of {', '.join(BACKENDS)}")
     return BACKENDS[name]
+
+
+def cpu_backends() -> list[str]:
+    """Backends that run on this machine's CPU, the default first."""
+    precisions = chip_precisions()
+    installed = {
+        name for name, entry in BACKENDS.items() if name.startswith("openvino") and entry.precision in precisions
+    }
+    return [name for name in BACKENDS if name == DEFAULT_BACKEND or name in installed]
 
 
 def open_backend(

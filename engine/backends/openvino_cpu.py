@@ -13,14 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from grounded_diffusion.bundle import CONTEXT, GRAPH_IO, OPENVINO, TIME, Bundle
+from grounded_diffusion.bundle import CONTEXT, GRAPH_IO, OPENVINO, TEXT_ENCODER, TIME, Bundle
+from grounded_diffusion.cache import cache_folder
 from grounded_diffusion.engine.backends.host import HostBackend
 from grounded_diffusion.engine.checks import first_line, usable_cores
 from grounded_diffusion.engine.sampling.backend import Arrays, both_halves
-from grounded_diffusion.cache import cache_folder
 from grounded_diffusion.errors import BackendError
 
 PRECISIONS = {"fp32": "f32", "bf16": "bf16"}  # ours, and OpenVINO's names for them
+EXACT = (TEXT_ENCODER, CONTEXT, TIME)  # always computed in FP32: they cost little, and everything depends on them
 REMEMBERED = 16  # compiled shapes; one more closes the oldest
 Shapes = dict[str, tuple[int, ...]]
 
@@ -171,7 +172,8 @@ class OpenVinoBackend(HostBackend):
             if path.name in (f"{OPENVINO}{CONTEXT}", f"{OPENVINO}{TIME}"):
                 for value in model.outputs:
                     types.output(value.get_any_name()).tensor().set_element_type(self._type)
-            return Compiled(self._core.compile_model(types.build(), "CPU", self._settings))
+            exact = {"INFERENCE_PRECISION_HINT": PRECISIONS["fp32"]} if path.name.endswith(EXACT) else {}
+            return Compiled(self._core.compile_model(types.build(), "CPU", self._settings | exact))
         except Exception as error:  # OpenVINO raises RuntimeError for everything
             raise BackendError(f"openvino cannot load {path}: {first_line(error)}") from None
 
@@ -182,10 +184,7 @@ def infer(request: Any, arrays: Mapping[str, np.ndarray]) -> Arrays:
         request.get_tensor(name).data[...] = array
     request.start_async()  # in one of the streams
     request.wait()
-    return {
-        value.get_any_name(): request.get_tensor(value.get_any_name()).data
-        for value in request.model_outputs
-    }
+    return {value.get_any_name(): request.get_tensor(value.get_any_name()).data for value in request.model_outputs}
 
 
 def padded(array: np.ndarray, images: int, objects: bool) -> np.ndarray:
