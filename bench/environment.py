@@ -16,7 +16,7 @@ from grounded_diffusion import __version__
 from grounded_diffusion.bench.timing import repeat
 from grounded_diffusion.bundle import MANIFEST, Bundle, sha256
 from grounded_diffusion.engine.checks import usable_cores
-from grounded_diffusion.kernels.device import gpu_name
+from grounded_diffusion.kernels.cuda.device import gpu_name
 
 PACKAGES = (
     "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "torch", "diffusers", "transformers", "onnx", "tensorrt",

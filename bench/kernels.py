@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from grounded_diffusion.kernels import StepCoefficients, cfg_step, image_epilogue, mask_epilogue
-from grounded_diffusion.kernels.cuda import STATS_BYTES, CudaKernels, MaskPointers, StepPointers, pack_step
-from grounded_diffusion.kernels.device import DeviceArray, gpu_name
+from grounded_diffusion.kernels.cuda.device import DeviceArray, gpu_name
+from grounded_diffusion.kernels.cuda.launch import STATS_BYTES, CudaKernels, MaskPointers, StepPointers, pack_step
 
 COPY_BYTES = 256 << 20  # far beyond any cache
 SIZES = ((8, 64), (1, 512), (8, 512))  # (batch, pixels a side); the latent grid is an eighth

@@ -21,7 +21,7 @@ from grounded_diffusion.engine.backends.host import HostBackend
 from grounded_diffusion.engine.dataset.formats import Settings, open_format
 from grounded_diffusion.engine.dataset.record import Record
 from grounded_diffusion.engine.dataset.shards import encode_shard
-from grounded_diffusion.engine.dataset.storage.base import open_storage
+from grounded_diffusion.engine.dataset.storage.open import open_storage
 from grounded_diffusion.engine.sampling.backend import Backend
 from grounded_diffusion.engine.sampling.noise import batch_normal
 from grounded_diffusion.errors import UsageError
@@ -108,7 +108,7 @@ class Engine:
 
     def run(self, work: Work) -> Output:
         samples = list(self.pipe.generate(work.prompts, self.options, noise=work.noise))
-        masks = [np.stack([sample.masks[name] for name in sample.objects]) for sample in samples]
+        masks = [np.stack([found.mask for found in sample.objects]) for sample in samples]
         return Output(np.stack([sample.image for sample in samples]), np.stack(masks))
 
 

@@ -17,6 +17,8 @@ from grounded_diffusion.errors import BundleError
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+SHIPPED = "emoji-64"  # the model that comes with the package, a folder of models/
+EXPORTER = "grounded_diffusion.export"  # makes bundles: `python -m`, in a process of its own, since it needs torch
 
 TEXT_ENCODER = "text_encoder.onnx"
 UNET = "unet.onnx"

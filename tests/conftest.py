@@ -12,6 +12,10 @@ TINY_CORPUS = (
 )
 
 
+def pytest_addoption(parser):
+    parser.addoption("--cuda-kernels", metavar="LIBRARY", help="CUDA kernels for the CPU that are built already")
+
+
 def tiny_model():
     """A randomly initialised Stable-Diffusion-format model of three levels with a grounding head, as a Checkpoint."""
     import torch
@@ -50,6 +54,12 @@ def tiny_model():
         unet.eval(), vae.eval(), CLIPTextModel(text_config).eval(), tokenizer, scheduler, head.eval(),
         names=dict(seen=["dog", "cat"], unseen=["unicorn"]),
     )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def cuda_builds(tmp_path_factory):
+    """Where CUDA kernels for the CPU are compiled to."""
+    return tmp_path_factory.mktemp("cuda")
 
 
 @pytest.fixture(scope="session")

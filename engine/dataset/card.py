@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from grounded_diffusion.bundle import MANIFEST, read_manifest, sha256
+from grounded_diffusion.bundle import MANIFEST, SHIPPED, read_manifest, sha256
 from grounded_diffusion.cache import cache_folder
 from grounded_diffusion.engine.dataset.shards import FINISHED, Rows, finished_shards
 from grounded_diffusion.engine.dataset.sheet import choose, draw_sheet
-from grounded_diffusion.engine.dataset.storage.base import Storage, open_storage
+from grounded_diffusion.engine.dataset.storage.base import Storage
+from grounded_diffusion.engine.dataset.storage.open import open_storage
 from grounded_diffusion.engine.dataset.verify import MARKER
-from grounded_diffusion.engine.pipeline.shipped import NAME
 from grounded_diffusion.engine.prompts.vocabulary import EMOJI_NAMES
 from grounded_diffusion.engine.runs.run import RUN, SUMMARY, read_json
 from grounded_diffusion.errors import UsageError
@@ -226,7 +226,7 @@ def licence_notes(digest: str | None, bundle: Path | None) -> str:
         "## Licence notes\n\nImages and masks come out of a generative model. No photograph and no human annotation is "
         "among them. What the licences of the model and of its training data ask for may hold for its pictures too.\n"
     )
-    manifests = [bundle / MANIFEST] if bundle else sorted(cache_folder().glob(f"{NAME}-*/{MANIFEST}"))
+    manifests = [bundle / MANIFEST] if bundle else sorted(cache_folder().glob(f"*/{MANIFEST}"))
     for file in manifests:
         if not file.is_file() or digest != sha256(file):
             if bundle:
@@ -239,8 +239,8 @@ def licence_notes(digest: str | None, bundle: Path | None) -> str:
         text += f"\nThe model is of the family {manifest.family}, in {manifest.precision}.\n"
         if names and names <= set(EMOJI_NAMES):
             text += (
-                f"\nIt is `{NAME}`, which comes with {SIGN} (Apache-2.0), or was trained like it: on pictures composed "
-                "of glyphs of Noto Color Emoji, copyright Google, under the SIL Open Font License 1.1 "
+                f"\nIt is `{SHIPPED}`, which comes with {SIGN} (Apache-2.0), or was trained like it: on pictures "
+                "composed of glyphs of Noto Color Emoji, copyright Google, under the SIL Open Font License 1.1 "
                 "(https://openfontlicense.org).\n"
             )
         break

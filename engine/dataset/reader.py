@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from grounded_diffusion.engine.dataset.formats.folder import METADATA
-from grounded_diffusion.engine.dataset.record import SPLITS, Record, Thing, sample_id
+from grounded_diffusion.engine.dataset.record import SPLITS, Record, sample_id
 from grounded_diffusion.engine.dataset.storage.base import SHARDS
+from grounded_diffusion.engine.sampling.sample import ObjectMask
 from grounded_diffusion.errors import UsageError
 
 RUN = "run.json"
@@ -81,7 +82,7 @@ class FolderDataset:
         """A row of the metadata with its arrays in reach."""
         size = row["height"], row["width"]
         objects = tuple(
-            Thing(
+            ObjectMask(
                 thing["name"], thing["label"], thing["area"], tuple(thing["box"]), thing["score"],
                 lambda file=thing["mask"]: read_array(self.path / file, ("1", "L"), size) > 0,
             )

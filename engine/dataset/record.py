@@ -3,41 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from grounded_diffusion.engine.pipeline.pipeline import Sample
+from grounded_diffusion.engine.sampling.sample import ObjectMask, Sample
 
 SPLITS = ("train", "val")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Thing:
-    """An object of a record.
-
-    Attributes:
-        name: as the prompt names it; different for every object of a record.
-        label: its value in the record's label map, from 1.
-        area: pixels of the mask.
-        box: x, y, width, height of the mask; zeros when it is empty.
-        score: mean probability inside the mask, to four decimals.
-        read_mask: loads the mask, bool [H,W].
-    """
-
-    name: str
-    label: int
-    area: int
-    box: tuple[int, int, int, int]
-    score: float
-    read_mask: Callable[[], np.ndarray]
-
-    @property
-    def mask(self) -> np.ndarray:
-        """bool [H,W], read anew each time."""
-        return self.read_mask()
+DECIMALS = 4  # of a score in a data set
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,6 +20,7 @@ class Record:
     Attributes:
         index: position in the run; `id` is the same as text, and stem of the sample's files.
         split: "train" or "val".
+        objects: with scores of four decimals.
         read_image, read_labels: load uint8 [H,W,3], and uint8 [H,W] with 0 background, k where the object of label k
             lies on top, and 255 where the run has marked pixels as void.
         mask_logits: float32 [O,h',w'] before upsampling, by object; None for a record that was read from files.
@@ -60,7 +34,7 @@ class Record:
     width: int
     height: int
     capture_timestep: float
-    objects: tuple[Thing, ...]
+    objects: tuple[ObjectMask, ...]
     read_image: Callable[[], np.ndarray]
     read_labels: Callable[[], np.ndarray]
     mask_logits: np.ndarray | None = None
@@ -81,13 +55,7 @@ class Record:
     def from_sample(cls, sample: Sample, split: str = SPLITS[0]) -> Record:
         """A sample of the pipeline as a record."""
         height, width = sample.labels.shape
-        objects = tuple(
-            Thing(
-                name, k, sample.areas[name], tuple(sample.boxes[name]), round(sample.scores[name], 4),
-                lambda name=name: sample.masks[name],
-            )
-            for k, name in enumerate(sample.objects, 1)
-        )  # fmt: skip
+        objects = tuple(replace(found, score=round(found.score, DECIMALS)) for found in sample.objects)
         return cls(
             sample.index, split, sample.prompt, sample.seed, sample.draw, width, height, sample.capture_timestep,
             objects, lambda: sample.image, lambda: sample.labels, sample.mask_logits,

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from grounded_diffusion.engine.dataset.shards import finished_shards
-from grounded_diffusion.engine.dataset.storage.base import FINISH, SHARDS, Storage, open_storage, record_path
+from grounded_diffusion.engine.dataset.storage.base import FINISH, SHARDS, Storage, record_path
+from grounded_diffusion.engine.dataset.storage.open import open_storage
 from grounded_diffusion.engine.runs.progress import duration
 from grounded_diffusion.engine.runs.run import RUN, SUMMARY, kind_of, read_json, read_settings
 from grounded_diffusion.errors import UsageError

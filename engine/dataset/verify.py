@@ -21,7 +21,8 @@ from grounded_diffusion.engine.dataset.formats.folder import FOLDERS, record_fil
 from grounded_diffusion.engine.dataset.reader import RUN, check_row, read_array, read_settings, read_splits
 from grounded_diffusion.engine.dataset.record import sample_id
 from grounded_diffusion.engine.dataset.shards import FINISHED, finished_shards, read_shard
-from grounded_diffusion.engine.dataset.storage.base import SHARDS, Storage, open_storage, record_path
+from grounded_diffusion.engine.dataset.storage.base import SHARDS, Storage, record_path
+from grounded_diffusion.engine.dataset.storage.open import open_storage
 from grounded_diffusion.errors import StorageError, UsageError
 
 MARKER = "gd-dataset.json"  # in every converted folder: what it is, so that --overwrite removes nothing else

@@ -6,8 +6,8 @@ import warnings
 from collections import deque
 from collections.abc import Container, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass, replace
-from itertools import islice
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,6 +16,8 @@ import numpy as np
 from grounded_diffusion.bundle import Bundle, open_bundle
 from grounded_diffusion.engine.backends.open import open_backend
 from grounded_diffusion.engine.checks import shorten
+from grounded_diffusion.engine.pipeline.job import Failed, Job, chunks, list_jobs
+from grounded_diffusion.engine.pipeline.shipped import shipped_bundle
 from grounded_diffusion.engine.pipeline.text_encoder import TextEncoder
 from grounded_diffusion.engine.pipeline.tokenizer import Tokenizer
 from grounded_diffusion.engine.prompts.prompt import Prompt, as_prompts
@@ -23,72 +25,9 @@ from grounded_diffusion.engine.sampling.backend import Backend
 from grounded_diffusion.engine.sampling.batch import BatchRequest, BatchResult, Conditioning
 from grounded_diffusion.engine.sampling.noise import batch_normal
 from grounded_diffusion.engine.sampling.options import Options
+from grounded_diffusion.engine.sampling.sample import ObjectMask, Sample
 from grounded_diffusion.engine.sampling.schedule import Schedule, build_schedule
 from grounded_diffusion.errors import NumericsError, UsageError
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One image to make: `index` within the run, and its noise's key (seed, draw)."""
-
-    index: int
-    prompt: Prompt
-    seed: int
-    draw: int
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Sample:
-    """One image with its masks.
-
-    Attributes:
-        index: position in the run, from 0.
-        prompt: text of the prompt.
-        objects: names in the prompt's order; masks, areas, boxes and scores are by name.
-        seed, draw: the key of the noise.
-        image: uint8 [H,W,3].
-        labels: uint8 [H,W]; 0 background, k where object k (from 1) has the highest logit inside its mask.
-        masks: bool [H,W] each; they may overlap.
-        areas: pixels of each mask.
-        boxes: x, y, width, height of each mask; zeros when it is empty.
-        scores: mean probability inside each mask; 0 when it is empty.
-        capture_timestep: training timestep at which the grounding head read the network.
-        mask_logits: float32 [O,h',w'], before upsampling.
-        latents: float32 [4,h,w], what the image was decoded from.
-    """
-
-    index: int
-    prompt: str
-    objects: tuple[str, ...]
-    seed: int
-    draw: int
-    image: np.ndarray
-    labels: np.ndarray
-    masks: dict[str, np.ndarray]
-    areas: dict[str, int]
-    boxes: dict[str, tuple[int, int, int, int]]
-    scores: dict[str, float]
-    capture_timestep: float
-    mask_logits: np.ndarray
-    latents: np.ndarray
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """A sample that could not be made, and why."""
-
-    job: Job
-    reason: str
-
-
-def plan(prompts: Iterable[Prompt], options: Options) -> list[Job]:
-    """All images of a run. A prompt with a seed of its own draws from that, wherever it stands in the file."""
-    jobs: list[Job] = []
-    for prompt in prompts:
-        for i in range(prompt.count or options.images_per_prompt):
-            own = prompt.seed is not None
-            jobs.append(Job(len(jobs), prompt, prompt.seed if own else options.seed, i if own else len(jobs)))
-    return jobs
 
 
 class GroundedPipeline:
@@ -132,11 +71,7 @@ class GroundedPipeline:
             UsageError: there is no such backend.
             BackendError: the backend is not installed, or finds no GPU.
         """
-        if bundle is None:
-            from grounded_diffusion.engine.pipeline.shipped import shipped_bundle
-
-            bundle = shipped_bundle()
-        opened = open_bundle(bundle)
+        opened = open_bundle(shipped_bundle() if bundle is None else bundle)
         return cls(opened, open_backend(backend, opened, threads=threads, lanes=lanes))
 
     def close(self) -> None:
@@ -181,7 +116,7 @@ class GroundedPipeline:
             BackendError, NumericsError: while iterating.
         """
         options = replace(options or Options(), **changes)
-        jobs = plan(as_prompts(prompts), options)
+        jobs = list_jobs(as_prompts(prompts), options)
         self.schedule(options)  # raises for what the model's scheduler does not allow
         shape = self.latent_shape(options)
         if noise is not None and noise.shape != (len(jobs), *shape):
@@ -283,17 +218,20 @@ class GroundedPipeline:
         return Conditioning(np.concatenate([unconditional, conditional]), queries, valid)
 
 
-def chunks(jobs: Iterable[Job], size: int) -> Iterator[tuple[Job, ...]]:
-    """Jobs in batches of `size`, the last one shorter."""
-    jobs = iter(jobs)
-    while chunk := tuple(islice(jobs, size)):
-        yield chunk
-
-
 def make_sample(job: Job, b: int, made: BatchResult) -> Sample:
     """Row b of a batch as a Sample."""
-    objects, result, denoised = job.prompt.objects, made.masks, made.denoised
-    rows = {name: (b, o) for o, name in enumerate(objects)}
+    found, denoised = made.masks, made.denoised
+    objects = tuple(
+        ObjectMask(
+            name,
+            label=o + 1,
+            area=int(found.area[b, o]),
+            box=tuple(found.box[b, o].tolist()),
+            score=float(found.score[b, o]),
+            read_mask=partial(found.masks.__getitem__, (b, o)),
+        )
+        for o, name in enumerate(job.prompt.objects)
+    )
     return Sample(
         index=job.index,
         prompt=job.prompt.text,
@@ -301,11 +239,7 @@ def make_sample(job: Job, b: int, made: BatchResult) -> Sample:
         seed=job.seed,
         draw=job.draw,
         image=made.images[b],
-        labels=result.labels[b],
-        masks={name: result.masks[at] for name, at in rows.items()},
-        areas={name: int(result.area[at]) for name, at in rows.items()},
-        boxes={name: tuple(result.box[at].tolist()) for name, at in rows.items()},
-        scores={name: float(result.score[at]) for name, at in rows.items()},
+        labels=found.labels[b],
         capture_timestep=denoised.capture_timestep,
         mask_logits=denoised.mask_logits[b, : len(objects)],
         latents=denoised.latents[b],

@@ -16,18 +16,17 @@ from pathlib import Path
 
 import grounded_diffusion
 from grounded_diffusion import __version__
-from grounded_diffusion.bundle import open_bundle, sha256
+from grounded_diffusion.bundle import EXPORTER, SHIPPED, open_bundle, sha256
 from grounded_diffusion.cache import cache_folder
 from grounded_diffusion.errors import BundleError, UsageError
 
 PACKAGE = Path(grounded_diffusion.__file__).parent
-NAME = "emoji-64"
 NEEDED = ("torch", "diffusers", "transformers", "onnxscript")
 
 
 def shipped_checkpoint() -> Path:
     """Directory of the shipped checkpoint, in the wheel as in the source tree."""
-    path = PACKAGE / "models" / NAME
+    path = PACKAGE / "models" / SHIPPED
     if not (path / "model_index.json").is_file():
         raise UsageError(f"this installation has no shipped model in {path}; pass --model BUNDLE, made by gd-export")
     return path
@@ -36,7 +35,7 @@ def shipped_checkpoint() -> Path:
 def checkpoint_key(checkpoint: Path) -> str:
     """SHA-256 over what an export of a checkpoint depends on: its files, the exporter's, this package's version."""
     digest = hashlib.sha256(__version__.encode())
-    for folder, pattern in ((checkpoint, "*"), (PACKAGE / "export", "*.py")):
+    for folder, pattern in ((checkpoint, "*"), (PACKAGE / EXPORTER.rpartition(".")[2], "*.py")):
         for file in sorted(path for path in folder.rglob(pattern) if path.is_file()):
             digest.update(f"\0{file.relative_to(folder).as_posix()}\0{sha256(file)}".encode())
     return digest.hexdigest()
@@ -87,7 +86,7 @@ def cached_export(checkpoint: Path, cache: Path, report: Callable[[str], None]) 
 
 def export(checkpoint: Path, bundle: Path, report: Callable[[str], None]) -> None:
     """Run gd-export in a process of its own and pass on what it says. Raises BundleError with its last line."""
-    module = ["-P", "-m", "grounded_diffusion.export"]  # -P: never modules that happen to lie in the current folder
+    module = ["-P", "-m", EXPORTER]  # -P: never modules that happen to lie in the current folder
     command = [sys.executable, *module, "--ckpt", str(checkpoint), "--out", str(bundle)]
     said = "it said nothing"
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:

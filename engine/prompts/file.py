@@ -126,3 +126,8 @@ class PromptFile:
             raise UsageError(f"{self.path} has changed during the run; restore it, and give the same command again")
         self._stat = stat
         return stream
+
+
+def read_prompts(path: str | Path) -> list[Prompt]:
+    """All prompts of a file. Raises UsageError, with file and line, at the first one that cannot be used."""
+    return [prompt for _, prompt in PromptFile(path)]

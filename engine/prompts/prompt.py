@@ -1,10 +1,10 @@
-"""Prompt files: one prompt a line, the objects to mask in brackets, or a JSON line that says more.
+"""A prompt: the objects to mask in brackets, or a JSON line that says more. A prompt file has one a line.
 
     # a comment
     a photograph of a [dog] and a [cat]
     {"prompt": "a busy street", "objects": ["car", "traffic light"], "seed": 3, "count": 4}
 
-Everything is checked before anything is generated; every error names the file and the line.
+Everything is checked before anything is generated; every error names the file and the line (`file.PromptFile`).
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ import json
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
+from grounded_diffusion.engine.checks import check_int
 from grounded_diffusion.engine.sampling.noise import MAX_SEED
 from grounded_diffusion.errors import UsageError
 
@@ -61,14 +60,10 @@ class Prompt:
             if name.casefold() in seen:
                 raise UsageError(f"object {name!r} is named twice; one mask covers all of a kind, so name it once")
             seen.add(name.casefold())
-        check_whole(self.seed, "seed", 0, MAX_SEED)
-        check_whole(self.count, "count", 1, MAX_COUNT)
-
-
-def check_whole(value: Any, name: str, low: int, high: int) -> None:
-    """Raise UsageError unless the value is None or a whole number from low to high."""
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high):
-        raise UsageError(f"{name} must be a whole number from {low} to {high}, not {value!r}")
+        if self.seed is not None:
+            check_int(self.seed, "seed", 0, MAX_SEED)
+        if self.count is not None:
+            check_int(self.count, "count", 1, MAX_COUNT)
 
 
 def clean(text: str, what: str) -> str:
@@ -149,13 +144,6 @@ def parse_line(raw: bytes, where: str) -> Prompt:
         raise UsageError(f"{where}: not UTF-8 (byte 0x{raw[error.start]:02x}); save the file as UTF-8") from None
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from None
-
-
-def read_prompts(path: str | Path) -> list[Prompt]:
-    """All prompts of a file. Raises UsageError, with file and line, at the first one that cannot be used."""
-    from grounded_diffusion.engine.prompts.file import PromptFile
-
-    return [prompt for _, prompt in PromptFile(path)]
 
 
 def as_prompts(prompts: str | Prompt | Iterable[str | Prompt]) -> list[Prompt]:

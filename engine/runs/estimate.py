@@ -11,9 +11,9 @@ from pathlib import Path
 from grounded_diffusion.engine.dataset.record import Record
 from grounded_diffusion.engine.dataset.shards import encode_shard
 from grounded_diffusion.engine.dataset.storage.local import megabytes
-from grounded_diffusion.engine.pipeline.pipeline import Sample
 from grounded_diffusion.engine.runs.progress import duration
 from grounded_diffusion.engine.runs.run import Run
+from grounded_diffusion.engine.sampling.sample import Sample
 
 
 def print_estimate(run: Run) -> None:

@@ -9,14 +9,11 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass, fields
 from itertools import combinations
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from grounded_diffusion.engine.sampling.sample import Sample
 from grounded_diffusion.errors import UsageError
-
-if TYPE_CHECKING:
-    from grounded_diffusion.engine.pipeline.pipeline import Sample
 
 LUMA = np.array([299, 587, 114], np.uint64)  # ITU-R BT.601, in thousandths
 
@@ -83,17 +80,16 @@ class Checker:
     def check_masks(self, sample: Sample) -> str | None:
         """The conditions on single masks."""
         want = self.filters
-        for name in sample.objects:
-            area = sample.areas[name]
-            if not area:
+        for found in sample.objects:
+            if not found.area:
                 if want.require_masks:
-                    return f"no mask of {name}"
+                    return f"no mask of {found.name}"
                 continue
-            share = area / sample.labels.size
+            share = found.area / sample.labels.size
             if share < (want.min_area or 0) or share > (1 if want.max_area is None else want.max_area):
-                return f"area of {name}"
-            if sample.scores[name] < (want.min_score or 0):
-                return f"score of {name}"
+                return f"area of {found.name}"
+            if found.score < (want.min_score or 0):
+                return f"score of {found.name}"
         return None
 
     def check_overlap(self, sample: Sample) -> str | None:
@@ -101,9 +97,9 @@ class Checker:
         if self.filters.max_overlap is None:
             return None
         for a, b in combinations(sample.objects, 2):
-            smaller = min(sample.areas[a], sample.areas[b])
-            if smaller and np.count_nonzero(sample.masks[a] & sample.masks[b]) > self.filters.max_overlap * smaller:
-                return f"overlap of {a} and {b}"
+            smaller = min(a.area, b.area)
+            if smaller and np.count_nonzero(a.mask & b.mask) > self.filters.max_overlap * smaller:
+                return f"overlap of {a.name} and {b.name}"
         return None
 
 

@@ -16,7 +16,8 @@ from grounded_diffusion.engine.backends.open import backend_entry, open_backend
 from grounded_diffusion.engine.checks import check_int, shorten
 from grounded_diffusion.engine.cli.format_options import settings_of
 from grounded_diffusion.engine.dataset.formats import WITHOUT_CLASSES, Classes, Settings, open_format
-from grounded_diffusion.engine.dataset.storage.base import PARTIAL, SHARDS, Storage, open_storage
+from grounded_diffusion.engine.dataset.storage.base import PARTIAL, SHARDS, Storage
+from grounded_diffusion.engine.dataset.storage.open import open_storage
 from grounded_diffusion.engine.pipeline.pipeline import GroundedPipeline
 from grounded_diffusion.engine.prompts.file import PromptFile
 from grounded_diffusion.engine.runs.filters import filters_of

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from grounded_diffusion.engine.checks import check_int
-from grounded_diffusion.engine.pipeline.pipeline import Job, chunks
+from grounded_diffusion.engine.pipeline.job import Job, chunks
 from grounded_diffusion.engine.prompts.file import PromptFile
 
 MAX_SHARD = 1_000_000
@@ -56,12 +56,10 @@ class Plan:
         return range(first, min(first + self.shard_size, self.samples))
 
     def jobs(self, shard: int) -> list[Job]:
-        """The samples of a shard. A prompt with a seed of its own draws from that, wherever it stands in the file."""
-        jobs, indices = [], self.indices(shard)
-        for index, prompt, number in self.prompts.between(indices.start, indices.stop):
-            own = prompt.seed is not None
-            jobs.append(Job(index, prompt, prompt.seed if own else self.seed, number if own else index))
-        return jobs
+        """The samples of a shard."""
+        indices = self.indices(shard)
+        between = self.prompts.between(indices.start, indices.stop)
+        return [Job.of(index, prompt, number, self.seed) for index, prompt, number in between]
 
     def batches(self, jobs: list[Job]) -> Iterator[tuple[Job, ...]]:
         """Samples of one shard in batches."""

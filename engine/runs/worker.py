@@ -22,12 +22,14 @@ from grounded_diffusion.engine.dataset.formats import Encoded, Format
 from grounded_diffusion.engine.dataset.record import Record
 from grounded_diffusion.engine.dataset.shards import DamagedShard, encode_shard, read_shard
 from grounded_diffusion.engine.dataset.storage.base import Storage
-from grounded_diffusion.engine.pipeline.pipeline import Failed, GroundedPipeline, Job, Sample
+from grounded_diffusion.engine.pipeline.job import Failed, Job
+from grounded_diffusion.engine.pipeline.pipeline import GroundedPipeline
 from grounded_diffusion.engine.runs.filters import Checker, Filters
 from grounded_diffusion.engine.runs.monitor import Monitor
 from grounded_diffusion.engine.runs.plan import Plan, next_attempt
 from grounded_diffusion.engine.runs.stop import Stop
 from grounded_diffusion.engine.sampling.options import Options
+from grounded_diffusion.engine.sampling.sample import Sample
 from grounded_diffusion.errors import GroundedDiffusionError
 
 LOOK = 1.0  # seconds from one look at a shard that another worker holds to the next

@@ -19,8 +19,7 @@ class Blobs:
 
     def sample(self, index):
         """Blobs with holes and several pieces, which overlap; the last object is empty in every third sample."""
-        from grounded_diffusion.engine.dataset.formats.common import mask_box
-        from grounded_diffusion.engine.pipeline.pipeline import Sample
+        from helpers import samples
 
         rng = np.random.default_rng(index)
         size, names, masks = (self.height, self.width), self.names[index % 2 :], {}
@@ -29,22 +28,13 @@ class Blobs:
             masks[name] = coarse.repeat(4, 0).repeat(4, 1) ^ (rng.random(size) > 0.98)
             if name == "tv monitor" and index % 3 == 0:
                 masks[name][:] = False
-        labels = np.zeros(size, np.uint8)
-        for k, name in enumerate(names, 1):
-            labels[masks[name]] = k
-        return Sample(
-            index=index, prompt=f"{' and '.join(names)}, n° {index}", objects=tuple(names), seed=2**62, draw=index,
-            image=rng.integers(0, 256, (*size, 3), np.uint8), labels=labels, masks=masks,
-            areas={name: int(mask.sum()) for name, mask in masks.items()},
-            boxes={name: tuple(mask_box(mask)) for name, mask in masks.items()},
-            scores=dict.fromkeys(names, 0.75), capture_timestep=1.0,
-            mask_logits=np.zeros((len(names), 5, 7), np.float32), latents=np.zeros((4, 5, 7), np.float32),
-        )  # fmt: skip
+        image = rng.integers(0, 256, (*size, 3), np.uint8)
+        return samples.sample(index, image, masks, f"{' and '.join(names)}, n° {index}", seed=2**62)
 
     def class_map(self, index):
         """Class ids uint8 [H,W] that a sample must have."""
         sample = self.sample(index)
-        ids = [0, *(self.names.index(name) + 1 for name in sample.objects)]
+        ids = [0, *(self.names.index(name) + 1 for name in sample.names)]
         return np.array(ids, np.uint8)[sample.labels]
 
     def split(self, index):
@@ -58,7 +48,7 @@ class Blobs:
         from grounded_diffusion.engine.dataset.formats.folder import FolderFormat
         from grounded_diffusion.engine.dataset.record import Record
         from grounded_diffusion.engine.dataset.shards import write_shards
-        from grounded_diffusion.engine.dataset.storage.base import open_storage
+        from grounded_diffusion.engine.dataset.storage.open import open_storage
 
         storage, format, settings = open_storage(path), FolderFormat(Settings()), {"seed": 7}
         storage.put("run.json", json.dumps({"format": "folder", "settings": settings}).encode())

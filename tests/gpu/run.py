@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from grounded_diffusion.kernels.device import gpu_name
+from grounded_diffusion.kernels.cuda.device import gpu_name
 
 
 def main() -> int:
@@ -17,7 +17,8 @@ def main() -> int:
         print("skipped: no NVIDIA GPU (or no driver, or cuda-core is not installed)")
         return 0
     print(f"GPU tests on {name}")
-    return int(pytest.main([str(Path(__file__).parent), *sys.argv[1:]]))
+    here = Path(__file__).parent
+    return int(pytest.main([str(here), str(here.parent / "kernels" / "test_cuda_kernels.py"), *sys.argv[1:]]))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from grounded_diffusion.bundle import GRAPH_IO, UNET_GROUNDED
 from grounded_diffusion.engine.backends.gpu.device import DeviceMemoryError
 from grounded_diffusion.engine.backends.onnxruntime_cpu import DTYPES
 from grounded_diffusion.kernels import StepCoefficients, cfg_step, image_epilogue, mask_epilogue, reference
-from grounded_diffusion.kernels.cuda import COEFFICIENTS
+from grounded_diffusion.kernels.cuda.launch import COEFFICIENTS
 
 RUNNING = threading.RLock()  # threads that wait take turns
 

@@ -5,12 +5,15 @@ No GPU is needed: NVRTC comes with the `dev` extra.
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 
 from grounded_diffusion.errors import BackendError
-from grounded_diffusion.kernels import StepCoefficients, nvrtc
-from grounded_diffusion.kernels.cuda import COEFFICIENTS, CudaKernels, pack_step
+from grounded_diffusion.kernels import StepCoefficients
+from grounded_diffusion.kernels.cuda import nvrtc
+from grounded_diffusion.kernels.cuda.launch import COEFFICIENTS, CudaKernels, pack_step
 
 KERNELS = {
     "cfg_step": [b"cfg_step_f32", b"cfg_step_f16"],
@@ -44,13 +47,13 @@ def test_cache_serves_the_same_bytes_and_repairs_damage(tmp_path, monkeypatch):
 
 
 def test_cache_key_follows_the_headers(tmp_path, monkeypatch):
-    for file in nvrtc.FOLDER.glob("*.cu*"):
-        (tmp_path / file.name).write_bytes(file.read_bytes())
+    for name in ("cuda", "core"):
+        shutil.copytree(nvrtc.FOLDER.parent / name, tmp_path / name)
     key = nvrtc.cache_key("cfg_step", "sm_80")
-    monkeypatch.setattr(nvrtc, "FOLDER", tmp_path)
+    monkeypatch.setattr(nvrtc, "FOLDER", tmp_path / "cuda")
     assert nvrtc.cache_key("cfg_step", "sm_80") == key
     assert nvrtc.cache_key("cfg_step", "sm_86") != key
-    with (tmp_path / "common.cuh").open("a") as stream:
+    with (tmp_path / "core" / "common.cuh").open("a") as stream:
         stream.write("// changed\n")
     assert nvrtc.cache_key("cfg_step", "sm_80") != key
 
@@ -58,7 +61,7 @@ def test_cache_key_follows_the_headers(tmp_path, monkeypatch):
 def test_compiler_errors_are_told(tmp_path, monkeypatch):
     (tmp_path / "cfg_step.cu").write_text("this is not CUDA\n")
     monkeypatch.setattr(nvrtc, "FOLDER", tmp_path)
-    with pytest.raises(BackendError, match=r"NVRTC refused kernels/cfg_step.cu for sm_80"):
+    with pytest.raises(BackendError, match=r"NVRTC refused kernels/cuda/cfg_step.cu for sm_80"):
         nvrtc.compile_cubin("cfg_step", "sm_80")
 
 

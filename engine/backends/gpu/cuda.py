@@ -11,7 +11,7 @@ import numpy as np
 
 from grounded_diffusion.engine.backends.gpu.device import DeviceMemoryError
 from grounded_diffusion.errors import BackendError
-from grounded_diffusion.kernels.cuda import CudaKernels
+from grounded_diffusion.kernels.cuda.launch import CudaKernels
 
 REPAIR = "check nvidia-smi; the process has to be started again"
 

@@ -43,7 +43,7 @@ class Device(Protocol):
 
     Attributes:
         name: what a person calls it.
-        kernels: launchers with the signatures of kernels.cuda.CudaKernels.
+        kernels: launchers with the signatures of kernels.cuda.launch.CudaKernels.
     """
 
     name: str

@@ -23,7 +23,7 @@ from grounded_diffusion.engine.backends.gpu.memory import BYTE, F32, Memory, Siz
 from grounded_diffusion.engine.backends.gpu.results import MASKS, PIXELS, first_failure, unpack
 from grounded_diffusion.engine.sampling.batch import BatchRequest, BatchResult, Step
 from grounded_diffusion.errors import NumericsError
-from grounded_diffusion.kernels.cuda import MaskPointers, StepPointers, pack_step
+from grounded_diffusion.kernels.cuda.launch import MaskPointers, StepPointers, pack_step
 
 REMEMBERED = 4  # whole loops kept captured
 

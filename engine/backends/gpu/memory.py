@@ -12,7 +12,7 @@ from grounded_diffusion.bundle import UNET, UNET_GROUNDED, VAE_DECODER
 from grounded_diffusion.engine.backends.gpu.device import ALIGNMENT, Block, Device, Graphs
 from grounded_diffusion.engine.backends.gpu.results import FLAG_ROWS, MAX_ROWS
 from grounded_diffusion.errors import BackendError
-from grounded_diffusion.kernels.cuda import MAX_TERMS, STATS_BYTES
+from grounded_diffusion.kernels.cuda.launch import MAX_TERMS, STATS_BYTES
 
 SLOTS = 2  # batches under way: one in the loop, one being decoded and copied
 F32, BYTE = np.dtype(np.float32), np.dtype(np.uint8)

@@ -25,6 +25,7 @@ from grounded_diffusion.engine.dataset.formats.common import (
     object_map,
     png,
 )
+from grounded_diffusion.engine.dataset.preview import write_preview
 from grounded_diffusion.engine.dataset.record import Record, subfolder
 from grounded_diffusion.engine.dataset.storage.base import Storage
 
@@ -55,8 +56,6 @@ class FolderFormat(Format):
         return Encoded(dict(zip(paths, contents, strict=True)), row)
 
     def finish(self, storage: Storage, rows: Iterable[dict[str, Any]], run: Mapping[str, Any]) -> None:
-        from grounded_diffusion.engine.dataset.preview import write_preview
-
         write_preview(storage, rows, dict(run))
         with storage.create(METADATA) as stream:
             for row in rows:

@@ -23,8 +23,9 @@ from grounded_diffusion.engine.dataset.formats.common import (
 )
 from grounded_diffusion.engine.dataset.formats.polygons import contours
 from grounded_diffusion.engine.dataset.formats.tables import count_splits
-from grounded_diffusion.engine.dataset.record import Record, Thing
+from grounded_diffusion.engine.dataset.record import Record
 from grounded_diffusion.engine.dataset.storage.base import Storage
+from grounded_diffusion.engine.sampling.sample import ObjectMask
 
 
 class YoloFormat(Format):
@@ -49,7 +50,7 @@ class YoloFormat(Format):
         }
         return Encoded(files, {**describe(record), "split": record.split, "objects": objects})
 
-    def shapes(self, record: Record, thing: Thing, described: dict[str, Any]) -> Iterator[list[float]]:
+    def shapes(self, record: Record, thing: ObjectMask, described: dict[str, Any]) -> Iterator[list[float]]:
         """Numbers of each line of an object; `described` may be added to."""
         x, y, width, height = thing.box
         if thing.area:
@@ -70,7 +71,7 @@ class YoloSegFormat(YoloFormat):
 
     name = "yolo-seg"
 
-    def shapes(self, record: Record, thing: Thing, described: dict[str, Any]) -> Iterator[list[float]]:
+    def shapes(self, record: Record, thing: ObjectMask, described: dict[str, Any]) -> Iterator[list[float]]:
         outer, holes = contours(thing.mask)
         described |= {"pieces": len(outer), "holes": len(holes)}
         for points in outer:

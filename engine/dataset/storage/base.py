@@ -16,7 +16,6 @@ import socket
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import BinaryIO, Protocol
 
 SHARDS, PARTIAL = "shards", ".partial"
@@ -78,18 +77,6 @@ class Storage(Protocol):
     def clean(self) -> None:
         """Remove .partial/ with what dead workers left in it. For the last to write: who holds FINISH, at its end."""
         ...
-
-
-def open_storage(out: str | Path) -> Storage:
-    """A folder, or a URL such as s3://bucket/prefix. Creates nothing. Raises UsageError."""
-    scheme, separator, rest = str(out).partition("://")
-    if not separator or scheme == "file":
-        from grounded_diffusion.engine.dataset.storage.local import LocalStorage
-
-        return LocalStorage(Path(rest if separator else out))
-    from grounded_diffusion.engine.dataset.storage.remote import FsspecStorage
-
-    return FsspecStorage(str(out))
 
 
 def record_path(shard: int) -> str:

@@ -39,7 +39,7 @@ def test_stats(blobs, data, capsys):
     samples = [blobs.sample(index) for index in range(blobs.count)]
     assert (result["images"], result["objects"]) == (9, sum(len(sample.objects) for sample in samples))
     for name in blobs.names:
-        areas = [sample.areas[name] / (40 * 56) for sample in samples if name in sample.objects]
+        areas = [sample.object(name).area / (40 * 56) for sample in samples if name in sample.names]
         seen, entry = [area for area in areas if area], result["classes"][name]
         assert (entry["images"], entry["empty"]) == (len(areas), len(areas) - len(seen))
         assert entry["mean_area"] == pytest.approx(np.mean(seen)) and entry["mean_score"] == 0.75
@@ -49,7 +49,9 @@ def test_stats(blobs, data, capsys):
     ious = [(a & b).sum() / (a | b).sum() for a, b in both]
     assert (pair["images"], pair["overlapping"]) == (5, 5) and pair["mean_iou"] == pytest.approx(np.mean(ious))
     assert run("stats", data) == 0
-    assert sum(result["classes"]["cat"]["areas"]) == sum(1 for sample in samples if sample.areas.get("cat"))
+    assert sum(result["classes"]["cat"]["areas"]) == sum(
+        1 for sample in samples if sample.masks.get("cat", np.False_).any()
+    )
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("9 images") and lines[3].startswith("cat ") and "tv monitor" in lines[5]
 

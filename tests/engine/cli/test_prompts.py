@@ -7,8 +7,8 @@ from itertools import combinations
 import pytest
 
 from grounded_diffusion.engine.cli.prompts import main
-from grounded_diffusion.engine.pipeline.pipeline import plan
-from grounded_diffusion.engine.prompts.prompt import read_prompts
+from grounded_diffusion.engine.pipeline.job import list_jobs
+from grounded_diffusion.engine.prompts.file import read_prompts
 from grounded_diffusion.engine.prompts.vocabulary import (
     COCO_IDS,
     COCO_NAMES,
@@ -49,7 +49,7 @@ def test_the_papers_counts(tmp_path, capsys):
         images[prompt.objects] += prompt.count
     assert {objects[0]: n for objects, n in images.items() if len(objects) == 1} == dict.fromkeys(VOC_NAMES, 500)
     assert {objects: n for objects, n in images.items() if len(objects) == 2} == dict.fromkeys(VOC_PAIRS, 71)
-    assert len(plan(prompts, Options())) == 20_082
+    assert len(list_jobs(prompts, Options())) == 20_082
     assert prompts[0].text == "a photograph of a aeroplane" and prompts[0].seed is None
     assert prompts[20].text == "a photograph of a aeroplane and a bicycle"
 

@@ -57,10 +57,10 @@ def test_card(run, bundle, blobs, capsys):
     assert card.data.size_categories == ["n<1K"]
     assert card.data.tags == ["synthetic", "grounded-diffusion"]
     samples = [blobs.sample(index) for index in range(blobs.count)]
-    cats = [sample for sample in samples if "cat" in sample.objects]
-    area = np.mean([sample.areas["cat"] / (40 * 56) for sample in cats])
+    cats = [sample for sample in samples if "cat" in sample.names]
+    area = np.mean([sample.object("cat").area / (40 * 56) for sample in cats])
     assert f"| cat | {len(cats)} | 0 | {area:.1%} | 0.750 |" in card.text
-    tvs = [sample.areas["tv monitor"] for sample in samples]
+    tvs = [sample.object("tv monitor").area for sample in samples]
     assert f"| tv monitor | 9 | {tvs.count(0)} |" in card.text
     for told in (sha256(bundle / MANIFEST), "| sampler | ddim |", "| steps | 25 |", "| seed | 0 |"):
         assert told in card.text

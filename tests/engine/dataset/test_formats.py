@@ -13,7 +13,7 @@ from grounded_diffusion.engine.dataset.formats.polygons import contours
 from grounded_diffusion.engine.dataset.reader import FolderDataset
 from grounded_diffusion.engine.dataset.record import Record
 from grounded_diffusion.engine.dataset.shards import write_shards
-from grounded_diffusion.engine.dataset.storage.base import open_storage
+from grounded_diffusion.engine.dataset.storage.open import open_storage
 from grounded_diffusion.engine.dataset.verify import MARKER
 
 CONVERTED = [name for name in FORMATS if name not in WITHOUT_CLASSES]
@@ -29,7 +29,7 @@ def test_reading_back_gives_the_samples(blobs):
             assert np.array_equal(one.image, sample.image) and np.array_equal(one.labels, sample.labels)
             for thing in one.objects:
                 assert thing.mask.dtype == np.bool_ and np.array_equal(thing.mask, sample.masks[thing.name])
-                assert (thing.area, thing.box) == (sample.areas[thing.name], sample.boxes[thing.name])
+                assert (thing.area, thing.box) == (sample.object(thing.name).area, sample.object(thing.name).box)
 
 
 @pytest.mark.parametrize("format", CONVERTED)
@@ -125,7 +125,7 @@ def test_webdataset(blobs, tmp_path):
         (tmp_path / "mask.png").write_bytes(raw)
         assert np.array_equal(np.asarray(Image.open(tmp_path / "mask.png")), blobs.class_map(index))
         assert sample["json"]["seed"] == 2**62
-        assert [thing["name"] for thing in sample["json"]["objects"]] == list(expected.objects)
+        assert [thing["name"] for thing in sample["json"]["objects"]] == list(expected.names)
 
 
 def check_hugging_face(blobs, data):
@@ -137,8 +137,8 @@ def check_hugging_face(blobs, data):
             assert row["prompt"] == expected.prompt and row["seed"] == 2**62 and row["width"] == blobs.width
             assert np.array_equal(np.asarray(row["image"]), expected.image)
             assert np.array_equal(np.asarray(row["mask"]), blobs.class_map(int(row["id"])))
-            assert [thing["name"] for thing in row["objects"]] == list(expected.objects)
-            assert [tuple(thing["box"]) for thing in row["objects"]] == list(expected.boxes.values())
+            assert [thing["name"] for thing in row["objects"]] == list(expected.names)
+            assert [tuple(thing["box"]) for thing in row["objects"]] == [found.box for found in expected.objects]
 
 
 @pytest.mark.parametrize("format", ["hf-imagefolder", "hf-parquet"])
@@ -175,7 +175,7 @@ def test_yolo(blobs, tmp_path, capsys):
             assert points.min() >= 0 and points.max() <= 1
             corners = [tuple(point) for point in np.rint(points * [blobs.width, blobs.height]).astype(int).tolist()]
             outer.setdefault(blobs.names[int(category)], []).append(corners)
-        assert outer == {n: contours(sample.masks[n])[0] for n in sample.objects if sample.areas[n]}
+        assert outer == {n: contours(sample.masks[n])[0] for n in sample.names if sample.object(n).area}
     data = supervision.DetectionDataset.from_yolo(
         str(out / "images" / "train"), str(out / "labels" / "train"), str(out / "data.yaml"), force_masks=True
     )

@@ -15,7 +15,7 @@ from grounded_diffusion.engine.dataset.formats.common import class_colour, mask_
 from grounded_diffusion.engine.dataset.formats.panoptic import colour_id
 from grounded_diffusion.engine.dataset.formats.polygons import contours, solid_polygons
 from grounded_diffusion.engine.dataset.formats.rle import encode_rle
-from grounded_diffusion.engine.dataset.storage.base import open_storage
+from grounded_diffusion.engine.dataset.storage.open import open_storage
 from grounded_diffusion.engine.prompts.vocabulary import COCO_IDS
 
 
@@ -77,11 +77,11 @@ def test_coco(blobs, tmp_path, options):
                 assert np.array_equal(np.asarray(Image.open(file)), sample.image)
             annotations = coco.loadAnns(coco.getAnnIds(image["id"]))
             names = [blobs.names[a["category_id"] - 1] for a in annotations]
-            assert names == [name for name in sample.objects if sample.areas[name]]
+            assert names == [name for name in sample.names if sample.object(name).area]
             for name, annotation in zip(names, annotations, strict=True):
                 assert np.array_equal(coco.annToMask(annotation), sample.masks[name])
-                assert annotation["area"] == sample.areas[name]
-                assert tuple(annotation["bbox"]) == sample.boxes[name]
+                assert annotation["area"] == sample.object(name).area
+                assert tuple(annotation["bbox"]) == sample.object(name).box
                 assert isinstance(annotation["segmentation"], list) == (options == ["--polygons"])
                 seen.append(annotation["id"])
                 detection = {"image_id": image["id"], "category_id": annotation["category_id"], "score": 1.0}

@@ -73,7 +73,7 @@ def test_voc(blobs, tmp_path, read):
     for (id, split), sample in samples(blobs):
         for item in (items[id, split], items[id, "trainval"]):
             masks = of_kind(item, "mask")
-            on_top = {name: sample.labels == k for k, name in enumerate(sample.objects, 1)}
+            on_top = {name: sample.labels == k for k, name in enumerate(sample.names, 1)}
             assert masks.keys() == {name for name, mask in on_top.items() if mask.any()} and item["size"] == [40, 56]
             assert all(np.array_equal(masks[name]["mask"], on_top[name]) for name in masks)
 
@@ -86,13 +86,13 @@ def test_coco_instances(blobs, tmp_path, read, names):
     ids = []
     for key, sample in samples(blobs):
         boxes, masks = of_kind(items[key], "box"), of_kind(items[key], "mask")
-        for name in sample.objects:
+        for name in sample.names:
             shown = "tv" if names and name == "tv monitor" else name
-            assert (shown in masks) == (shown in boxes) == (sample.areas[name] > 0)
-            if sample.areas[name]:
+            assert (shown in masks) == (shown in boxes) == (sample.object(name).area > 0)
+            if sample.object(name).area:
                 assert np.array_equal(masks[shown]["mask"], sample.masks[name])
-                assert masks[shown]["area"] == sample.areas[name]
-                assert tuple(boxes[shown]["box"]) == sample.boxes[name]
+                assert masks[shown]["area"] == sample.object(name).area
+                assert tuple(boxes[shown]["box"]) == sample.object(name).box
                 ids.append(masks[shown]["id"])
     assert sorted(ids) == list(range(1, len(ids) + 1))
 
@@ -113,7 +113,7 @@ def test_coco_panoptic(blobs, tmp_path, read):
     assert labels == list(blobs.names) and len(items) == blobs.count
     for key, sample in samples(blobs):
         masks = of_kind(items[key], "mask")
-        for k, name in enumerate(sample.objects, 1):
+        for k, name in enumerate(sample.names, 1):
             assert (name in masks) == (sample.labels == k).any()
             if name in masks:
                 assert np.array_equal(masks[name]["mask"], sample.labels == k)
@@ -126,6 +126,6 @@ def test_yolo_boxes(blobs, tmp_path, read):
     assert labels == list(blobs.names) and len(items) == blobs.count
     for key, sample in samples(blobs):
         boxes = of_kind(items[key], "box")
-        assert boxes.keys() == {name for name in sample.objects if sample.areas[name]}
+        assert boxes.keys() == {name for name in sample.names if sample.object(name).area}
         for name, shape in boxes.items():
-            assert shape["box"] == pytest.approx(sample.boxes[name], abs=1e-3)
+            assert shape["box"] == pytest.approx(sample.object(name).box, abs=1e-3)

@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+from helpers import samples
 from PIL import Image
 
 from grounded_diffusion.engine.cli.dataset import main
@@ -20,8 +21,7 @@ from grounded_diffusion.engine.dataset.shards import (
     read_shard,
     write_shards,
 )
-from grounded_diffusion.engine.dataset.storage.base import open_storage
-from grounded_diffusion.engine.pipeline.pipeline import Sample
+from grounded_diffusion.engine.dataset.storage.open import open_storage
 from grounded_diffusion.errors import StorageError
 
 RUN = {"sampler": "ddim", "steps": 25, "seed": 7}
@@ -30,17 +30,9 @@ RUN = {"sampler": "ddim", "steps": 25, "seed": 7}
 def make_sample(index, objects=("dog", "traffic light")):
     rng = np.random.default_rng(index)
     masks = {name: rng.random((20, 24)) > 0.5 for name in objects}
-    labels = np.zeros((20, 24), np.uint8)
-    for k, name in enumerate(objects):
-        labels[masks[name]] = k + 1
-    return Sample(
-        index=index, prompt=f'a "dog" & </script><b> {index}', objects=tuple(objects), seed=7, draw=index,
-        image=rng.integers(0, 256, (20, 24, 3), np.uint8), labels=labels, masks=masks,
-        areas={name: int(mask.sum()) for name, mask in masks.items()},
-        boxes=dict.fromkeys(objects, (0, 0, 24, 20)), scores=dict.fromkeys(objects, 0.75),
-        capture_timestep=1, mask_logits=rng.normal(size=(2, 5, 6)).astype(np.float32),
-        latents=np.zeros((4, 5, 6), np.float32),
-    )  # fmt: skip
+    image = rng.integers(0, 256, (20, 24, 3), np.uint8)
+    logits = rng.normal(size=(2, 5, 6)).astype(np.float32)
+    return samples.sample(index, image, masks, f'a "dog" & </script><b> {index}', mask_logits=logits)
 
 
 def write(out, indices, settings=None, shard_size=4):

@@ -9,7 +9,7 @@ import pytest
 from grounded_diffusion.engine.cli.dataset import main
 from grounded_diffusion.engine.dataset import preview
 from grounded_diffusion.engine.dataset.preview import BLOCK, CHUNK, write_preview
-from grounded_diffusion.engine.dataset.storage.base import open_storage
+from grounded_diffusion.engine.dataset.storage.open import open_storage
 
 NAMES = [f"class {k}" for k in range(50)]
 

@@ -10,11 +10,12 @@ import pytest
 from grounded_diffusion.engine.cli.dataset import main
 from grounded_diffusion.engine.dataset.shards import encode_shard
 from grounded_diffusion.engine.dataset.status import PIECE, describe_holder, read_head, read_status
-from grounded_diffusion.engine.dataset.storage.base import FINISH, open_storage, record_path
+from grounded_diffusion.engine.dataset.storage.base import FINISH, record_path
+from grounded_diffusion.engine.dataset.storage.open import open_storage
 
 HOLD = """
 import sys, time
-from grounded_diffusion.engine.dataset.storage.base import open_storage
+from grounded_diffusion.engine.dataset.storage.open import open_storage
 with open_storage(sys.argv[1]).claim(int(sys.argv[2])) as mine:
     print(mine, flush=True)
     time.sleep(60)

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from grounded_diffusion.engine.dataset.storage.base import FINISH, open_storage, record_path
+from grounded_diffusion.engine.dataset.storage.base import FINISH, record_path
 from grounded_diffusion.engine.dataset.storage.local import LocalStorage
+from grounded_diffusion.engine.dataset.storage.open import open_storage
 from grounded_diffusion.errors import StorageError, UsageError
 
 SHARDS, FILES = 6, 5
@@ -205,7 +206,7 @@ def on_tmpfs(folder, options, script):
 def test_a_full_disk_says_what_the_shard_needs(tmp_path):
     script = """if True:
         import json, sys
-        from grounded_diffusion.engine.dataset.storage.base import open_storage
+        from grounded_diffusion.engine.dataset.storage.open import open_storage
         from grounded_diffusion.errors import DiskFullError
         storage = open_storage(sys.argv[1] + "/run")
         with storage.claim(0):
@@ -230,7 +231,7 @@ def test_a_full_disk_says_what_the_shard_needs(tmp_path):
 def test_a_read_only_disk_is_one_line(tmp_path):
     script = """if True:
         import sys
-        from grounded_diffusion.engine.dataset.storage.base import open_storage
+        from grounded_diffusion.engine.dataset.storage.open import open_storage
         from grounded_diffusion.errors import UsageError
         storage = open_storage(sys.argv[1] + "/run")
         for attempt in (lambda: storage.put("run.json", b"{}"), lambda: storage.claim(0).__enter__(),

@@ -12,7 +12,8 @@ import pytest
 from grounded_diffusion.engine.cli.infer import main
 from grounded_diffusion.engine.dataset.shards import finished_shards
 from grounded_diffusion.engine.dataset.storage import remote as storage_remote
-from grounded_diffusion.engine.dataset.storage.base import FINISH, open_storage, record_path
+from grounded_diffusion.engine.dataset.storage.base import FINISH, record_path
+from grounded_diffusion.engine.dataset.storage.open import open_storage
 from grounded_diffusion.engine.dataset.storage.remote import FsspecStorage
 from grounded_diffusion.errors import StorageError, UsageError
 

@@ -33,28 +33,29 @@ def relative(got, expected):
 
 
 def assert_same(got, expected):
-    assert (got.index, got.prompt, got.objects, got.seed, got.draw) == (
-        expected.index, expected.prompt, expected.objects, expected.seed, expected.draw,
+    assert (got.index, got.prompt, got.names, got.seed, got.draw) == (
+        expected.index, expected.prompt, expected.names, expected.seed, expected.draw,
     )  # fmt: skip
     assert relative(got.latents, expected.latents) < 1e-5
     assert relative(got.mask_logits, expected.mask_logits) < 1e-4
     assert np.abs(got.image.astype(int) - expected.image).max() <= 1
-    for name in got.objects:
+    for name in got.names:
         both, either = got.masks[name] & expected.masks[name], got.masks[name] | expected.masks[name]
         assert both.sum() >= 0.999 * either.sum()
 
 
 def test_a_sample_has_what_it_says(pipe):
     (sample,) = pipe.generate("a photograph of a [dog] and a [cat]", steps=2, seed=7)
-    assert sample.prompt == "a photograph of a dog and a cat" and sample.objects == ("dog", "cat")
+    assert sample.prompt == "a photograph of a dog and a cat" and sample.names == ("dog", "cat")
     assert sample.image.shape == (64, 64, 3) and sample.image.dtype == np.uint8
     assert sample.labels.shape == (64, 64) and set(np.unique(sample.labels)) <= {0, 1, 2}
     assert sample.mask_logits.shape[0] == 2 and sample.latents.shape == (4, 16, 16)
     for name, mask in sample.masks.items():
-        assert mask.shape == (64, 64) and mask.dtype == np.bool_ and mask.sum() == sample.areas[name]
-        x, y, width, height = sample.boxes[name]
+        found = sample.object(name)
+        assert mask.shape == (64, 64) and mask.dtype == np.bool_ and mask.sum() == found.area
+        x, y, width, height = found.box
         assert mask[y : y + height, x : x + width].sum() == mask.sum()
-        assert 0.5 <= sample.scores[name] <= 1 or not mask.any()
+        assert 0.5 <= found.score <= 1 or not mask.any()
     assert np.array_equal(sample.labels > 0, sample.masks["dog"] | sample.masks["cat"])
 
 
@@ -167,7 +168,7 @@ def test_other_sizes(pipe):
 
 
 def test_threshold(pipe):
-    low, high = (next(pipe.generate("a [dog]", steps=2, threshold=t)).areas["dog"] for t in (0.01, 0.99))
+    low, high = (next(pipe.generate("a [dog]", steps=2, threshold=t)).object("dog").area for t in (0.01, 0.99))
     assert low > high
 
 

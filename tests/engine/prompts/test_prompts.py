@@ -2,7 +2,8 @@
 
 import pytest
 
-from grounded_diffusion.engine.prompts.prompt import Prompt, as_prompts, read_prompts
+from grounded_diffusion.engine.prompts.file import read_prompts
+from grounded_diffusion.engine.prompts.prompt import Prompt, as_prompts
 from grounded_diffusion.errors import UsageError
 
 

@@ -6,8 +6,8 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from helpers import samples
 
-from grounded_diffusion.engine.pipeline.pipeline import Sample
 from grounded_diffusion.engine.runs.filters import Filters, add_filter_options, difference_hash, filters_of
 from grounded_diffusion.errors import UsageError
 
@@ -17,13 +17,9 @@ SIZE = 40  # pixels a side; 1600 in all
 def sample(index=0, image=None, **areas):
     """A sample whose masks are the first `area` pixels each, so that each lies within the larger ones."""
     masks = {name: (np.arange(SIZE * SIZE) < area).reshape(SIZE, SIZE) for name, area in areas.items()}
-    return Sample(
-        index=index, prompt="a", objects=tuple(areas), seed=0, draw=index,
-        image=np.random.default_rng(index).integers(0, 256, (SIZE, SIZE, 3), np.uint8) if image is None else image,
-        labels=np.zeros((SIZE, SIZE), np.uint8), masks=masks, areas=areas, boxes=dict.fromkeys(areas, (0, 0, 0, 0)),
-        scores={name: 0.5 if area else 0.0 for name, area in areas.items()}, capture_timestep=1.0,
-        mask_logits=np.zeros((len(areas), 5, 5), np.float32), latents=np.zeros((4, 5, 5), np.float32),
-    )  # fmt: skip
+    if image is None:
+        image = np.random.default_rng(index).integers(0, 256, (SIZE, SIZE, 3), np.uint8)
+    return samples.sample(index, image, masks, score=0.5)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +48,7 @@ def test_conditions(settings, areas, reason):
 def test_masks_that_overlap_in_part():
     one, other = np.zeros((SIZE, SIZE), bool), np.zeros((SIZE, SIZE), bool)
     one[:10, :10], other[:10, 6:36] = True, True  # 40 of the smaller one's 100 pixels
-    pair = replace(sample(dog=100, cat=300), masks={"dog": one, "cat": other})
+    pair = replace(sample(dog=100, cat=300), objects=samples.object_masks({"dog": one, "cat": other}, 0.5))
     assert Filters(max_overlap=0.4).checker().check(pair) is None
     assert Filters(max_overlap=0.39).checker().check(pair) == "overlap of dog and cat"
 

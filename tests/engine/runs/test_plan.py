@@ -6,9 +6,9 @@ import tracemalloc
 
 import pytest
 
-from grounded_diffusion.engine.pipeline.pipeline import plan as all_jobs
-from grounded_diffusion.engine.prompts.file import STRIDE, PromptFile
-from grounded_diffusion.engine.prompts.prompt import as_prompts, read_prompts
+from grounded_diffusion.engine.pipeline.job import list_jobs as all_jobs
+from grounded_diffusion.engine.prompts.file import STRIDE, PromptFile, read_prompts
+from grounded_diffusion.engine.prompts.prompt import as_prompts
 from grounded_diffusion.engine.runs.plan import RETRY, Plan, default_shard_size, next_attempt
 from grounded_diffusion.engine.sampling.noise import normal
 from grounded_diffusion.engine.sampling.options import Options

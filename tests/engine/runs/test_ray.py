@@ -9,7 +9,7 @@ import time
 import pytest
 
 from grounded_diffusion.engine.cli.infer import main
-from grounded_diffusion.engine.dataset.storage.base import open_storage
+from grounded_diffusion.engine.dataset.storage.open import open_storage
 from grounded_diffusion.engine.runs.ray import Desk, Relay, ray_cluster
 from grounded_diffusion.errors import UsageError
 

@@ -14,11 +14,11 @@ import numpy as np
 
 from grounded_diffusion.errors import BackendError
 from grounded_diffusion.kernels.cfg_step import StepCoefficients
+from grounded_diffusion.kernels.cuda.nvrtc import STEMS, cubin
 from grounded_diffusion.kernels.mask_epilogue import MAX_OBJECTS, MAX_SIDE, logit
-from grounded_diffusion.kernels.nvrtc import STEMS, cubin
 
-MAX_TERMS = 8  # kMaxTerms of cfg_step.cuh
-# struct StepCoefficients of cfg_step.cuh
+MAX_TERMS = 8  # kMaxTerms of core/cfg_step.cuh
+# struct StepCoefficients of core/cfg_step.cuh
 COEFFICIENTS = np.dtype(
     [(name, np.float32) for name in ("guidance", "cx", "co", "a", "b0", "n", "next_scale")]
     + [(name, np.int32) for name in ("head", "terms", "row")]

@@ -1,26 +1,32 @@
-"""CUDA kernels equal the host kernels and the float64 reference. Needs an NVIDIA GPU; tests/gpu/run.py checks."""
+"""CUDA kernels equal the host kernels and the float64 reference: on a GPU where there is one, and always on the CPU."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from cuda.core import Device
+from helpers.cuda.compile import FMA, build, sources
+from helpers.cuda.kernels import CpuCudaKernels
 
 from grounded_diffusion.kernels import StepCoefficients, cfg_step, image_epilogue, mask_epilogue, reference
-from grounded_diffusion.kernels.cuda import STATS_BYTES, CudaKernels, MaskPointers, StepPointers, pack_step
-from grounded_diffusion.kernels.device import DeviceArray
+from grounded_diffusion.kernels.cuda.device import DeviceArray, gpu_name
+from grounded_diffusion.kernels.cuda.launch import STATS_BYTES, CudaKernels, MaskPointers, StepPointers, pack_step
 from grounded_diffusion.kernels.mask_epilogue import logit
 
 FP32, FP16 = 1e-6, 2e-3
 SIZES = [(1, 1), (7, 13), (64, 64), (33, 65)]
 
 
-@pytest.fixture(scope="module")
-def gpu():
-    device = Device(0)
-    device.set_current()
-    stream = device.create_stream()
-    return CudaKernels(), stream, lambda array: DeviceArray(array, device, stream)
+@pytest.fixture(scope="module", params=["cpu", "cpu-fma", "cpu-reversed", *(["gpu"] if gpu_name() else [])])
+def gpu(request, cuda_builds):
+    """The kernels, a stream, and what puts an array into their memory."""
+    if request.param == "gpu":
+        kernels = CudaKernels()
+        stream = kernels.device.create_stream()
+        return kernels, stream, lambda array: DeviceArray(array, kernels.device, stream)
+    flags = FMA if request.param == "cpu-fma" else ()
+    library = request.config.getoption("--cuda-kernels") or build(cuda_builds, sources(), flags)
+    kernels = CpuCudaKernels(library, reversed_=request.param == "cpu-reversed")
+    return kernels, None, kernels.put
 
 
 def relative(value: np.ndarray, expected: np.ndarray) -> float:
@@ -86,6 +92,20 @@ def test_numbers_that_are_not_finite_are_flagged_by_step_and_image(gpu):
     )
     kernels.mask_epilogue(stream, at, shape=logits.shape, size=(7, 13), half=False)
     assert np.argwhere(flags.numpy()).tolist() == [[4, 1], [5, 2], [6, 0]]
+
+
+def test_equal_logits_belong_to_the_first_object(gpu):
+    kernels, stream, put = gpu
+    logits = np.stack([np.full((2, 3), value, np.float32) for value in (-1.0, 2.0, 2.0, 1.0)])[None]
+    logits[0, 3, 0, 0] = 2.5  # the last object wins where it is greater
+    valid, size = np.ones((1, 4), np.bool_), (8, 12)
+    host = mask_epilogue(logits, valid, size)
+    assert set(np.unique(host.labels)) == {2, 4}
+    outputs = [put(np.zeros_like(getattr(host, name))) for name in ("labels", "area", "box", "score")]
+    stats, source, known = put(np.zeros(4 * STATS_BYTES, np.uint8)), put(logits), put(valid)
+    at = MaskPointers(*(v.pointer for v in (source, known, *outputs, stats)))
+    kernels.mask_epilogue(stream, at, shape=logits.shape, size=size, half=False)
+    np.testing.assert_array_equal(outputs[0].numpy(), host.labels)
 
 
 @pytest.mark.parametrize("size", [*SIZES, (512, 512)])

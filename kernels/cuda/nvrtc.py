@@ -14,7 +14,7 @@ from grounded_diffusion.errors import BackendError
 STEMS = ("cfg_step", "image_epilogue", "mask_epilogue")
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
 STANDARD = "c++17"
-FOLDER = Path(__file__).resolve().parent
+FOLDER = Path(__file__).resolve().parent  # of the .cu files; their headers lie in core/ beside it
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
@@ -22,19 +22,19 @@ def source(stem: str) -> str:
     """The CUDA source of one operation with its headers put in place: NVRTC then needs no include path."""
     seen: set[str] = set()
 
-    def expand(name: str) -> str:
+    def expand(file: Path) -> str:
         lines = []
-        for line in (FOLDER / name).read_text(encoding="utf-8").splitlines():
+        for line in file.read_text(encoding="utf-8").splitlines():
             if line.startswith('#include "'):
                 header = line.split('"')[1]
                 if header not in seen:
                     seen.add(header)
-                    lines.append(expand(header))
+                    lines.append(expand(FOLDER.parent / "core" / header))
             elif line != "#pragma once":
                 lines.append(line)
         return "\n".join(lines)
 
-    return expand(f"{stem}.cu")
+    return expand(FOLDER / f"{stem}.cu")
 
 
 def compile_cubin(stem: str, arch: str) -> bytes:
@@ -54,7 +54,7 @@ def compile_cubin(stem: str, arch: str) -> bytes:
     try:
         return bytes(program.compile("cubin").code)
     except Exception as error:  # cuda-core raises its own NVRTC error classes, which differ between versions
-        raise BackendError(f"NVRTC refused kernels/{stem}.cu for {arch}: {error}") from error
+        raise BackendError(f"NVRTC refused kernels/cuda/{stem}.cu for {arch}: {error}") from error
 
 
 def cache_key(stem: str, arch: str) -> str:

@@ -1,0 +1,1 @@
+"""The operations on an NVIDIA GPU: compiled by nvcc or NVRTC, launched on device pointers."""
