@@ -8,9 +8,19 @@ class GroundedDiffusionError(Exception):
 
 
 class UsageError(GroundedDiffusionError):
-    """An option, prompt, file or directory named by the user cannot be used as given."""
+    """An option, prompt, file or directory named by the user cannot be used as given.
+
+    Args:
+        message: the line to show. It calls settings by their names in Python, such as min_area.
+        fields: those of them that the message names; a command writes them as its options, such as --min-area. One
+            whose name is a word of the message as well stands in backquotes.
+    """
 
     exit_code = 2
+
+    def __init__(self, message: str = "", *fields: str):
+        super().__init__(message)
+        self.fields = fields
 
 
 class BundleError(GroundedDiffusionError):

@@ -107,3 +107,40 @@ def check_mounts(pod):
     """Every mount has its volume, and every volume is mounted."""
     mounts = {mount["name"] for container in pod["containers"] for mount in container["volumeMounts"]}
     assert mounts == {volume["name"] for volume in pod["volumes"]}
+
+
+def python_blocks(file):
+    """The Python in a page, block by block."""
+    return re.findall(r"^```python\n(.*?)^```$", file.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture
+def shipped(tiny_bundle, tmp_path, monkeypatch):
+    """In an empty folder, where the shipped model is a small one."""
+    from grounded_diffusion.engine.pipeline import shipped
+    from grounded_diffusion.engine.runs import open as runs_open
+
+    monkeypatch.setattr(shipped, "shipped_bundle", lambda *_: tiny_bundle)
+    monkeypatch.setattr(runs_open, "shipped_bundle", lambda *_: tiny_bundle)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_readmes_data_set(shipped, capsys):
+    (example,) = [block for block in python_blocks(ROOT / "README.md") if "make_dataset" in block]
+    assert example.count("\n") <= 12
+    names = {}
+    exec(compile(example, "README.md", "exec"), names)
+    assert names["result"].samples == 8 and names["result"].finished
+    assert (shipped / "pets" / "annotations" / "instances_train.json").exists()
+    assert capsys.readouterr().out.endswith(" images in pets\n")
+
+
+def test_the_page_on_python(shipped, capsys):
+    """From its first block to its last, in one namespace."""
+    names = {}
+    for number, block in enumerate(python_blocks(ROOT / "docs/python.md"), 1):
+        exec(compile(block, f"block {number} of docs/python.md", "exec"), names)
+    said = capsys.readouterr().out
+    assert "4 of 4 samples, nothing refused" in said and "4/4, " in said and "(64, 64, 3)" in said
+    assert {path.name for path in shipped.iterdir()} == {"pets", "shared", "more"}

@@ -6,17 +6,19 @@ Exit status: 0 done, 1 verify has found problems, 2 an option or a folder cannot
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import NoReturn
 
 from grounded_diffusion import __version__
-from grounded_diffusion.engine.cli.format_options import add_format_options, settings_of
+from grounded_diffusion.engine.cli import common
+from grounded_diffusion.engine.cli.options import add_format_options, format_options_of
 from grounded_diffusion.engine.dataset.card import CARD, write_card
 from grounded_diffusion.engine.dataset.formats import FORMATS, WITHOUT_CLASSES, open_format
+from grounded_diffusion.engine.dataset.formats.options import sorted_classes
 from grounded_diffusion.engine.dataset.plot import plot
 from grounded_diffusion.engine.dataset.preview import PAGE, write_preview
 from grounded_diffusion.engine.dataset.reader import FolderDataset
@@ -26,8 +28,9 @@ from grounded_diffusion.engine.dataset.storage.atomic import fresh_folder, reada
 from grounded_diffusion.engine.dataset.storage.local import LocalStorage
 from grounded_diffusion.engine.dataset.tools import merge, split, statistics
 from grounded_diffusion.engine.dataset.verify import MARKER, verify
-from grounded_diffusion.errors import GroundedDiffusionError, UsageError
+from grounded_diffusion.errors import UsageError
 
+note = functools.partial(common.note, "gd-dataset")
 SHOWN = 20  # problems that verify lists
 
 EXAMPLES = """\
@@ -43,15 +46,8 @@ exit status: 0 done; 1 verify has found problems; 2 an option or a folder cannot
 """
 
 
-class Parser(argparse.ArgumentParser):
-    """Reports bad options as every other error: in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see {self.prog} --help")
-
-
-def build_parser() -> Parser:
-    parser = Parser(
+def build_parser() -> common.Parser:
+    parser = common.Parser(
         prog="gd-dataset",
         description="Work with the data sets that gd-infer writes.",
         epilog=EXAMPLES,
@@ -59,7 +55,7 @@ def build_parser() -> Parser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"gd-dataset {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=common.Parser)
     add_convert(commands)
 
     command = commands.add_parser("verify", help="check every file against its record")
@@ -125,7 +121,8 @@ def run_convert(args: argparse.Namespace) -> int:
         raise UsageError(f"--shard-size must be from 1 to 1000000, not {args.shard_size}")
     data = FolderDataset(args.dir)
     inside(args.out, [args.dir])
-    settings = settings_of(args, args.format, data.names)
+    options = format_options_of(args)
+    settings = options.settings(args.format, options.classes(args.format) or sorted_classes(data.names))
     format = open_format(args.format, settings)
     for row in data.rows():
         names = [thing["name"] for thing in row["objects"]]
@@ -251,21 +248,14 @@ def run_merge(args: argparse.Namespace) -> int:
     return 0
 
 
-def note(line: str) -> None:
-    """One line to the person who waits."""
-    print(f"gd-dataset: {line}", file=sys.stderr, flush=True)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    try:
+
+    def body() -> int:
         args = build_parser().parse_args(argv)
         return args.run(args)
-    except GroundedDiffusionError as error:
-        note(str(error))
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
+
+    return common.run_command("gd-dataset", body, {})
 
 
 if __name__ == "__main__":

@@ -10,27 +10,34 @@ import argparse
 import functools
 import re
 import sys
-import time
 import warnings
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
 
 from grounded_diffusion import __version__
 from grounded_diffusion.engine.backends.open import BACKENDS, DEFAULT_BACKEND
-from grounded_diffusion.engine.cli.format_options import add_format_options
+from grounded_diffusion.engine.cli import common
+from grounded_diffusion.engine.cli.options import (
+    add_filter_options,
+    add_format_options,
+    add_monitor_options,
+    filters_of,
+    format_options_of,
+)
 from grounded_diffusion.engine.dataset.formats import FORMATS
-from grounded_diffusion.engine.dataset.shards import finished_shards, read_shard
-from grounded_diffusion.engine.runs.estimate import print_estimate
-from grounded_diffusion.engine.runs.filters import add_filter_options
-from grounded_diffusion.engine.runs.monitor import Monitor, add_monitor_options, open_monitor
+from grounded_diffusion.engine.dataset.shards import finished_shards
+from grounded_diffusion.engine.runs.config import ATTEMPTS, RunConfig
+from grounded_diffusion.engine.runs.estimate import estimate
+from grounded_diffusion.engine.runs.make import DatasetResult, carry_out
+from grounded_diffusion.engine.runs.monitor import Monitor, open_monitor
 from grounded_diffusion.engine.runs.open import open_run
-from grounded_diffusion.engine.runs.run import SUMMARY, Run
+from grounded_diffusion.engine.runs.run import Run
 from grounded_diffusion.engine.runs.stop import Stop
 from grounded_diffusion.engine.sampling.options import Options
 from grounded_diffusion.engine.sampling.schedule import SAMPLERS
-from grounded_diffusion.errors import GroundedDiffusionError, Interrupted, UsageError
 
-ATTEMPTS = 4
+# Options that are not called as the field of RunConfig that they set.
+FLAGS = {"prompt_file": "--prompts FILE", "prompts": "--prompt TEXT"}
 LOST = 3  # exit status of a run that is complete without some of its samples
 
 EXAMPLES = """\
@@ -51,13 +58,6 @@ space, and the same command goes on; 2 an option, prompt or output cannot be use
 """
 
 
-class Parser(argparse.ArgumentParser):
-    """Reports bad options as every other error: in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see {self.prog} --help")
-
-
 def parse_size(text: str) -> tuple[int, int]:
     """ "512" or "512x768" -> (height, width)."""
     if not (match := re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)):
@@ -65,9 +65,9 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2] or match[1])
 
 
-def build_parser() -> Parser:
+def build_parser() -> common.Parser:
     default = Options()
-    parser = Parser(
+    parser = common.Parser(
         prog="gd-infer",
         description="Generate images from prompts, with a segmentation mask for every object you name.",
         epilog=EXAMPLES,
@@ -153,52 +153,35 @@ def add_sharing_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--workers", type=int, metavar="N", help="workers of --ray (default: one a GPU, or a CPU)")
 
 
-def note(line: str) -> None:
-    """One line to the person who waits."""
-    print(f"gd-infer: {line}", file=sys.stderr, flush=True)
+def config_of(args: argparse.Namespace) -> RunConfig:
+    """What a command line asks for. Raises UsageError."""
+    names = ("out", "model", "format", "attempts", "backend", "threads", "lanes", "shard_size", "shard", "ray",
+             "workers", "overwrite", "log", "metrics_file", "metrics_port")  # fmt: skip
+    return RunConfig(
+        prompt_file=args.prompts,
+        prompts=args.prompt,
+        options=Options(**{field.name: getattr(args, field.name) for field in fields(Options)}),
+        format_options=format_options_of(args),
+        filters=filters_of(args),
+        **{name: getattr(args, name) for name in names},
+    )
+
+
+note = functools.partial(common.note, "gd-infer")
 
 
 def run(args: argparse.Namespace, stop: Stop) -> int:
     """The whole command; returns the exit status."""
-    if args.workers is not None and args.ray is None:
-        raise UsageError("--workers is for --ray; give --threads for the threads of this process")
-    run = open_run(args, note, stop)
+    config = config_of(args)
+    run = open_run(config, note, stop)
     with run.pipe:
-        return carry_out(args, run, stop)
-
-
-def carry_out(args: argparse.Namespace, run: Run, stop: Stop) -> int:
-    """What was asked of a run; returns the exit status."""
-    if args.dry_run:
-        print_estimate(run)
-        return 0
-    monitor = open_monitor(args, note)
-    stop.last = functools.partial(last_words, monitor)
-    status = "failed"
-    try:
-        run.start(args.overwrite)
-        missing = run.missing()
-        if missing and run.storage.exists(SUMMARY):
-            run.storage.remove(SUMMARY)
-        make = run.worker(monitor).run
-        if args.ray is not None:
-            from grounded_diffusion.engine.runs.ray import make_with_ray
-
-            make = functools.partial(make_with_ray, args, run, monitor)
-        monitor.begin(run.samples(run.shards), run.samples(run.shards) - run.samples(missing))
-        if missing:
-            announce(run, missing)
-            started = time.monotonic()
-            make(missing)
-            note(f"{monitor.accepted_images / (time.monotonic() - started):.2f} images/s")
-        summary = run.finish(make)
-        status = "complete" if summary else "share complete"
-    except Interrupted:
-        status = "interrupted"
-        raise
-    finally:
-        monitor.close(status)
-    return report(run, summary)
+        if args.dry_run:
+            for line in estimate(run):
+                print(line)
+            return 0
+        monitor = open_monitor(config, note)
+        stop.last = functools.partial(last_words, monitor)
+        return report(run, carry_out(run, monitor))
 
 
 def last_words(monitor: Monitor, name: str) -> None:
@@ -207,49 +190,33 @@ def last_words(monitor: Monitor, name: str) -> None:
     monitor.close("interrupted")
 
 
-def announce(run: Run, missing: list[int]) -> None:
-    """Say what is about to be made."""
-    total, left = run.samples(run.shards), run.samples(missing)
-    if left < total:
-        note(f"{total - left} of {total} images are there already")
-    schedule, trained = run.pipe.schedule(run.options), run.pipe.bundle.manifest.capture_timestep
-    capture = schedule.capture_index(trained)
-    note(
-        f"{left} images with {run.options.sampler}{f', {run.share}' if run.share else ''}; masks are read at step "
-        f"{capture + 1} of {len(schedule.rows)}, timestep {schedule.rows[capture].timestep:g} (the head was trained at "
-        f"{trained})"
-    )
-
-
-def report(run: Run, summary: dict[str, Any] | None) -> int:
+def report(run: Run, result: DatasetResult) -> int:
     """Say what came of it; returns the exit status."""
-    if summary is None:
-        there = len(finished_shards(run.storage))
-        print(f"{run.share}: all of its {len(run.shards)} shards are made; {there} of the run's {run.plan.shards} are")
-        lost = sum(len(read_shard(run.storage, shard)["rows"]) for shard in run.shards) < run.samples(run.shards)
-        return LOST if lost else 0
-    samples, accepted = summary["samples"], summary["accepted"]
-    of = "" if accepted == samples else f" of {samples}"
-    look = f"; look at {run.storage.root}/index.html" if run.storage.exists("index.html") else ""
-    print(f"{accepted}{of} images with {summary['masks']} masks in {run.storage.root}{look}")
-    if accepted == samples:
+    if not result.finished:
+        there, shards = len(finished_shards(run.storage)), len(run.shards)
+        print(f"{run.config.shard}: all of its {shards} shards are made; {there} of the run's {run.plan.shards} are")
+        return LOST if result.accepted < result.samples else 0
+    of = "" if result.accepted == result.samples else f" of {result.samples}"
+    look = f"; look at {result.path}/index.html" if run.storage.exists("index.html") else ""
+    print(f"{result.accepted}{of} images with {result.masks} masks in {result.path}{look}")
+    if result.accepted == result.samples:
         return 0
-    reasons = ", ".join(f"{reason} {n}" for reason, n in summary["reasons"].items())
-    lost = f"{summary['rejected']} rejected, {summary['quarantined']} quarantined"
-    note(f"{lost}: {reasons}; {run.storage.root}/shards has each with its reason")
+    reasons = ", ".join(f"{reason} {n}" for reason, n in result.reasons.items())
+    lost = f"{result.rejected} rejected, {result.quarantined} quarantined"
+    note(f"{lost}: {reasons}; {result.path}/shards has each with its reason")
     return LOST
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    try:
+
+    def body() -> int:
         with Stop() as stop, warnings.catch_warnings():
             warnings.simplefilter("once", UserWarning)
             warnings.showwarning = lambda message, *_, **__: note(f"warning: {message}")
             return run(build_parser().parse_args(argv), stop)
-    except GroundedDiffusionError as error:
-        note(str(error))
-        return error.exit_code
+
+    return common.run_command("gd-infer", body, FLAGS)
 
 
 if __name__ == "__main__":

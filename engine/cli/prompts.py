@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
 
 from grounded_diffusion import __version__
+from grounded_diffusion.engine.cli import common
 from grounded_diffusion.engine.dataset.storage.atomic import readable_errors, replace_file
-from grounded_diffusion.engine.prompts.prompt import MAX_COUNT, Prompt
+from grounded_diffusion.engine.prompts.prompt import MAX_COUNT, Prompt, to_line
 from grounded_diffusion.engine.prompts.vocabulary import (
     BUILT_IN,
     Vocabulary,
@@ -25,7 +24,7 @@ from grounded_diffusion.engine.prompts.vocabulary import (
     read_names,
     read_pairs,
 )
-from grounded_diffusion.errors import GroundedDiffusionError, UsageError
+from grounded_diffusion.errors import UsageError
 
 TEMPLATES = ("a photograph of a {}", "a photograph of a {} and a {}")  # the paper's, for one name and for two
 
@@ -41,15 +40,8 @@ files:
 """
 
 
-class Parser(argparse.ArgumentParser):
-    """Reports bad options as every other error: in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see {self.prog} --help")
-
-
-def build_parser() -> Parser:
-    parser = Parser(
+def build_parser() -> common.Parser:
+    parser = common.Parser(
         prog="gd-prompts",
         description="Write a prompt file for gd-infer from a vocabulary.",
         epilog=EXAMPLES,
@@ -85,7 +77,7 @@ def read_templates(path: Path) -> tuple[list[str], list[str]]:
     return found[1], found[2]
 
 
-def plan(words: list[tuple[str, ...]], templates: list[str], count: int) -> Iterator[Prompt]:
+def spread(words: list[tuple[str, ...]], templates: list[str], count: int) -> Iterator[Prompt]:
     """Prompts with their counts: `count` images of each entry, spread over the templates, the first ones taking the
     rest."""
     for names in words:
@@ -99,12 +91,6 @@ def shuffled(prompts: list[Prompt], seed: int) -> list[Prompt]:
     singles = [Prompt(prompt.text, prompt.objects, count=1) for prompt in prompts for _ in range(prompt.count)]
     order = [hashlib.sha256(f"{seed}:{k}".encode()).digest() for k in range(len(singles))]
     return [singles[k] for k in sorted(range(len(singles)), key=order.__getitem__)]
-
-
-def to_line(prompt: Prompt) -> str:
-    """A line of a prompt file."""
-    fields = {"prompt": prompt.text, "objects": list(prompt.objects), "count": prompt.count}
-    return json.dumps(fields, ensure_ascii=False) + "\n"
 
 
 def choose_vocabulary(args: argparse.Namespace) -> Vocabulary:
@@ -128,26 +114,21 @@ def run(args: argparse.Namespace) -> None:
     for words, templates, what, option in ((names, single, "one {}", "name"), (pairs, double, "two {}", "pair")):
         if words and not templates:
             raise UsageError(f"{args.templates} has no template with {what}; add one, or give --per-{option} 0")
-    prompts = [*plan(names, single, args.per_name), *plan(pairs, double, args.per_pair)]
+    prompts = [*spread(names, single, args.per_name), *spread(pairs, double, args.per_pair)]
     if not prompts:
         raise UsageError("nothing to make; raise --per-name, or --per-pair with a vocabulary that has pairs")
     if args.shuffle_seed is not None:
         prompts = shuffled(prompts, args.shuffle_seed)
     with readable_errors(args.out):
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(args.out, "".join(map(to_line, prompts)).encode())
+        replace_file(args.out, "".join(f"{to_line(prompt)}\n" for prompt in prompts).encode())
     ones, twos = len(names) * args.per_name, len(pairs) * args.per_pair
     print(f"{ones:,} images of {len(names)} names and {twos:,} of {len(pairs)} pairs in {args.out}")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    try:
-        run(build_parser().parse_args(argv))
-    except GroundedDiffusionError as error:
-        print(f"gd-prompts: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return common.run_command("gd-prompts", lambda: run(build_parser().parse_args(argv)), {})
 
 
 if __name__ == "__main__":

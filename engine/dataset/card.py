@@ -12,13 +12,13 @@ from typing import Any
 
 from grounded_diffusion.bundle import MANIFEST, SHIPPED, read_manifest, sha256
 from grounded_diffusion.cache import cache_folder
+from grounded_diffusion.engine.dataset.runfile import RUN, SUMMARY, read_json
 from grounded_diffusion.engine.dataset.shards import FINISHED, Rows, finished_shards
 from grounded_diffusion.engine.dataset.sheet import choose, draw_sheet
 from grounded_diffusion.engine.dataset.storage.base import Storage
 from grounded_diffusion.engine.dataset.storage.open import open_storage
 from grounded_diffusion.engine.dataset.verify import MARKER
 from grounded_diffusion.engine.prompts.vocabulary import EMOJI_NAMES
-from grounded_diffusion.engine.runs.run import RUN, SUMMARY, read_json
 from grounded_diffusion.errors import UsageError
 
 CARD, SHEET = "README.md", "card.png"
@@ -106,10 +106,11 @@ def write_card(
     if not finished:
         raise UsageError(f"{path} is no finished data set; gd-dataset status {path} tells what is missing")
     if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
-        raise UsageError(f"--license takes the hub's spelling, as in cc-by-4.0, not {license!r}")
+        raise UsageError(f"license takes the hub's spelling, as in cc-by-4.0, not {license!r}", "license")
     old = storage.read(CARD).decode(errors="replace") if storage.exists(CARD) else ""
     if old and SIGN not in old and not overwrite:
-        raise UsageError(f"{path / CARD} was not written by grounded-diffusion; --overwrite replaces it")
+        line = f"{path / CARD} was not written by grounded-diffusion; `overwrite` replaces it"
+        raise UsageError(line, "overwrite")
     format = run.get("format") or (read_json(storage, MARKER) or {}).get("format", "folder")
     settings, contents = run.get("settings", {}), Contents()
     rows = Rows(storage, finished_shards(storage))
@@ -230,9 +231,8 @@ def licence_notes(digest: str | None, bundle: Path | None) -> str:
     for file in manifests:
         if not file.is_file() or digest != sha256(file):
             if bundle:
-                raise UsageError(
-                    f"{bundle} is not the model of this data set; give --model the bundle it was made with"
-                )
+                line = f"{bundle} is not the model of this data set; give `model` the bundle it was made with"
+                raise UsageError(line, "model")
             continue
         manifest = read_manifest(file.parent)
         names = {name for some in manifest.names.values() for name in some}

@@ -15,11 +15,12 @@ import numpy as np
 
 from grounded_diffusion.engine.dataset.formats.folder import METADATA
 from grounded_diffusion.engine.dataset.record import SPLITS, Record, sample_id
+from grounded_diffusion.engine.dataset.runfile import RUN, read_settings
 from grounded_diffusion.engine.dataset.storage.base import SHARDS
+from grounded_diffusion.engine.dataset.storage.local import LocalStorage
 from grounded_diffusion.engine.sampling.sample import ObjectMask
 from grounded_diffusion.errors import UsageError
 
-RUN = "run.json"
 FIELDS = {"id": str, "index": int, "prompt": str, "seed": int, "draw": int, "width": int, "height": int,
           "capture_timestep": (int, float), "image": str, "mask": str, "objects": list}  # fmt: skip
 OBJECT_FIELDS = {"name": str, "label": int, "area": int, "box": list, "score": (int, float), "mask": str}
@@ -76,7 +77,9 @@ class FolderDataset:
     @property
     def settings(self) -> dict[str, Any]:
         """Settings of the run, from run.json. Raises UsageError."""
-        return read_settings(self.path)
+        if (settings := read_settings(LocalStorage(self.path))) is None:
+            raise UsageError(f"{self.path / RUN} is missing; restore it, or generate the data set again")
+        return settings
 
     def record(self, row: dict[str, Any], split: str = SPLITS[0]) -> Record:
         """A row of the metadata with its arrays in reach."""
@@ -94,15 +97,6 @@ class FolderDataset:
             lambda: read_array(self.path / row["image"], ("RGB",), size),
             lambda: read_array(self.path / row["mask"], ("P", "L"), size),
         )  # fmt: skip
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """The settings of a run, from its run.json. Raises UsageError."""
-    try:
-        run = json.loads((path / RUN).read_text(encoding="utf-8"))
-        return dict(run.get("settings", run))
-    except (OSError, ValueError, TypeError, AttributeError):
-        raise UsageError(f"{path / RUN} is missing or damaged; restore it, or generate the data set again") from None
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -11,11 +11,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from grounded_diffusion.engine.checks import duration
+from grounded_diffusion.engine.dataset.runfile import RUN, SUMMARY, kind_of, read_json, read_settings
 from grounded_diffusion.engine.dataset.shards import finished_shards
 from grounded_diffusion.engine.dataset.storage.base import FINISH, SHARDS, Storage, record_path
 from grounded_diffusion.engine.dataset.storage.open import open_storage
-from grounded_diffusion.engine.runs.progress import duration
-from grounded_diffusion.engine.runs.run import RUN, SUMMARY, kind_of, read_json, read_settings
 from grounded_diffusion.errors import UsageError
 
 WINDOW = 600.0  # seconds before the last record, over which the rate is taken

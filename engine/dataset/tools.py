@@ -14,8 +14,9 @@ import numpy as np
 
 from grounded_diffusion.engine.dataset.formats.common import Encoded, Settings
 from grounded_diffusion.engine.dataset.formats.folder import FolderFormat, file_paths, record_files
-from grounded_diffusion.engine.dataset.reader import RUN, FolderDataset
+from grounded_diffusion.engine.dataset.reader import FolderDataset
 from grounded_diffusion.engine.dataset.record import SPLITS, sample_id
+from grounded_diffusion.engine.dataset.runfile import RUN
 from grounded_diffusion.engine.dataset.shards import write_shards
 from grounded_diffusion.engine.dataset.storage.atomic import fresh_folder, readable_errors
 from grounded_diffusion.engine.dataset.storage.local import LocalStorage
@@ -107,13 +108,14 @@ def in_val(id: str, share: float) -> bool:
 def split(data: FolderDataset, share: float) -> dict[str, int]:
     """Write train.txt and val.txt into the data set; returns their lengths. Raises UsageError for an empty one."""
     if not 0 < share < 1:
-        raise UsageError(f"--val must lie between 0 and 1, not {share:g}")
+        raise UsageError(f"val must lie between 0 and 1, not {share:g}", "val")
     ids = map(sample_id, data.indices.tolist())
     val = np.fromiter((in_val(id, share) for id in ids), np.bool_, len(data))
     counts = {SPLITS[0]: len(data) - int(val.sum()), SPLITS[1]: int(val.sum())}
     for name, count in counts.items():
         if not count:
-            raise UsageError(f"{name} would be empty with --val {share:g} of {len(data)} images; choose another share")
+            line = f"{name} would be empty with `val` {share:g} of {len(data)} images; choose another share"
+            raise UsageError(line, "val")
     storage = LocalStorage(data.path)
     for name, indices in zip(SPLITS, (data.indices[~val], data.indices[val]), strict=True):
         storage.put(f"{name}.txt", "".join(f"{sample_id(index)}\n" for index in indices.tolist()).encode())

@@ -18,8 +18,9 @@ import numpy as np
 
 from grounded_diffusion.engine.dataset.formats.common import VOID, mask_box
 from grounded_diffusion.engine.dataset.formats.folder import FOLDERS, record_files
-from grounded_diffusion.engine.dataset.reader import RUN, check_row, read_array, read_settings, read_splits
+from grounded_diffusion.engine.dataset.reader import check_row, read_array, read_splits
 from grounded_diffusion.engine.dataset.record import sample_id
+from grounded_diffusion.engine.dataset.runfile import RUN, read_json
 from grounded_diffusion.engine.dataset.shards import FINISHED, finished_shards, read_shard
 from grounded_diffusion.engine.dataset.storage.base import SHARDS, Storage, record_path
 from grounded_diffusion.engine.dataset.storage.open import open_storage
@@ -40,11 +41,8 @@ def verify(path: str | Path) -> Iterator[str]:
     if not shards:
         raise UsageError(f"{path} has no finished shard in {SHARDS}/; it is not a data set of gd-infer, or just begun")
     converted = (path / MARKER).is_file()
-    if not converted:
-        try:
-            read_settings(path)
-        except UsageError:
-            yield f"{path / RUN}: missing or damaged"
+    if not converted and not isinstance((read_json(storage, RUN) or {}).get("settings"), dict):
+        yield f"{path / RUN}: missing or damaged"
     for shard in sorted(set(range(shards[-1])) - set(shards)):
         yield f"{path / record_path(shard)}: is missing; the same gd-infer command makes the shard"
     yield from Check(path, storage, shards, converted).problems()

@@ -15,7 +15,6 @@ import numpy as np
 
 from grounded_diffusion.bundle import Bundle, open_bundle
 from grounded_diffusion.engine.backends.open import open_backend
-from grounded_diffusion.engine.checks import shorten
 from grounded_diffusion.engine.pipeline.job import Failed, Job, chunks, list_jobs
 from grounded_diffusion.engine.pipeline.shipped import shipped_bundle
 from grounded_diffusion.engine.pipeline.text_encoder import TextEncoder
@@ -122,13 +121,8 @@ class GroundedPipeline:
         if noise is not None and noise.shape != (len(jobs), *shape):
             raise UsageError(f"noise must have shape {[len(jobs), *shape]} for these prompts, not {list(noise.shape)}")
         for prompt in dict.fromkeys(job.prompt for job in jobs):
-            if dropped := self.tokenizer.encode(prompt.text).dropped:
-                limit = self.bundle.manifest.context_length
-                warnings.warn(
-                    f"the prompt {shorten(prompt.text)!r} is over {limit} tokens; the model does not see its end: "
-                    f"{shorten(' '.join(dropped), 200)!r}",
-                    stacklevel=2,
-                )
+            if cut := self.tokenizer.what_is_cut(prompt.text):
+                warnings.warn(cut, stacklevel=2)
             for name in prompt.objects:
                 self.tokenizer.encode_query(name)  # raises for a name without tokens
         jobs = [job for job in jobs if job.index not in skip]

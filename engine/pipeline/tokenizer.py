@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from grounded_diffusion.bundle import TOKENIZER, Bundle
+from grounded_diffusion.engine.checks import shorten
 from grounded_diffusion.errors import BundleError, UsageError
 
 
@@ -49,6 +50,15 @@ class Tokenizer:
         ids[: len(kept) + 2] = [manifest.bos_token_id, *kept, manifest.eos_token_id]
         dropped = tuple(text[words.offsets[room][0] :].split()) if len(words.ids) > room else ()
         return Tokens(ids, spans, dropped)
+
+    def what_is_cut(self, text: str) -> str | None:
+        """What to tell of a prompt that is too long for the model; None for one that fits."""
+        if not (dropped := self.encode(text).dropped):
+            return None
+        return (
+            f"the prompt {shorten(text)!r} is over {self.manifest.context_length} tokens; the model does not see its "
+            f"end: {shorten(' '.join(dropped), 200)!r}"
+        )
 
     def encode_query(self, name: str) -> tuple[Tokens, tuple[int, ...]]:
         """An object's query text, and the positions in its ids of the sub-tokens of the name.

@@ -54,7 +54,7 @@ class PromptFile:
         if not self.prompts and path is not None:
             raise UsageError(f"{path} has no prompts; write one a line, {HOW_TO_MARK}")
         if not self.prompts:
-            raise UsageError("no prompts; give --prompts FILE or --prompt TEXT")
+            raise UsageError("no prompts; give `prompt_file` or `prompts`", "prompt_file", "prompts")
 
     def __iter__(self) -> Iterator[tuple[int, Prompt]]:
         """(images to make, prompt) in order. Raises UsageError, with file and line, for one that cannot be used."""

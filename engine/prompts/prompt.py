@@ -146,6 +146,14 @@ def parse_line(raw: bytes, where: str) -> Prompt:
         raise UsageError(f"{where}: {error}") from None
 
 
+def to_line(prompt: Prompt) -> str:
+    """A prompt as a JSON line that `parse_prompt` reads back. Raises UsageError where its text has brackets."""
+    if set(prompt.text) & set("[]"):
+        raise UsageError(f"the prompt {prompt.text!r} has brackets, which would mark objects; leave them out")
+    fields = {"prompt": prompt.text, "objects": list(prompt.objects), "seed": prompt.seed, "count": prompt.count}
+    return json.dumps({name: value for name, value in fields.items() if value is not None}, ensure_ascii=False)
+
+
 def as_prompts(prompts: str | Prompt | Iterable[str | Prompt]) -> list[Prompt]:
     """Prompts from what a caller passes: bracketed strings, JSON lines, Prompt objects. Raises UsageError."""
     if isinstance(prompts, str | Prompt):

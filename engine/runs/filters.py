@@ -6,8 +6,7 @@ A rejection has a short, stable reason whose part before " of " is its kind: "no
 
 from __future__ import annotations
 
-import argparse
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
@@ -46,11 +45,12 @@ class Filters:
         for name in ("min_area", "max_area", "min_score", "max_overlap"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
-                raise UsageError(f"--{name.replace('_', '-')} must be a share from 0 to 1, not {value:g}")
+                raise UsageError(f"{name} must be a share from 0 to 1, not {value:g}", name)
         if None not in (self.min_area, self.max_area) and self.min_area > self.max_area:
-            raise UsageError(f"--min-area {self.min_area:g} is over --max-area {self.max_area:g}; nothing would pass")
+            bounds = f"min_area {self.min_area:g} is over max_area {self.max_area:g}"
+            raise UsageError(f"{bounds}; nothing would pass", "min_area", "max_area")
         if self.min_distance is not None and not 1 <= self.min_distance <= 64:
-            raise UsageError(f"--min-distance must be from 1 to 64 bits, not {self.min_distance}")
+            raise UsageError(f"min_distance must be from 1 to 64 bits, not {self.min_distance}", "min_distance")
 
     def checker(self) -> Checker:
         """A fresh checker, for one shard."""
@@ -118,25 +118,3 @@ def difference_hash(image: np.ndarray) -> int:
     pixels = (np.diff(rows)[:, None] * np.diff(columns)).astype(np.uint64)  # [8,9]
     brighter = sums[:, 1:] * pixels[:, :-1] > sums[:, :-1] * pixels[:, 1:]  # of means, without dividing
     return int.from_bytes(np.packbits(brighter).tobytes())
-
-
-def add_filter_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `Filters`, as a group."""
-    group = parser.add_argument_group("filters", "a rejected sample is tried again with other noise; see --attempts")
-    group.add_argument("--require-masks", action="store_true", help="reject a sample in which an object has no mask")
-    group.add_argument("--min-area", type=float, metavar="P", help="least share of the image that each mask covers")
-    group.add_argument("--max-area", type=float, metavar="P", help="largest share of the image that a mask covers")
-    group.add_argument("--min-score", type=float, metavar="P", help="least mean probability inside each mask")
-    group.add_argument(
-        "--max-overlap", type=float, metavar="P",
-        help="largest share of the smaller of two masks that the other may cover",
-    )  # fmt: skip
-    group.add_argument(
-        "--min-distance", type=int, metavar="BITS",
-        help="reject near-duplicates: images of a shard whose 64-bit difference hashes differ in fewer bits (try 4)",
-    )  # fmt: skip
-
-
-def filters_of(args: argparse.Namespace) -> Filters:
-    """The filters that a command line asks for. Raises UsageError."""
-    return Filters(**{field.name: getattr(args, field.name) for field in fields(Filters)})

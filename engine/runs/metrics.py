@@ -1,45 +1,43 @@
-"""Metrics in Prometheus' text format, written to a file or served over HTTP.
-
-Source of the format: "Text-based format", version 0.0.4, prometheus.io/docs/instrumenting/exposition_formats.
-"""
+"""Metrics for Prometheus, kept in a file or served over HTTP: what prometheus_client does not know of a run."""
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import threading
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
-from http.server import BaseHTTPRequestHandler
+from collections.abc import Mapping
 from itertools import accumulate
 from pathlib import Path
 from socketserver import ThreadingTCPServer
 
+from prometheus_client import MetricsHandler, write_to_textfile
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector, CollectorRegistry
+
 from grounded_diffusion.errors import UsageError
 
 PREFIX = "grounded_diffusion_"
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # Upper bounds in seconds: from a 64-pixel batch on a GPU to a 512-pixel batch on a few CPU cores.
 BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 
-Labels = dict[str, str]
-Sample = tuple[str, Labels, float]  # suffix of the name, labels, value
+
+def gauge(name: str, about: str, value: float | Mapping[str, float], label: str = "") -> Metric:
+    """A gauge; with a label, one for each of its values."""
+    return add(GaugeMetricFamily(PREFIX + name, about, labels=[label] if label else []), value)
 
 
-def family(name: str, kind: str, about: str, samples: Iterable[Sample]) -> str:
-    """A metric with its HELP and TYPE lines; "" where it has no samples, so that what is unknown is left out."""
-    lines = []
-    for suffix, labels, value in samples:
-        pairs = ",".join(f'{key}="{escape(text)}"' for key, text in labels.items())
-        lines.append(f"{PREFIX}{name}{suffix}{{{pairs}}} {value!r}" if pairs else f"{PREFIX}{name}{suffix} {value!r}")
-    head = [f"# HELP {PREFIX}{name} {about}", f"# TYPE {PREFIX}{name} {kind}"]
-    return "\n".join([*head, *lines, ""]) if lines else ""
+def counter(name: str, about: str, value: float | Mapping[str, float], label: str = "") -> Metric:
+    """A counter, whose name Prometheus ends in _total; with a label, one for each of its values."""
+    return add(CounterMetricFamily(PREFIX + name, about, labels=[label] if label else []), value)
 
 
-def escape(text: str) -> str:
-    """A label's value between its quotes."""
-    return text.replace("\\", "\\\\").replace("\n", "\\n").replace('"', '\\"')
+def add(family: GaugeMetricFamily | CounterMetricFamily, value: float | Mapping[str, float]) -> Metric:
+    """A family with its samples: none where a mapping is empty."""
+    values = {(label,): number for label, number in value.items()} if isinstance(value, Mapping) else {(): value}
+    for labels, number in values.items():
+        family.add_metric(labels, number)
+    return family
 
 
 class Histogram:
@@ -52,60 +50,56 @@ class Histogram:
         self.counts[bisect_left(BUCKETS, seconds)] += 1
         self.sum += seconds
 
-    def samples(self) -> list[Sample]:
+    def family(self, name: str, about: str) -> Metric:
         """Cumulative buckets, sum and count."""
         bounds = [*map(repr, BUCKETS), "+Inf"]
-        buckets = [("_bucket", {"le": bound}, n) for bound, n in zip(bounds, accumulate(self.counts), strict=True)]
-        return [*buckets, ("_sum", {}, self.sum), ("_count", {}, sum(self.counts))]
+        buckets = list(zip(bounds, accumulate(self.counts), strict=True))
+        return HistogramMetricFamily(PREFIX + name, about, buckets=buckets, sum_value=self.sum)
 
 
-def gpu_busy() -> list[tuple[str, float]]:
-    """(index, busy share 0 to 1) of every GPU that nvidia-smi tells of; [] where there is none."""
+def registry_of(collector: Collector) -> CollectorRegistry:
+    """A registry of one collector, and of nothing else in this process."""
+    registry = CollectorRegistry()
+    registry.register(collector)
+    return registry
+
+
+def gpu_busy() -> dict[str, float]:
+    """Busy share, 0 to 1, of every GPU that nvidia-smi tells of, by its index; {} where there is none."""
     if not (tool := shutil.which("nvidia-smi")):
-        return []
+        return {}
     command = [tool, "--query-gpu=index,utilization.gpu", "--format=csv,noheader,nounits"]
     try:
         lines = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.splitlines()
     except (OSError, subprocess.SubprocessError):
-        return []
+        return {}
     cells = [[cell.strip() for cell in line.split(",")] for line in lines]
     # A GPU cut into MIG instances reports "[N/A]".
-    return [(row[0], int(row[1]) / 100) for row in cells if len(row) == 2 and row[1].isdecimal()]
+    return {row[0]: int(row[1]) / 100 for row in cells if len(row) == 2 and row[1].isdecimal()}
 
 
-def write_metrics(path: Path, text: str) -> None:
-    """Replace the file, so that a collector never reads half of it. Raises OSError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def write_metrics(path: Path, registry: CollectorRegistry) -> None:
+    """Replace the file, so that node_exporter never reads half of it. Raises OSError."""
+    write_to_textfile(str(path), registry)
 
 
-def parse_address(text: str) -> tuple[str, int]:
-    """ "9100" or "0.0.0.0:9100" -> (host, port). Raises UsageError."""
-    host, _, port = text.rpartition(":")
+def parse_address(address: str | int) -> tuple[str, int]:
+    """9100 or "0.0.0.0:9100" -> (host, port). Raises UsageError."""
+    host, _, port = str(address).rpartition(":")
     if not port.isdecimal() or int(port) > 65535:
-        raise UsageError(f"--metrics-port must be a port, as in 9100, or HOST:PORT, not {text!r}")
+        raise UsageError(f"metrics_port must be a port, as in 9100, or HOST:PORT, not {address!r}", "metrics_port")
     return host or "127.0.0.1", int(port)
 
 
-def serve_metrics(address: tuple[str, int], render: Callable[[], str]) -> ThreadingTCPServer:
-    """Serve `render()` at /metrics from a daemon thread, until `shutdown` and `server_close`. Raises UsageError."""
+def serve_metrics(address: tuple[str, int], registry: CollectorRegistry) -> ThreadingTCPServer:
+    """Serve /metrics from a daemon thread, until `shutdown` and `server_close`. Raises UsageError."""
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            found = self.path.partition("?")[0] == "/metrics"
-            body = render().encode() if found else b"the metrics are at /metrics\n"
-            self.send_response(200 if found else 404)
-            self.send_header("Content-Type", CONTENT_TYPE if found else "text/plain")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_: object) -> None:
-            """Say nothing of each request."""
+    class Handler(MetricsHandler.factory(registry)):
+        def do_GET(self) -> None:  # noqa: N802 - as http.server calls it
+            if self.path.partition("?")[0] == "/metrics":
+                super().do_GET()
+            else:
+                self.send_error(404, "the metrics are at /metrics")
 
     # Not HTTPServer: that looks its own name up, which can take seconds where there is no name server.
     class Server(ThreadingTCPServer):
@@ -115,7 +109,7 @@ def serve_metrics(address: tuple[str, int], render: Callable[[], str]) -> Thread
     try:
         server = Server(address, Handler)
     except OSError as error:
-        why = error.strerror or error
-        raise UsageError(f"cannot serve metrics at {host}:{port}: {why}; choose another --metrics-port") from None
+        line = f"cannot serve metrics at {host}:{port}: {error.strerror or error}; choose another metrics_port"
+        raise UsageError(line, "metrics_port") from None
     threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
     return server

@@ -2,48 +2,42 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
+from prometheus_client import generate_latest
+from prometheus_client.core import Metric
+
+from grounded_diffusion.engine.runs.config import RunConfig
 from grounded_diffusion.engine.runs.metrics import (
     Histogram,
-    family,
+    counter,
+    gauge,
     gpu_busy,
     parse_address,
+    registry_of,
     serve_metrics,
     write_metrics,
 )
-from grounded_diffusion.engine.runs.progress import Progress, Rate
+from grounded_diffusion.engine.runs.progress import Progress, ProgressBar, Rate
 from grounded_diffusion.errors import UsageError
 
 REFRESH = 10.0  # seconds between two metrics files
 REASONS = 32  # different reasons that get a label of their own, so that a collector never meets thousands
 
 
-def add_monitor_options(parser: argparse.ArgumentParser) -> None:
-    """The options that `open_monitor` reads."""
-    group = parser.add_argument_group("seen from outside")
-    group.add_argument("--log", type=Path, metavar="FILE", help="append a structured log, one JSON object a line")
-    group.add_argument(
-        "--metrics-file", type=Path, metavar="FILE",
-        help="keep a Prometheus text file there, as node_exporter's textfile collector reads it (*.prom)",
-    )  # fmt: skip
-    group.add_argument(
-        "--metrics-port", metavar="[HOST:]PORT", help="serve /metrics for Prometheus there (host: 127.0.0.1)"
-    )
-
-
-def open_monitor(args: argparse.Namespace, say: Callable[[str], None]) -> Monitor:
-    """The monitor that the options ask for. Raises UsageError for a file or port that cannot be used."""
-    address = parse_address(args.metrics_port) if args.metrics_port is not None else None
-    return Monitor(say, log=args.log, metrics_file=args.metrics_file, address=address)
+def open_monitor(
+    config: RunConfig, say: Callable[[str], None], on_progress: Callable[[Progress], None] | None = None
+) -> Monitor:
+    """The monitor that a configuration asks for. Raises UsageError for a file or port that cannot be used."""
+    address = parse_address(config.metrics_port) if config.metrics_port is not None else None
+    return Monitor(say, on_progress, log=config.log, metrics_file=config.metrics_file, address=address)
 
 
 class Monitor:
@@ -51,6 +45,7 @@ class Monitor:
 
     Args:
         say: takes a line for the person who waits; None shows no progress.
+        on_progress: called by `report`, and no bar is shown.
         log: file to append JSON lines to: `time` (UTC), `event`, and the event's fields.
         metrics_file: replaced every REFRESH seconds, and at the end.
         address: host and port to serve /metrics at; port 0 takes a free one, see `address`.
@@ -64,29 +59,31 @@ class Monitor:
     def __init__(
         self,
         say: Callable[[str], None] | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
         *,
         log: Path | None = None,
         metrics_file: Path | None = None,
         address: tuple[str, int] | None = None,
     ):
-        self.say, self.metrics_file = say, metrics_file
+        self.say, self.on_progress, self.metrics_file = say, on_progress, metrics_file
         self.total = self.done = 0
         self.accepted_images = self.batches_images = self.shards = 0
         self.rejections, self.quarantines, self.failures = Counter(), Counter(), Counter()
         self.queues: dict[str, int] = {}
         self.batch_seconds, self.rate = Histogram(), Rate()
-        self.gpus: list[tuple[str, float]] = []
-        self._progress: Progress | None = None
+        self.gpus: dict[str, float] = {}
+        self.registry = registry_of(self)
+        self._bar: ProgressBar | None = None
         self._lock, self._closing = threading.RLock(), threading.Event()
         self._log = open_log(log) if log else None
         self._server = self._ticker = None
         if metrics_file:
             try:
-                write_metrics(metrics_file, self.render())
+                write_metrics(metrics_file, self.registry)
             except OSError as error:
-                raise unwritable("--metrics-file", metrics_file, error) from None
+                raise unwritable("metrics_file", metrics_file, error) from None
         if address:
-            self._server = serve_metrics(address, self.render)
+            self._server = serve_metrics(address, self.registry)
         if metrics_file or address:
             self._ticker = threading.Thread(target=self._tick, name="monitor", daemon=True)
             self._ticker.start()
@@ -100,8 +97,8 @@ class Monitor:
         """The run has `total` samples, `done` of which an earlier run has finished."""
         with self._lock:
             self.total, self.done, self.rate = total, done, Rate()
-            if self.say:
-                self._progress = Progress(total, done, self.say)
+            if self.say and not self.on_progress:
+                self._bar = ProgressBar(total, done, self.say)
             self.event("begin", total=total, done=done)
 
     def shard(self, index: int) -> None:
@@ -168,6 +165,17 @@ class Monitor:
                 self._log = None
                 self._tell(f"the log ends here: {error.strerror or error}")
 
+    def progress(self) -> Progress:
+        """How far the run is."""
+        with self._lock:
+            return Progress(self.total, self.done, self.accepted_images, self.rejections.total(),
+                            self.quarantines.total(), self.rate.value)  # fmt: skip
+
+    def report(self) -> None:
+        """Tell `on_progress`. For the thread that makes the run: what the callback raises ends it."""
+        if self.on_progress:
+            self.on_progress(self.progress())
+
     def summary(self) -> str:
         """What came of this run: "12 accepted, 3 rejected (no mask 2, area 1), 1 quarantined (NaN 1)"."""
         with self._lock:
@@ -183,8 +191,8 @@ class Monitor:
         if self._closing.is_set():
             return
         self._closing.set()
-        if self._progress:
-            self._progress.close()
+        if self._bar:
+            self._bar.close()
         if self._ticker:
             self._ticker.join()
             self._save()
@@ -198,36 +206,28 @@ class Monitor:
             self._log.close()
             self._log = None
 
+    def collect(self) -> Iterator[Metric]:
+        """The metrics, as prometheus_client asks for them. What is unknown is left out."""
+        with self._lock:
+            families = (
+                gauge("images_planned", "Samples of the whole run.", self.total),
+                gauge("images_done", "Samples settled, those of earlier runs included.", self.done),
+                counter("images_accepted", "Samples of this process that were accepted.", self.accepted_images),
+                counter("images_rejected", "Samples that the filters refused for good.", self.rejections, "reason"),
+                counter("images_quarantined", "Samples that could not be made.", self.quarantines, "reason"),
+                counter("attempt_failures", "Attempts that gave no sample.", self.failures, "reason"),
+                counter("shards_finished", "Shards that this process has finished.", self.shards),
+                counter("images_generated", "Images that the model made, all attempts counted.", self.batches_images),
+                gauge("images_per_second", "Samples settled a second, over the last minutes.", self.rate.value),
+                gauge("queue_depth", "Samples that wait in a queue.", self.queues.copy(), "queue"),
+                self.batch_seconds.family("batch_seconds", "Seconds from one batch to the next."),
+                gauge("gpu_busy_ratio", "Share of time in which a GPU of this machine was busy.", self.gpus, "gpu"),
+            )
+        return (family for family in families if family.samples)
+
     def render(self) -> str:
         """The metrics in Prometheus' text format."""
-        with self._lock:
-            by_reason = lambda counter: [("", {"reason": reason}, n) for reason, n in sorted(counter.items())]
-            one = lambda value: [("", {}, value)]
-            return "".join(
-                family(*row)
-                for row in (
-                    ("images_planned", "gauge", "Samples of the whole run.", one(self.total)),
-                    ("images_done", "gauge", "Samples settled, those of earlier runs included.", one(self.done)),
-                    ("images_accepted_total", "counter", "Samples of this process that were accepted.",
-                     one(self.accepted_images)),
-                    ("images_rejected_total", "counter", "Samples that the filters refused for good.",
-                     by_reason(self.rejections)),
-                    ("images_quarantined_total", "counter", "Samples that could not be made.",
-                     by_reason(self.quarantines)),
-                    ("attempt_failures_total", "counter", "Attempts that gave no sample.", by_reason(self.failures)),
-                    ("shards_finished_total", "counter", "Shards that this process has finished.", one(self.shards)),
-                    ("images_generated_total", "counter", "Images that the model made, all attempts counted.",
-                     one(self.batches_images)),
-                    ("images_per_second", "gauge", "Samples settled a second, over the last minutes.",
-                     one(self.rate.value)),
-                    ("queue_depth", "gauge", "Samples that wait in a queue.",
-                     [("", {"queue": name}, depth) for name, depth in sorted(self.queues.copy().items())]),
-                    ("batch_seconds", "histogram", "Seconds from one batch to the next.",
-                     self.batch_seconds.samples()),
-                    ("gpu_busy_ratio", "gauge", "Share of time in which a GPU of this machine was busy.",
-                     [("", {"gpu": index}, share) for index, share in self.gpus]),
-                )
-            )  # fmt: skip
+        return generate_latest(self.registry).decode()
 
     def _add(self, counter: Counter, reason: str) -> None:
         label = re.split(r"\s*[:;(\d'\"]| of ", reason.strip(), maxsplit=1)[0].strip() or "unknown"
@@ -239,9 +239,8 @@ class Monitor:
         self._show()
 
     def _show(self) -> None:
-        if self._progress:
-            counts = ((self.rejections.total(), "rejected"), (self.quarantines.total(), "quarantined"))
-            self._progress.show(self.done, self.rate.value, ", ".join(f"{n} {what}" for n, what in counts if n))
+        if self._bar:
+            self._bar.show(self.progress())
 
     def _tick(self) -> None:
         while True:
@@ -253,7 +252,7 @@ class Monitor:
     def _save(self) -> None:
         if self.metrics_file:
             try:
-                write_metrics(self.metrics_file, self.render())
+                write_metrics(self.metrics_file, self.registry)
             except OSError as error:
                 self._tell(f"{self.metrics_file} is not kept any more: {error.strerror or error}")
                 self.metrics_file = None
@@ -268,9 +267,10 @@ def open_log(path: Path) -> TextIO:
     try:
         return path.open("a", encoding="utf-8", buffering=1)
     except OSError as error:
-        raise unwritable("--log", path, error) from None
+        raise unwritable("log", path, error) from None
 
 
-def unwritable(option: str, path: Path, error: OSError) -> UsageError:
-    """What to say of a file that an option names."""
-    return UsageError(f"cannot write {path}: {error.strerror or error}; give {option} a file in a folder that exists")
+def unwritable(field: str, path: Path, error: OSError) -> UsageError:
+    """What to say of a file that a field names."""
+    line = f"cannot write {path}: {error.strerror or error}; give `{field}` a file in a folder that exists"
+    return UsageError(line, field)

@@ -40,7 +40,7 @@ class Plan:
     shard_size: int
 
     def __post_init__(self):
-        check_int(self.shard_size, "--shard-size", 1, MAX_SHARD)
+        check_int(self.shard_size, "shard_size", 1, MAX_SHARD)
 
     @property
     def samples(self) -> int:

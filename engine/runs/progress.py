@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
+
+from rich import progress
+from rich.console import Console
+
+from grounded_diffusion.engine.checks import duration
 
 EVERY = 10.0  # seconds between lines
 WINDOW = 300.0  # seconds over which the rate is taken: long against a batch, short against a change of neighbours
@@ -32,24 +39,45 @@ class Rate:
         return (self.images - images) / max(self.clock() - since, 1e-9)
 
 
+@dataclass(frozen=True, slots=True)
 class Progress:
-    """Images done, images per second and time left.
+    """How far a run is.
+
+    Attributes:
+        total: samples of the run, or of this process's share of it.
+        done: samples that are settled, those of earlier runs and of other workers included.
+        accepted, rejected, quarantined: what has come of those that this run has settled.
+        images_per_second: settled, over the last minutes.
+        seconds_left: None where nothing is settled so far.
+    """
+
+    total: int
+    done: int
+    accepted: int
+    rejected: int
+    quarantined: int
+    images_per_second: float
+
+    @property
+    def seconds_left(self) -> float | None:
+        return (self.total - self.done) / self.images_per_second if self.images_per_second > 0 else None
+
+
+class ProgressBar:
+    """Images done, images per second and time left: a bar on a terminal and in a notebook, lines elsewhere.
 
     Args:
         total, done: images of the run, and how many of them are there already.
-        say: takes a line where there is no terminal.
+        say: takes a line where there is neither.
     """
 
     def __init__(self, total: int, done: int, say: Callable[[str], None]):
-        from rich.console import Console
-
         console = Console(stderr=True)
-        self.total, self.say = total, say
+        self.say = say
         self.told = time.monotonic()
         self.bar = None
-        if console.is_terminal and total > done:
-            from rich import progress
-
+        shown = importlib.util.find_spec("ipywidgets") if console.is_jupyter else console.is_terminal
+        if shown and total > done:
             self.bar = progress.Progress(
                 progress.TextColumn("[bold]generating"),
                 progress.BarColumn(bar_width=None),
@@ -60,25 +88,19 @@ class Progress:
             self.task = self.bar.add_task("", total=total, completed=done, about="")
             self.bar.start()
 
-    def show(self, done: int, rate: float, lost: str) -> None:
-        """Tell of `done` images; `lost` says what was rejected or quarantined, if anything."""
-        left = duration((self.total - done) / rate) + " left" if rate > 0 else ""
-        about = ", ".join(filter(None, (f"{rate:.2f} images/s", left, lost)))
+    def show(self, now: Progress) -> None:
+        """Tell how far the run is."""
+        parts = [f"{now.images_per_second:.2f} images/s"]
+        if now.seconds_left is not None:
+            parts.append(f"{duration(now.seconds_left)} left")
+        parts += [f"{n} {what}" for n, what in ((now.rejected, "rejected"), (now.quarantined, "quarantined")) if n]
+        about = ", ".join(parts)
         if self.bar:
-            self.bar.update(self.task, completed=done, about=about)
+            self.bar.update(self.task, completed=now.done, about=about)
         elif time.monotonic() - self.told >= EVERY:
             self.told = time.monotonic()
-            self.say(f"{done} of {self.total} images, {about}")
+            self.say(f"{now.done} of {now.total} images, {about}")
 
     def close(self) -> None:
         if self.bar:
             self.bar.stop()
-
-
-def duration(seconds: float) -> str:
-    """ "1:05", "2:00:09" or "3 d 04:10"."""
-    seconds = round(seconds)
-    if seconds >= 86400:
-        return f"{seconds // 86400} d {seconds % 86400 // 3600:02}:{seconds % 3600 // 60:02}"
-    hours = f"{seconds // 3600}:" if seconds >= 3600 else ""
-    return f"{hours}{seconds % 3600 // 60:{'02' if hours else ''}}:{seconds % 60:02}"

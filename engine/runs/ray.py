@@ -1,12 +1,11 @@
 """Ray: actors that hold the engine and make shards as any worker does, and a driver that replaces dead ones.
 
-driver ── Desk: which shards are left, who has which ◄── next shard? ── actor: open_run, Worker
+driver ── ShardQueue: which shards are left, who has which ◄── next shard? ── actor: open_run, Worker
    └───── counts, for the monitor ◄──── what happened ─────────────────────┘
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import logging
 import os
@@ -15,16 +14,18 @@ import socket
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from grounded_diffusion.engine.checks import check_int
+from grounded_diffusion.engine.dataset.shards import read_shard
+from grounded_diffusion.engine.dataset.storage.base import Storage
+from grounded_diffusion.engine.runs.config import RunConfig
 from grounded_diffusion.engine.runs.monitor import Monitor
+from grounded_diffusion.engine.runs.open import open_run
+from grounded_diffusion.engine.runs.run import Run
+from grounded_diffusion.engine.runs.stop import Stop
 from grounded_diffusion.errors import BackendError, UsageError
-
-if TYPE_CHECKING:
-    from grounded_diffusion.engine.dataset.storage.base import Storage
-    from grounded_diffusion.engine.runs.run import Run
 
 DEATHS = 3  # workers that may die on one shard, or before their first, until the run is given up
 STORE = 100 << 20  # bytes of Ray's object store on this machine: only numbers travel
@@ -32,12 +33,11 @@ LOOK = 0.5  # seconds from one look at the workers to the next
 PATIENCE = 60.0  # seconds without a worker after which the driver says what it waits for
 
 
-def make_with_ray(args: argparse.Namespace, run: Run, monitor: Monitor, shards: list[int]) -> None:
+def make_with_ray(run: Run, monitor: Monitor, shards: list[int]) -> None:
     """Have Ray's workers make shards. When this returns all have a record.
 
     Args:
-        args: the command line; every actor opens the run with it.
-        run: must have been started.
+        run: must have been started; every actor opens it with the same configuration.
         monitor: is told of what the workers do.
 
     Raises:
@@ -46,11 +46,10 @@ def make_with_ray(args: argparse.Namespace, run: Run, monitor: Monitor, shards: 
         GroundedDiffusionError: as raised in an actor.
         BackendError: workers keep dying.
     """
-    if args.workers is not None:
-        check_int(args.workers, "--workers", 1, 100_000)
-    slots = args.workers * (args.threads or 1) if args.workers else None
-    with ray_cluster(args.ray, slots) as ray:
-        Crew(ray, args, run, monitor).make(shards)
+    config = run.config
+    slots = config.workers * (config.threads or 1) if config.workers else None
+    with ray_cluster(config.ray or "", slots) as ray:
+        RayDriver(ray, run, monitor).make(shards)
 
 
 @contextlib.contextmanager
@@ -67,7 +66,7 @@ def ray_cluster(address: str, cpus: int | None = None) -> Iterator[Any]:
     try:
         import ray
     except ImportError:
-        raise UsageError("--ray needs Ray; pip install 'grounded-diffusion[ray]'") from None
+        raise UsageError("`ray` needs Ray; pip install 'grounded-diffusion[ray]'", "ray") from None
     address = address or os.environ.get("RAY_ADDRESS", "")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -98,7 +97,7 @@ def check_address(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=10).close()
 
 
-class Desk:
+class ShardQueue:
     """Knows which shards are left and who is on which; an actor of its own, on the driver's node."""
 
     def __init__(self, shards: list[int]):
@@ -136,7 +135,7 @@ class Desk:
         return events, len(self.waiting) + sum(map(len, self.taken.values())), len(self.taken)
 
 
-class Relay(Monitor):
+class RayMonitor(Monitor):
     """Tells the driver's monitor. Samples count once their shard is made, which no worker's death undoes.
 
     Args:
@@ -149,8 +148,6 @@ class Relay(Monitor):
         self.send, self.storage = send, storage
 
     def shard(self, index: int) -> None:
-        from grounded_diffusion.engine.dataset.shards import read_shard
-
         record = read_shard(self.storage, index)
         self.send("accepted", (record["accepted"],), {})
         for kind in ("rejected", "quarantined"):
@@ -171,8 +168,8 @@ class Relay(Monitor):
 class Actor:
     """Holds the engine. Paths are those of the driver, and relative ones from the same folder where there is one."""
 
-    def __init__(self, number: int, args: argparse.Namespace, folder: str, desk: Any):
-        self.number, self.args, self.desk = number, args, desk
+    def __init__(self, number: int, config: RunConfig, folder: str, queue: Any):
+        self.number, self.config, self.queue = number, config, queue
         with contextlib.suppress(FileNotFoundError):  # Ray may have unpacked the job's files into folders of its own
             os.chdir(folder)
         self.worker = None
@@ -181,30 +178,25 @@ class Actor:
         """Make shards until none is left. The model is opened here, so that its errors come back as they are."""
         import ray
 
-        from grounded_diffusion.engine.runs.open import open_run
-        from grounded_diffusion.engine.runs.stop import Stop
-
         if self.worker is None:
-            send = lambda *event: self.desk.tell.remote(self.number, *event)
-            run = open_run(self.args, lambda line: None, Stop())
-            self.worker = run.worker(Relay(send, run.storage))
-        self.worker.run(iter(lambda: ray.get(self.desk.take.remote(self.number)), None))
-        ray.get(self.desk.done.remote(self.number))
+            send = lambda *event: self.queue.tell.remote(self.number, *event)
+            run = open_run(self.config, lambda line: None, Stop())
+            self.worker = run.worker(RayMonitor(send, run.storage))
+        self.worker.run(iter(lambda: ray.get(self.queue.take.remote(self.number)), None))
+        ray.get(self.queue.done.remote(self.number))
 
 
-class Crew:
+class RayDriver:
     """The actors of one run. `ray` is the connected module."""
 
-    def __init__(self, ray: Any, args: argparse.Namespace, run: Run, monitor: Monitor):
+    def __init__(self, ray: Any, run: Run, monitor: Monitor):
         self.ray, self.run, self.monitor = ray, run, monitor
-        resources = ray.cluster_resources()
-        gpus, cpus = int(resources.get("GPU", 0)), args.threads or 1
-        self.size = args.workers or gpus or max(1, int(resources.get("CPU", 1)) // cpus)
+        resources, config = ray.cluster_resources(), run.config
+        gpus, cpus = int(resources.get("GPU", 0)), config.threads or 1
+        self.size = config.workers or gpus or max(1, int(resources.get("CPU", 1)) // cpus)
         self.slot = "a GPU" if gpus else f"{cpus} CPUs"
         self.actor = ray.remote(num_cpus=cpus, num_gpus=1 if gpus else 0)(Actor)
-        self.args = argparse.Namespace(
-            **vars(args) | {"overwrite": False, "threads": args.threads or (None if gpus else 1)}
-        )
+        self.config = replace(config, overwrite=False, threads=config.threads or (None if gpus else 1))
         self.started = 0
 
     def make(self, shards: list[int]) -> None:
@@ -215,7 +207,7 @@ class Crew:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         here = NodeAffinitySchedulingStrategy(self.ray.get_runtime_context().get_node_id(), soft=False)
-        self.desk = self.ray.remote(num_cpus=0)(Desk).options(scheduling_strategy=here).remote(shards)
+        self.queue = self.ray.remote(num_cpus=0)(ShardQueue).options(scheduling_strategy=here).remote(shards)
         try:
             for _ in range(min(self.size, len(shards))):
                 self.start()
@@ -223,7 +215,7 @@ class Crew:
         finally:
             for _, actor in [*self.idle, *self.busy.values()]:
                 self.ray.kill(actor)
-            self.ray.kill(self.desk)
+            self.ray.kill(self.queue)
 
     def watch(self) -> None:
         """Wait until all shards are made, and replace those who die."""
@@ -233,9 +225,11 @@ class Crew:
             done, _ = self.ray.wait(list(self.busy), num_returns=1, timeout=LOOK)
             for call in done:
                 self.take_back(call)
-            events, left, came = self.ray.get(self.desk.look.remote())
+            events, left, came = self.ray.get(self.queue.look.remote())
             for name, args, kwargs in events:
                 getattr(self.monitor, name)(*args, **kwargs)
+            if events:
+                self.monitor.report()
             if not came and not told and time.monotonic() - since > PATIENCE:
                 told = True
                 self.run.say(f"no worker has come so far; each needs {self.slot} of the Ray cluster")
@@ -245,7 +239,7 @@ class Crew:
         if self.idle:
             number, actor = self.idle.pop()
         else:
-            number, actor = self.started, self.actor.remote(self.started, self.args, str(Path.cwd()), self.desk)
+            number, actor = self.started, self.actor.remote(self.started, self.config, str(Path.cwd()), self.queue)
             self.started += 1
         self.busy[actor.work.remote()] = number, actor
 
@@ -258,7 +252,7 @@ class Crew:
         except self.ray.exceptions.RayTaskError as error:
             raise (error.cause or error) from None
         except self.ray.exceptions.RayActorError:
-            lost = self.ray.get(self.desk.lost.remote(number))
+            lost = self.ray.get(self.queue.lost.remote(number))
             self.deaths.update(lost or [None])
             ((worst, deaths),) = self.deaths.most_common(1)
             if deaths >= DEATHS:

@@ -1,32 +1,33 @@
-"""A run: what is asked for, what is there already, and the way from one to the other.
-
-run.json        the settings that decide what is made; another command on the same output must have the same
-summary.json    what came of it; written last of all, so a run that has it is complete
-"""
+"""A run: what is asked for, what is there already, and the way from one to the other."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from grounded_diffusion.engine.checks import shorten
 from grounded_diffusion.engine.dataset.formats import Format
+from grounded_diffusion.engine.dataset.runfile import (
+    RUN,
+    SUMMARY,
+    check_same,
+    kind_of,
+    put_json,
+    read_json,
+    read_settings,
+    write_settings,
+)
 from grounded_diffusion.engine.dataset.shards import DamagedShard, finish_shards, finished_shards, read_shard
 from grounded_diffusion.engine.dataset.storage.base import FINISH, SHARDS, Storage
 from grounded_diffusion.engine.pipeline.pipeline import GroundedPipeline
-from grounded_diffusion.engine.runs.filters import Filters
+from grounded_diffusion.engine.runs.config import RunConfig
 from grounded_diffusion.engine.runs.monitor import Monitor
 from grounded_diffusion.engine.runs.plan import Plan
-from grounded_diffusion.engine.runs.share import Worker as Share
 from grounded_diffusion.engine.runs.stop import Stop
 from grounded_diffusion.engine.runs.worker import LOOK, Worker
-from grounded_diffusion.engine.sampling.options import Options
 from grounded_diffusion.errors import UsageError
 
-RUN, SUMMARY = "run.json", "summary.json"
 START = "start"  # what to claim to write run.json
 
 
@@ -35,20 +36,18 @@ class Run:
     """An opened run. Nothing of it is written before `start`.
 
     Attributes:
+        config: as it was given, with the batch and the shard size that were chosen.
         settings: what run.json says.
-        share: which shards are this process's; None for all that nobody has.
+        say: takes a line for the person who waits.
         begun: whether there is a run.json with these settings.
     """
 
+    config: RunConfig
     pipe: GroundedPipeline
     plan: Plan
     storage: Storage
     format: Format
-    options: Options
-    filters: Filters
-    attempts: int
     settings: dict[str, Any]
-    share: Share | None
     begun: bool
     say: Callable[[str], None]
     stop: Stop
@@ -56,21 +55,22 @@ class Run:
     @property
     def shards(self) -> range:
         """The shards that are this process's."""
-        return self.share.shards(self.plan.shards) if self.share else range(self.plan.shards)
+        share = self.config.shard
+        return share.shards(self.plan.shards) if share else range(self.plan.shards)
 
     def samples(self, shards: Iterable[int]) -> int:
         """How many samples shards have."""
         return sum(len(self.plan.indices(shard)) for shard in shards)
 
-    def start(self, overwrite: bool = False) -> None:
+    def start(self) -> None:
         """Write run.json, unless it is there. Raises UsageError where another run was faster."""
         if self.begun:
             return
-        if overwrite and self.storage.exists(RUN):
+        if self.config.overwrite and self.storage.exists(RUN):
             if held := self.storage.claims():
                 holder = next(iter(held.values()))
-                raise UsageError(f"{self.storage.root} is being written by process {holder.get('pid')} on "
-                                 f"{holder.get('host')}; stop it before --overwrite")  # fmt: skip
+                line = f"{self.storage.root} is being written by process {holder.get('pid')} on {holder.get('host')}"
+                raise UsageError(f"{line}; stop it before overwrite", "overwrite")
             self.storage.clear()
         while True:
             with self.storage.claim(START) as mine:
@@ -78,8 +78,7 @@ class Run:
                     if before := read_settings(self.storage):
                         check_same(self.storage.root, before, self.settings)
                     else:
-                        content = {"format": self.format.name, "settings": self.settings}
-                        self.storage.put(RUN, json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
+                        write_settings(self.storage, self.format.name, self.settings)
                     return
             self.stop.wait(LOOK)
 
@@ -98,8 +97,8 @@ class Run:
     def worker(self, monitor: Monitor) -> Worker:
         """What makes shards."""
         return Worker(
-            self.pipe, self.plan, self.storage, self.format, options=self.options, filters=self.filters,
-            attempts=self.attempts, monitor=monitor, say=self.say, stop=self.stop,
+            self.pipe, self.plan, self.storage, self.format, options=self.config.options, filters=self.config.filters,
+            attempts=self.config.attempts, monitor=monitor, say=self.say, stop=self.stop,
         )  # fmt: skip
 
     def finish(self, make: Callable[[list[int]], None]) -> dict[str, Any] | None:
@@ -117,14 +116,12 @@ class Run:
                 if mine:
                     summary = read_json(self.storage, SUMMARY)
                     if not summary:
-                        summary, damaged = self._count()
+                        summary, damaged = self.count(range(self.plan.shards))
                         if not damaged:
                             losses = finish_shards(self.storage, self.format, range(self.plan.shards), self.settings)
                             if losses:
                                 self.say(losses)
-                            self.storage.put(
-                                SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False).encode() + b"\n"
-                            )
+                            put_json(self.storage, SUMMARY, summary)
                     if not damaged:
                         self._tidy()
                         return summary
@@ -134,10 +131,10 @@ class Run:
                 self.stop.wait(LOOK)
         return None
 
-    def _count(self) -> tuple[dict[str, Any], list[int]]:
-        """The summary over all records, and the damaged ones."""
+    def count(self, shards: range) -> tuple[dict[str, Any], list[int]]:
+        """The summary over the records of some shards, and the damaged ones."""
         counts, reasons, damaged = Counter(accepted=0, rejected=0, quarantined=0, masks=0), Counter(), []
-        for shard in range(self.plan.shards):
+        for shard in shards:
             record = self._record(shard)
             if record is None:
                 damaged.append(shard)
@@ -147,7 +144,7 @@ class Run:
             for kind in ("rejected", "quarantined"):
                 counts[kind] += len(record[kind])
                 reasons.update(kind_of(entry["reason"], kind) for entry in record[kind])
-        return {"samples": self.plan.samples, **counts, "reasons": dict(sorted(reasons.items()))}, damaged
+        return {"samples": self.samples(shards), **counts, "reasons": dict(sorted(reasons.items()))}, damaged
 
     def _tidy(self) -> None:
         """Remove what killed workers left behind."""
@@ -157,42 +154,3 @@ class Run:
                 with self.storage.claim(int(stem) if stem.isdecimal() else stem):
                     pass
         self.storage.clean()
-
-
-def kind_of(reason: str, kind: str) -> str:
-    """A reason without what is particular to the sample, see filters.py."""
-    return reason.partition(" of " if kind == "rejected" else ";")[0]
-
-
-def read_settings(storage: Storage) -> dict[str, Any] | None:
-    """The settings of the run that is there; None where there is none. Raises UsageError for a damaged run.json."""
-    content = read_json(storage, RUN)
-    if content is not None and not isinstance(content.get("settings"), dict):
-        raise UsageError(f"{storage.root}/{RUN} is damaged; restore it, or start again with --overwrite")
-    return content and content["settings"]
-
-
-def read_json(storage: Storage, path: str) -> dict[str, Any] | None:
-    """A file of the output as JSON; None where there is none, {} where it is damaged."""
-    try:
-        content = json.loads(storage.read(path))
-    except FileNotFoundError:
-        return None
-    except (ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def check_same(root: str, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise UsageError that names every setting which differs."""
-    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    if changed:
-        told = "; ".join(f"{key} was {show(before.get(key))}, now {show(now.get(key))}" for key in changed)
-        raise UsageError(f"{root} has another run: {told}; give the same command to go on, or --overwrite")
-
-
-def show(value: Any) -> str:
-    """A setting as it appears in a message."""
-    if isinstance(value, str) and len(value) == 64:
-        return value[:12]
-    return "not set" if value is None else shorten(str(value))

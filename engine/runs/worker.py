@@ -38,13 +38,13 @@ ENCODED = 4  # samples to a thread that may wait to be encoded before the model 
 
 
 @dataclass(eq=False, slots=True)
-class Hand:
-    """A claimed shard in the making.
+class ShardInProgress:
+    """A shard that this worker has claimed and is making.
 
     Attributes:
         claim: released when closed.
-        flying: batches of this attempt that have not come back.
-        attempt: from 1; all samples of an attempt are back before the next begins.
+        waiting: batches of this attempt that the model has not made yet.
+        attempt: from 1; all samples of an attempt are made before the next begins.
         again: what the next attempt is to make.
         encoded: by index, of the accepted samples.
         lost: ("rejected" or "quarantined") -> entries of the shard's record.
@@ -53,14 +53,14 @@ class Hand:
     shard: int
     claim: contextlib.ExitStack
     checker: Checker
-    flying: int = 0
+    waiting: int = 0
     attempt: int = 1
     again: list[Job] = field(default_factory=list)
     encoded: dict[int, Future[Encoded]] = field(default_factory=dict)
     lost: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {"rejected": [], "quarantined": []})
 
 
-Batch = tuple[Hand, tuple[Job, ...]]
+Batch = tuple[ShardInProgress, tuple[Job, ...]]
 
 
 class Worker:
@@ -69,7 +69,7 @@ class Worker:
     Args:
         attempts: noises to try for a sample that fails or that the filters refuse.
         say: takes a line for the person who waits.
-        stop: looked at after every batch; where it is wished, the shards in hand are dropped.
+        stop: looked at after every batch; once set, the shards in progress are dropped.
         encoders: threads that encode; None takes half of the cores.
     """
 
@@ -100,7 +100,7 @@ class Worker:
             shards: taken one by one, as the model gets to them.
 
         Raises:
-            Interrupted: stopping is wished.
+            Interrupted: the run was asked to stop.
             StorageError, UsageError: the output cannot be written.
             BackendError: the model cannot run.
         """
@@ -109,8 +109,8 @@ class Worker:
 
     def _make(self, shards: Iterable[int]) -> list[int]:
         """Make the shards that can be claimed; returns those that others hold."""
-        self._held, self._hands = [], set()
-        self._fresh, self._retries, self._flying = self._batches(shards), deque(), deque()
+        self._held, self._in_progress = [], set()
+        self._fresh, self._retries, self._submitted = self._batches(shards), deque(), deque()
         self._commits: deque[Future[None]] = deque()
         self._room = BoundedSemaphore(ENCODED * self.encoders)
         with (
@@ -131,20 +131,21 @@ class Worker:
         with contextlib.closing(self.pipe.batches(self._feed(), self.options)) as made:
             for results in made:
                 any_made, now = True, time.monotonic()
-                hand, jobs = self._flying.popleft()
+                work, jobs = self._submitted.popleft()
                 self.monitor.batch(len(jobs), now - started)
                 started = now
-                self._take(hand, jobs, results)
+                self._take(work, jobs, results)
                 while self._commits and (self._commits[0].done() or len(self._commits) > COMMITS):
                     self._commits.popleft().result()  # raises what went wrong: a full disk ends the run now
                 self.monitor.queue("commit", len(self._commits))
+                self.monitor.report()
                 self.stop.check()
         return any_made
 
     def _feed(self) -> Iterator[tuple[Job, ...]]:
-        """Batches for the pipeline: second attempts first, so that few shards are in hand at a time."""
+        """Batches for the pipeline: second attempts first, so that few shards are in progress at a time."""
         while batch := self._retries.popleft() if self._retries else next(self._fresh, None):
-            self._flying.append(batch)
+            self._submitted.append(batch)
             yield batch[1]
             self.stop.check()
 
@@ -157,9 +158,9 @@ class Worker:
                 elif self._is_made(shard):
                     self.monitor.elsewhere(len(self.plan.indices(shard)))
                 else:
-                    hand = Hand(shard, claim.pop_all(), self.filters.checker())
-                    self._hands.add(hand)
-                    yield from self._round(hand, self.plan.jobs(shard))
+                    work = ShardInProgress(shard, claim.pop_all(), self.filters.checker())
+                    self._in_progress.add(work)
+                    yield from self._round(work, self.plan.jobs(shard))
 
     def _is_made(self, shard: int) -> bool:
         """Whether a shard has a record. One that is damaged is told, and made again."""
@@ -172,44 +173,44 @@ class Worker:
             return False
         return True
 
-    def _round(self, hand: Hand, jobs: list[Job]) -> list[Batch]:
+    def _round(self, work: ShardInProgress, jobs: list[Job]) -> list[Batch]:
         """The batches of an attempt."""
-        batches = [(hand, batch) for batch in self.plan.batches(jobs)]
-        hand.flying, hand.again = len(batches), []
+        batches = [(work, batch) for batch in self.plan.batches(jobs)]
+        work.waiting, work.again = len(batches), []
         return batches
 
-    def _take(self, hand: Hand, jobs: tuple[Job, ...], results: list[Sample | Failed]) -> None:
+    def _take(self, work: ShardInProgress, jobs: tuple[Job, ...], results: list[Sample | Failed]) -> None:
         """Judge the samples of a batch that came back, and go on with its shard if it was the last."""
         for job, result in zip(jobs, results, strict=True):
-            self._judge(hand, job, result)
-        self.monitor.queue("encode", sum(not future.done() for future in hand.encoded.values()))
-        hand.flying -= 1
-        if hand.flying:
+            self._judge(work, job, result)
+        self.monitor.queue("encode", sum(not future.done() for future in work.encoded.values()))
+        work.waiting -= 1
+        if work.waiting:
             return
-        if hand.again:
-            hand.attempt += 1
-            self._retries.extend(self._round(hand, hand.again))
+        if work.again:
+            work.attempt += 1
+            self._retries.extend(self._round(work, work.again))
             return
-        self._hands.discard(hand)
-        self._commits.append(self._committer.submit(self._commit, hand))
+        self._in_progress.discard(work)
+        self._commits.append(self._committer.submit(self._commit, work))
 
-    def _judge(self, hand: Hand, job: Job, result: Sample | Failed) -> None:
+    def _judge(self, work: ShardInProgress, job: Job, result: Sample | Failed) -> None:
         """Have a sample encoded, or its slot tried again, or give it up."""
-        kind, reason = "quarantined", fault(result)
+        kind, reason = "quarantined", rejection_reason(result)
         if reason is None:
-            kind, reason = "rejected", hand.checker.check(result)
+            kind, reason = "rejected", work.checker.check(result)
         if reason is None:
             self._room.acquire()
-            hand.encoded[job.index] = self._encoder.submit(self._encode, result)
-        elif hand.attempt < self.attempts:
-            self.monitor.failed(reason, index=job.index, attempt=hand.attempt)
-            hand.again.append(next_attempt(job))
+            work.encoded[job.index] = self._encoder.submit(self._encode, result)
+        elif work.attempt < self.attempts:
+            self.monitor.failed(reason, index=job.index, attempt=work.attempt)
+            work.again.append(next_attempt(job))
         else:
-            self._give_up(hand, kind, job.index, reason)
+            self._give_up(work, kind, job.index, reason)
 
-    def _give_up(self, hand: Hand, kind: str, index: int, reason: str) -> None:
+    def _give_up(self, work: ShardInProgress, kind: str, index: int, reason: str) -> None:
         """Leave a sample out of the data set, with its reason."""
-        hand.lost[kind].append({"index": index, "reason": reason, "attempts": hand.attempt})
+        work.lost[kind].append({"index": index, "reason": reason, "attempts": work.attempt})
         tell = self.monitor.rejected if kind == "rejected" else self.monitor.quarantined
         tell(reason, index=index)
 
@@ -221,38 +222,38 @@ class Worker:
         self.monitor.accepted()
         return encoded
 
-    def _encoded(self, hand: Hand) -> list[Encoded]:
+    def _encoded(self, work: ShardInProgress) -> list[Encoded]:
         """The accepted samples, in order. One that cannot be encoded is given up."""
         samples = []
-        for index in sorted(hand.encoded):
+        for index in sorted(work.encoded):
             try:
-                samples.append(hand.encoded[index].result())
+                samples.append(work.encoded[index].result())
             except (GroundedDiffusionError, MemoryError):
                 raise
             except Exception as error:  # Pillow and pyarrow raise many kinds
-                self._give_up(hand, "quarantined", index, f"cannot be encoded: {error}")
+                self._give_up(work, "quarantined", index, f"cannot be encoded: {error}")
         return samples
 
-    def _commit(self, hand: Hand) -> None:
+    def _commit(self, work: ShardInProgress) -> None:
         """Put a shard in place."""
-        with hand.claim:
-            samples = self._encoded(hand)
-            lost = {kind: sorted(entries, key=lambda entry: entry["index"]) for kind, entries in hand.lost.items()}
-            files = list(self.format.pack(hand.shard, self.plan.shards, samples))
+        with work.claim:
+            samples = self._encoded(work)
+            lost = {kind: sorted(entries, key=lambda entry: entry["index"]) for kind, entries in work.lost.items()}
+            files = list(self.format.pack(work.shard, self.plan.shards, samples))
             rows = [sample.row for sample in samples]
-            record = encode_shard(hand.shard, self.plan.indices(hand.shard).start, rows, files, **lost)
-            self.storage.commit(hand.shard, files, record)
-        self.monitor.shard(hand.shard)
+            record = encode_shard(work.shard, self.plan.indices(work.shard).start, rows, files, **lost)
+            self.storage.commit(work.shard, files, record)
+        self.monitor.shard(work.shard)
 
     def _drop(self) -> None:
         """Give back what is claimed and not made."""
-        for hand in self._hands:
+        for work in self._in_progress:
             with contextlib.suppress(GroundedDiffusionError):  # the claims of a disk that fails, say
-                hand.claim.close()
+                work.claim.close()
 
 
-def fault(result: Sample | Failed) -> str | None:
-    """Why a result is no sample, whatever the filters say."""
+def rejection_reason(result: Sample | Failed) -> str | None:
+    """Why the result of a job cannot be a sample, before any filter is asked; None where it can."""
     if isinstance(result, Failed):
         return result.reason.removeprefix(f"sample {result.job.index}: ")
     if result.image.min() == result.image.max():

@@ -50,10 +50,15 @@ class FailingBackend(NullBackend):
     fails = FAILS
 
 
+def backend_of(kind):
+    """An entry of the table of backends."""
+    return BackendEntry("cpu", lambda bundle, threads, lanes, _: kind(bundle, threads, lanes))
+
+
 def main(argv, backend=NullBackend):
     """gd-infer."""
     before = BACKENDS[DEFAULT_BACKEND]
-    BACKENDS[DEFAULT_BACKEND] = BackendEntry("cpu", lambda bundle, threads, lanes, _: backend(bundle, threads, lanes))
+    BACKENDS[DEFAULT_BACKEND] = backend_of(backend)
     try:
         return infer.main([str(argument) for argument in argv])
     finally:

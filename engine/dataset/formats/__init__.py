@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib
 
 from grounded_diffusion.engine.dataset.formats.common import Classes, Encoded, Format, Settings
+from grounded_diffusion.engine.dataset.formats.options import WITHOUT_CLASSES, FormatOptions
 from grounded_diffusion.errors import UsageError
 
-__all__ = ["FORMATS", "Classes", "Encoded", "Format", "Settings", "default_quality", "open_format"]
+__all__ = ["FORMATS", "WITHOUT_CLASSES", "Classes", "Encoded", "Format", "FormatOptions", "Settings", "open_format"]
 
 # format -> where it is. Modules are imported when used, since Parquet needs an optional package.
 FORMATS = {
@@ -23,13 +24,7 @@ FORMATS = {
     "yolo-seg": ("yolo", "YoloSegFormat"),
     "null": ("null", "NullFormat"),
 }
-WITHOUT_CLASSES = ("folder", "null")
 WITHOUT_VOID = ("coco", "yolo", "yolo-seg", "null")
-
-
-def default_quality(name: str) -> int | None:
-    """The JPEG quality of a format unless asked otherwise; None, PNG, where the data set is read again by us."""
-    return None if name in WITHOUT_CLASSES else 95
 
 
 def open_format(name: str, settings: Settings) -> Format:
@@ -37,12 +32,12 @@ def open_format(name: str, settings: Settings) -> Format:
     if name not in FORMATS:
         raise UsageError(f"there is no format {name!r}; known are {', '.join(FORMATS)}")
     if (settings.void_border or settings.void_band) and name in WITHOUT_VOID:
-        option = "--void-border" if settings.void_border else "--void-band"
-        raise UsageError(f"{name} has no void pixels; leave {option} out")
+        field = "void_border" if settings.void_border else "void_band"
+        raise UsageError(f"{name} has no void pixels; leave {field} out", field)
     if settings.polygons and name != "coco":
-        raise UsageError(f"--polygons is for coco, not {name}")
+        raise UsageError(f"polygons is for coco, not {name}", "polygons")
     if name == "voc" and settings.jpeg_quality is None:
-        raise UsageError("VOC's readers look for .jpg images; leave --png out")
+        raise UsageError("VOC's readers look for .jpg images; leave png out", "png")
     module, kind = FORMATS[name]
     module = importlib.import_module(f"grounded_diffusion.engine.dataset.formats.{module}")
     return getattr(module, kind)(settings)

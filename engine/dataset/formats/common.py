@@ -90,18 +90,19 @@ class Classes:
             object.__setattr__(self, "ids", tuple(range(1, len(self.names) + 1)))
         object.__setattr__(self, "_by_key", {key(n): k for n, k in zip(self.names, self.ids, strict=True)})
         if len(self._by_key) < len(self.names):
-            raise UsageError("two class names differ only in case or spaces; give each class one name with --names")
+            raise UsageError("two class names differ only in case or spaces; give each class one in `names`", "names")
 
     def id(self, name: str) -> int:
         """The id of a name; case and spaces do not matter, as in VOC's "diningtable". Raises UsageError."""
         if not (found := self._by_key.get(key(name))):
-            raise UsageError(f"the object {name!r} is not among the {len(self.names)} class names; add it to --names")
+            known = f"the {len(self.names)} class names"
+            raise UsageError(f"the object {name!r} is not among {known}; add it to `names`", "names")
         return found
 
     def check(self, objects: Sequence[str], where: str) -> None:
         """Raise UsageError for an object without a class, or two objects of one class."""
         if len({self.id(name) for name in objects}) < len(objects):
-            raise UsageError(f"{where} has two objects of one class; use other --names")
+            raise UsageError(f"{where} has two objects of one class; give others as `names`", "names")
 
     def items(self) -> list[tuple[int, str]]:
         """(id, name) of each class, in order."""
@@ -138,9 +139,9 @@ class Settings:
         for name, low, high in (("jpeg_quality", 1, 100), ("void_border", 0, 64)):
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
-                raise UsageError(f"--{name.replace('_', '-')} must be from {low} to {high}, not {value}")
+                raise UsageError(f"{name} must be from {low} to {high}, not {value}", name)
         if self.void_band and not 0 < self.void_band[0] < self.void_band[1] < 1:
-            raise UsageError(f"--void-band takes two probabilities, the lower first, not {self.void_band}")
+            raise UsageError(f"void_band takes two probabilities, the lower first, not {self.void_band}", "void_band")
 
     @property
     def suffix(self) -> str:

@@ -180,6 +180,12 @@ BAD = {
     "no class": ((*PROMPT, "--format", "voc", "--names", "coco", "--prompt", "a [unicorn]"), "'unicorn' is not among"),
     "no class of that name": ((*PROMPT, "--format", "voc", "--names", "absent"), "absent"),
     "metrics": ((*PROMPT, "--metrics-file", "absent/x.prom"), "cannot write absent/x.prom"),
+    "metrics option": ((*PROMPT, "--metrics-file", "absent/x.prom"), "give --metrics-file a file in a folder that"),
+    "metrics port": ((*PROMPT, "--metrics-port", "x"), "--metrics-port must be a port"),
+    "shard without scheduler": ((*PROMPT, "--shard", "auto"), "--shard auto finds no scheduler"),
+    "how to shard": ((*PROMPT, "--shard", "1"), "--shard takes I/N"),
+    "bounds": ((*PROMPT, "--min-area", "0.5", "--max-area", "0.4"), "--min-area 0.5 is over --max-area 0.4"),
+    "steps by option": ((*PROMPT, "--steps", "0"), "--steps must be"),
 }
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from helpers import samples
 
-from grounded_diffusion.engine.runs.filters import Filters, add_filter_options, difference_hash, filters_of
+from grounded_diffusion.engine.cli.options import add_filter_options, filters_of
+from grounded_diffusion.engine.runs.filters import Filters, difference_hash
 from grounded_diffusion.errors import UsageError
 
 SIZE = 40  # pixels a side; 1600 in all
@@ -87,10 +88,10 @@ def test_the_hash_is_that_of_exact_cell_means():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"min_area": -0.1}, "--min-area must be a share from 0 to 1, not -0.1"),
-        ({"max_overlap": float("nan")}, "--max-overlap must be a share"),
+        ({"min_area": -0.1}, "min_area must be a share from 0 to 1, not -0.1"),
+        ({"max_overlap": float("nan")}, "max_overlap must be a share"),
         ({"min_area": 0.5, "max_area": 0.4}, "nothing would pass"),
-        ({"min_distance": 65}, "--min-distance must be from 1 to 64 bits, not 65"),
+        ({"min_distance": 65}, "min_distance must be from 1 to 64 bits, not 65"),
     ],
 )
 def test_bad_bounds(settings, message):

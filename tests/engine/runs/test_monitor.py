@@ -1,6 +1,5 @@
 """What a run shows of itself: metrics that Prometheus' own parser reads, a log of JSON lines, progress."""
 
-import argparse
 import json
 import socket
 import threading
@@ -10,8 +9,9 @@ import urllib.request
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from grounded_diffusion.engine.cli.infer import build_parser, config_of
 from grounded_diffusion.engine.runs import metrics, monitor, progress
-from grounded_diffusion.engine.runs.monitor import Monitor, add_monitor_options, open_monitor
+from grounded_diffusion.engine.runs.monitor import Monitor, open_monitor
 from grounded_diffusion.errors import UsageError
 
 PREFIX = "grounded_diffusion_"
@@ -72,8 +72,9 @@ def test_what_is_unknown_is_left_out():
 
 def test_label_values_survive_quotes_and_backslashes():
     awkward = 'a "b"\\c\nd'
-    text = metrics.family("x", "gauge", "About.", [("", {"queue": awkward}, 1)])
-    assert parse(text)[0] == {("x", (("queue", awkward),)): 1.0}
+    watch = Monitor()
+    watch.queue(awkward, 1)
+    assert parse(watch.render())[0]["queue_depth", (("queue", awkward),)] == 1.0
 
 
 def test_reasons_without_end_share_a_label():
@@ -142,15 +143,15 @@ def test_gpus_that_nvidia_smi_tells_of(tmp_path, monkeypatch):
     )
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert metrics.gpu_busy() == [("0", 0.97), ("2", 0.0)]
+    assert metrics.gpu_busy() == {"0": 0.97, "2": 0.0}
     watch = Monitor(metrics_file=tmp_path / "gd.prom")
     watch.close()
     samples, _ = parse((tmp_path / "gd.prom").read_text())
     assert samples["gpu_busy_ratio", (("gpu", "0"),)] == 0.97
     tool.write_text("#!/bin/sh\nexit 9\n")  # no driver
-    assert metrics.gpu_busy() == []
+    assert metrics.gpu_busy() == {}
     monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
-    assert metrics.gpu_busy() == []
+    assert metrics.gpu_busy() == {}
 
 
 def test_log(tmp_path):
@@ -212,15 +213,13 @@ def test_duration(seconds, text):
 
 
 def test_options(tmp_path):
-    parser = argparse.ArgumentParser()
-    add_monitor_options(parser)
-    args = parser.parse_args(["--log", str(tmp_path / "log"), "--metrics-port", "0"])
-    watch = open_monitor(args, print)
+    given = ["--prompt", "a [dog]", "--out", "out", "--log", str(tmp_path / "log"), "--metrics-port", "0"]
+    watch = open_monitor(config_of(build_parser().parse_args(given)), print)
     assert watch.address[0] == "127.0.0.1"
     watch.close()
     assert metrics.parse_address("0.0.0.0:9100") == ("0.0.0.0", 9100)
     for wrong in ("x", "host:", "70000"):
-        with pytest.raises(UsageError, match="--metrics-port"):
+        with pytest.raises(UsageError, match="metrics_port"):
             metrics.parse_address(wrong)
 
 

@@ -139,5 +139,5 @@ def test_attempts_have_noise_of_their_own(file):
 
 
 def test_shard_sizes_are_checked(file):
-    with pytest.raises(UsageError, match="--shard-size must be a whole number from 1"):
+    with pytest.raises(UsageError, match="shard_size must be a whole number from 1"):
         Plan(PromptFile(file), 1, 1, 0)

@@ -10,7 +10,7 @@ import pytest
 
 from grounded_diffusion.engine.cli.infer import main
 from grounded_diffusion.engine.dataset.storage.open import open_storage
-from grounded_diffusion.engine.runs.ray import Desk, Relay, ray_cluster
+from grounded_diffusion.engine.runs.ray import RayMonitor, ShardQueue, ray_cluster
 from grounded_diffusion.errors import UsageError
 
 PROMPT = "a photograph of a [dog] and a [cat]"
@@ -94,23 +94,23 @@ def test_a_cluster_that_is_not_there(options, tmp_path, capsys, monkeypatch):
         pass
 
 
-def test_the_desk_gives_every_shard_to_one_living_worker():
-    desk = Desk([3, 4, 5, 6])
-    assert [desk.take(0), desk.take(1), desk.take(0)] == [3, 4, 5]
-    desk.tell(0, "shard", (3,), {})
-    assert desk.look() == ([("shard", (3,), {})], 3, 2) and desk.look() == ([], 3, 2)
-    assert desk.lost(0) == [5] and desk.lost(7) == []
-    assert [desk.take(1), desk.take(2), desk.take(1)] == [5, 6, None]
-    desk.done(1)
-    assert desk.look()[1] == 1
-    desk.done(2)
-    assert desk.look()[1] == 0
+def test_the_queue_gives_every_shard_to_one_living_worker():
+    queue = ShardQueue([3, 4, 5, 6])
+    assert [queue.take(0), queue.take(1), queue.take(0)] == [3, 4, 5]
+    queue.tell(0, "shard", (3,), {})
+    assert queue.look() == ([("shard", (3,), {})], 3, 2) and queue.look() == ([], 3, 2)
+    assert queue.lost(0) == [5] and queue.lost(7) == []
+    assert [queue.take(1), queue.take(2), queue.take(1)] == [5, 6, None]
+    queue.done(1)
+    assert queue.look()[1] == 1
+    queue.done(2)
+    assert queue.look()[1] == 0
 
 
 def test_samples_count_once_their_shard_is_made(options, alone, tmp_path):
     storage, told = open_storage(tmp_path), []
     storage.put("shards/000002.json", alone["shards/000002.json"])
-    relay = Relay(lambda *event: told.append(event), storage)
+    relay = RayMonitor(lambda *event: told.append(event), storage)
     relay.accepted()
     relay.batch(2, 0.5)
     relay.shard(2)

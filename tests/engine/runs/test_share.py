@@ -5,7 +5,7 @@ from itertools import chain
 import pytest
 
 from grounded_diffusion.engine.cli.infer import main
-from grounded_diffusion.engine.runs.share import Worker, parse_shard, shard_of_environment
+from grounded_diffusion.engine.runs.share import Share, parse_shard, shard_of_environment
 from grounded_diffusion.errors import UsageError
 
 
@@ -37,13 +37,13 @@ TORCHRUN = dict(TORCHELASTIC_RUN_ID="x", RANK="5", WORLD_SIZE="16", LOCAL_RANK="
 )
 def test_schedulers(environment, index, count, source):
     environment = {"PATH": "/bin"} | environment
-    assert shard_of_environment(environment) == parse_shard("auto", environment) == Worker(index, count, source)
+    assert shard_of_environment(environment) == parse_shard("auto", environment) == Share(index, count, source)
 
 
 @pytest.mark.parametrize("environment", [{}, {"SLURM_JOB_ID": "1"} | BATCH, {"RANK": "1", "WORLD_SIZE": "2"}])
 def test_no_scheduler(environment):
     assert shard_of_environment(environment) is None
-    with pytest.raises(UsageError, match=r"--shard auto finds no scheduler.*give --shard I/N"):
+    with pytest.raises(UsageError, match=r"shard auto finds no scheduler.*give shard I/N"):
         parse_shard("auto", environment)
 
 
@@ -63,18 +63,18 @@ def test_half_answers(environment, message):
 
 
 def test_by_hand():
-    assert parse_shard("2/8", {}) == Worker(2, 8, "--shard")
+    assert parse_shard("2/8", {}) == Share(2, 8, "shard")
     for text in ("8/8", "0/0"):
-        with pytest.raises(UsageError, match=r"\(--shard\) does not exist; workers count from 0"):
+        with pytest.raises(UsageError, match=r"\(shard\) does not exist; workers count from 0"):
             parse_shard(text, {})
     for text in ("", "1", "1/2/3", "-1/2", "a/b"):
-        with pytest.raises(UsageError, match="--shard takes I/N"):
+        with pytest.raises(UsageError, match="shard takes I/N"):
             parse_shard(text, {})
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 20])
 def test_every_shard_has_one_worker(count):
-    workers = [list(Worker(index, count).shards(12)) for index in range(count)]
+    workers = [list(Share(index, count).shards(12)) for index in range(count)]
     assert sorted(chain.from_iterable(workers)) == list(range(12))
     assert max(map(len, workers)) - min(map(len, workers)) <= 1
 

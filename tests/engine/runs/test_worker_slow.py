@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from helpers import null_backend
 
-from grounded_diffusion.engine.cli.infer import build_parser
+from grounded_diffusion.engine.cli.infer import build_parser, config_of
 from grounded_diffusion.engine.pipeline.shipped import shipped_bundle
 from grounded_diffusion.engine.runs.monitor import Monitor
 from grounded_diffusion.engine.runs.open import open_run
@@ -29,7 +29,7 @@ def rate(pipe, out, *options):
     args = build_parser().parse_args(
         [str(a) for a in [*arguments, *options, "--model", pipe.bundle.path, "--out", out]]
     )
-    run = replace(open_run(args, print, Stop()), pipe=pipe)
+    run = replace(open_run(config_of(args), print, Stop()), pipe=pipe)
     run.start()
     worker, monitor = run.worker(Monitor()), Monitor()
     worker.monitor = monitor

@@ -1,0 +1,55 @@
+"""What the commands share: a parser with errors of one line, notes, the way from an exception to an exit status."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Mapping
+from typing import NoReturn
+
+from grounded_diffusion.errors import GroundedDiffusionError, UsageError
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports bad options as every other error: in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
+def note(command: str, line: str) -> None:
+    """One line to the person who waits."""
+    print(f"{command}: {line}", file=sys.stderr, flush=True)
+
+
+def run_command(command: str, body: Callable[[], int | None], flags: Mapping[str, str] | None = None) -> int:
+    """Run a command; what goes wrong on purpose becomes one line and its exit status.
+
+    Args:
+        command: its name, before each line.
+        body: what it does; returns the exit status, None for 0.
+        flags: the options whose names are not those of the fields that they set. None where the command's errors name
+            no fields.
+    """
+    try:
+        return body() or 0
+    except GroundedDiffusionError as error:
+        note(command, str(error) if flags is None else in_flags(error, flags))
+        return error.exit_code
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def in_flags(error: GroundedDiffusionError, flags: Mapping[str, str]) -> str:
+    """An error's line with options in place of fields: "min_area is over ..." -> "--min-area is over ...".
+
+    Where a field is in backquotes, because its name is a word of the line as well, only that place is meant.
+    """
+    line = str(error)
+    for field in getattr(error, "fields", ()):
+        place = f"`{field}`" if f"`{field}`" in line else rf"(?<![\w-]){field}(?!\w)"
+        line = re.sub(place, flags.get(field, f"--{field.replace('_', '-')}"), line)
+    return line

@@ -1,0 +1,74 @@
+"""Groups of options: of a format, which gd-infer and gd-dataset convert share, of the filters, and of the monitor."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+
+from grounded_diffusion.engine.dataset.formats import FormatOptions
+from grounded_diffusion.engine.runs.filters import Filters
+
+
+def add_format_options(parser: argparse.ArgumentParser, *, band: bool) -> None:
+    """The options of `FormatOptions`. `band`: whether probabilities are at hand, as they are while samples are made."""
+    group = parser.add_argument_group("format")
+    group.add_argument(
+        "--names", metavar="NAMES",
+        help="class names and ids: a file with a name a line, ids by order; or voc, coco (ids up to 90 as COCO has "
+        "them), emoji-64 (default: sorted names)",
+    )  # fmt: skip
+    image = group.add_mutually_exclusive_group()
+    image.add_argument(
+        "--jpeg-quality", type=int, metavar="N", help="write images as JPEG, 1 to 100 (default: 95; for folder PNG)"
+    )
+    image.add_argument("--png", action="store_true", help="write images as PNG, without loss")
+    group.add_argument(
+        "--void-border", type=int, default=0, metavar="PX", help="mark this many pixels on either side of edges as 255"
+    )
+    if band:
+        group.add_argument(
+            "--void-band", type=float, nargs=2, metavar=("LOW", "HIGH"),
+            help="mark pixels as 255 at which an object's probability lies between these, as in 0.3 0.7",
+        )  # fmt: skip
+    group.add_argument("--polygons", action="store_true", help="coco: polygons instead of run lengths")
+
+
+def format_options_of(args: argparse.Namespace) -> FormatOptions:
+    """What a command line asks of the format. Raises UsageError."""
+    return FormatOptions(**{field.name: getattr(args, field.name, None) for field in fields(FormatOptions)})
+
+
+def add_filter_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `Filters`, as a group."""
+    group = parser.add_argument_group("filters", "a rejected sample is tried again with other noise; see --attempts")
+    group.add_argument("--require-masks", action="store_true", help="reject a sample in which an object has no mask")
+    group.add_argument("--min-area", type=float, metavar="P", help="least share of the image that each mask covers")
+    group.add_argument("--max-area", type=float, metavar="P", help="largest share of the image that a mask covers")
+    group.add_argument("--min-score", type=float, metavar="P", help="least mean probability inside each mask")
+    group.add_argument(
+        "--max-overlap", type=float, metavar="P",
+        help="largest share of the smaller of two masks that the other may cover",
+    )  # fmt: skip
+    group.add_argument(
+        "--min-distance", type=int, metavar="BITS",
+        help="reject near-duplicates: images of a shard whose 64-bit difference hashes differ in fewer bits (try 4)",
+    )  # fmt: skip
+
+
+def filters_of(args: argparse.Namespace) -> Filters:
+    """The filters that a command line asks for. Raises UsageError."""
+    return Filters(**{field.name: getattr(args, field.name) for field in fields(Filters)})
+
+
+def add_monitor_options(parser: argparse.ArgumentParser) -> None:
+    """What is seen of a run from outside, as a group."""
+    group = parser.add_argument_group("seen from outside")
+    group.add_argument("--log", type=Path, metavar="FILE", help="append a structured log, one JSON object a line")
+    group.add_argument(
+        "--metrics-file", type=Path, metavar="FILE",
+        help="keep a Prometheus text file there, as node_exporter's textfile collector reads it (*.prom)",
+    )  # fmt: skip
+    group.add_argument(
+        "--metrics-port", metavar="[HOST:]PORT", help="serve /metrics for Prometheus there (host: 127.0.0.1)"
+    )
