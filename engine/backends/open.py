@@ -75,13 +75,25 @@ def backend_entry(name: str) -> BackendEntry:
     return BACKENDS[name]
 
 
-def cpu_backends() -> list[str]:
-    """Backends that run on this machine's CPU, the default first."""
-    precisions = chip_precisions()
-    installed = {
-        name for name, entry in BACKENDS.items() if name.startswith("openvino") and entry.precision in precisions
-    }
-    return [name for name in BACKENDS if name == DEFAULT_BACKEND or name in installed]
+FASTEST = "fastest"
+PRECISIONS = (*dict.fromkeys(entry.precision for entry in BACKENDS.values() if entry.precision), FASTEST)
+
+
+def check_precision(precision: str) -> None:
+    """Raise UsageError where there is no such precision to ask for."""
+    if precision not in PRECISIONS:
+        raise UsageError(f"there is no precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
+
+
+def cpu_backends(precision: str = FASTEST) -> list[str]:
+    """Backends that run on this machine's CPU in a precision of PRECISIONS, the most exact first.
+
+    In FP32 that is the default alone, whose samples have the same bytes at any batch and beside any others.
+    """
+    here = chip_precisions()
+    fits = lambda entry: entry.device == "cpu" and entry.precision in here and precision in (FASTEST, entry.precision)
+    others = [name for name, entry in BACKENDS.items() if name != DEFAULT_BACKEND and fits(entry)]
+    return {"fp32": [DEFAULT_BACKEND], FASTEST: [DEFAULT_BACKEND, *others]}.get(precision, others)
 
 
 def open_backend(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from grounded_diffusion.engine.backends.open import BACKENDS, DEFAULT_BACKEND
+from grounded_diffusion.engine.backends.open import BACKENDS, DEFAULT_BACKEND, check_precision
 from grounded_diffusion.engine.checks import check_int
 from grounded_diffusion.engine.dataset.formats import FormatOptions, open_format
 from grounded_diffusion.engine.prompts.prompt import Prompt, to_line
@@ -36,6 +36,8 @@ class RunConfig:
         filters: which samples to refuse.
         attempts: noises to try for a sample that fails or is refused.
         backend: one of BACKENDS.
+        precision: "fp32" or "bf16" has this machine's CPU compute in it, "fastest" in whatever is fastest here; a
+            backend is chosen by it, and a run that was begun goes on with its own. None leaves that to `backend`.
         threads: CPU threads; None takes all cores.
         lanes: batches at once on the CPU; None takes what is fastest on this machine.
         shard_size: samples of a shard; None takes 16 batches or more.
@@ -62,6 +64,7 @@ class RunConfig:
     filters: Filters = field(default_factory=Filters)
     attempts: int = ATTEMPTS
     backend: str = DEFAULT_BACKEND
+    precision: str | None = None
     threads: int | None = None
     lanes: int | None = None
     shard_size: int | None = None
@@ -100,6 +103,10 @@ class RunConfig:
                 check_int(value, name, 1, most)
         if self.backend not in BACKENDS:
             raise UsageError(f"there is no backend {self.backend!r}; choose one of {', '.join(BACKENDS)}")
+        if self.precision is not None:
+            check_precision(self.precision)
+            if self.backend != DEFAULT_BACKEND:
+                raise UsageError("give `backend` or `precision`, not both", "backend", "precision")
         if self.workers is not None and self.ray is None:
             raise UsageError("workers is for ray; give threads for the threads of this process",
                              "workers", "ray", "threads")  # fmt: skip

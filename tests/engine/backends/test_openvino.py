@@ -3,8 +3,16 @@
 import numpy as np
 import pytest
 
-from grounded_diffusion.bundle import CONTEXT, GRAPHS, OPENVINO, TEXT_ENCODER, UNET, UNET_GROUNDED, VAE_DECODER
-from grounded_diffusion.bundle import open_bundle
+from grounded_diffusion.bundle import (
+    CONTEXT,
+    GRAPHS,
+    OPENVINO,
+    TEXT_ENCODER,
+    UNET,
+    UNET_GROUNDED,
+    VAE_DECODER,
+    open_bundle,
+)
 from grounded_diffusion.engine import GroundedPipeline
 from grounded_diffusion.engine.backends import openvino_cpu
 from grounded_diffusion.engine.backends.onnxruntime_cpu import OnnxRuntimeBackend
@@ -147,7 +155,7 @@ def test_what_the_chip_or_the_machine_lacks(tiny_bundle, monkeypatch):
 def test_inputs_that_do_not_fit(tiny_bundle, cache):
     bundle = open_bundle(tiny_bundle)
     backend, given = OpenVinoBackend(bundle, 1), inputs(bundle, UNET, 2)
-    with pytest.raises(BackendError, match="takes .*'context'"):
+    with pytest.raises(BackendError, match=r"takes .*'context'"):
         backend.run(UNET, {"latents": given["latents"]})
     with pytest.raises(BackendError, match="one timestep for all rows"):
         backend.run(UNET, given | {"timestep": np.array([1, 2], np.float32)})
