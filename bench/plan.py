@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from grounded_diffusion.bench.systems import PeerForm
+from grounded_diffusion.bench.work import PeerForm
 from grounded_diffusion.engine import Options
 from grounded_diffusion.engine.backends.open import backend_entry
 
@@ -60,7 +60,7 @@ class Plan:
         return replace(self.options, batch=self.engines[precision].batch)
 
     def form(self, peer: str) -> PeerForm:
-        """A peer's batch and layout. OpenVINO runs several at once, and takes the engine's batch, found with several."""
+        """A peer's batch and layout. OpenVINO, several at once, takes the batch that is best for the engine."""
         kind, precision = peer.split()
         ours = self.engines.get(precision)
         return PeerForm(ours.batch) if kind == "openvino" and ours else self.peer_forms[precision]

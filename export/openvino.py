@@ -19,7 +19,7 @@ import onnx_ir
 from onnx_ir.passes import common as passes
 
 from grounded_diffusion.export.cpu import HEADS_OUT, cut, fold_upsampling, share_halves, split_geglu
-from grounded_diffusion.export.rewrite import add, back, constant, nodes, only_user, replace
+from grounded_diffusion.export.rewrites.nodes import add, back, constant, nodes, only_user, replace
 
 LAST, FIRST = (0, 2, 3, 1), (0, 3, 1, 2)  # channels of an image: last, and first again
 

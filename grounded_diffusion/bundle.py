@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from grounded_diffusion.errors import BundleError
+from grounded_diffusion.files import replace_file
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -26,13 +26,13 @@ UNET_GROUNDED = "unet_grounded.onnx"
 VAE_DECODER = "vae_decoder.onnx"
 TOKENIZER = "tokenizer.json"
 GRAPHS = (TEXT_ENCODER, UNET, UNET_GROUNDED, VAE_DECODER)
-# The same graphs written for one runtime: for ONNX Runtime's CPU and CUDA providers, and for OpenVINO. A bundle may have
-# any of them or none. They are files cpu/..., cuda/... and openvino.... The names of weight files in them are relative
-# to the bundle; OpenVINO takes weights from the graph's own folder only, so its graphs have none of their own.
+# Prefixes of the same graphs as written for one runtime: for ONNX Runtime's CPU and CUDA providers, and for OpenVINO. A
+# bundle may have any of them or none. The names of weight files in them are relative to the bundle; OpenVINO takes
+# weights from a graph's own folder only, so its graphs have no folder.
 CPU, CUDA, OPENVINO = "cpu/", "cuda/", "openvino."
-# What the UNets of CPU and OPENVINO need of the context, which stays the same from step to step: context [N,L,D] -> keys
-# and values of every cross-attention. They are inputs of those graphs in the place of the context. The first axis of
-# latents and timestep is called S in those graphs: N rows, or the B that both halves of guidance have in common.
+# What the UNets of CPU and OPENVINO need of the context, which stays the same from step to step: context [N,L,D] ->
+# keys and values of every cross-attention. They are inputs of those graphs in the place of the context. The first axis
+# of latents and timestep is called S in those graphs: N rows, or the B that both halves of guidance have in common.
 CONTEXT = "context.onnx"
 # What OPENVINO's need of the timestep, in its place: timestep [1] -> what each residual block adds, [1,C,1,1].
 TIME = "time.onnx"
@@ -131,13 +131,8 @@ def sha256(path: Path) -> str:
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Write `manifest.json` atomically; the last step of making a bundle."""
-    temporary = path / (MANIFEST + ".tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        json.dump(asdict(manifest), stream, indent=1, sort_keys=True)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path / MANIFEST)
+    """Write `manifest.json` whole; the last step of making a bundle."""
+    replace_file(path / MANIFEST, json.dumps(asdict(manifest), indent=1, sort_keys=True).encode())
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -148,7 +143,7 @@ def read_manifest(path: Path) -> Manifest:
     if not file.is_file():
         raise BundleError(f"{path} has no {MANIFEST}, so its export did not finish; run gd-export again")
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
+        raw: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         schema = raw["schema"]
     except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise BundleError(f"{file} is not a manifest ({error}); run gd-export again") from None
@@ -161,7 +156,8 @@ def read_manifest(path: Path) -> Manifest:
     if unknown := sorted(raw.keys() - known):
         raise BundleError(f"{file} has unknown fields {', '.join(unknown)}; run gd-export again")
     try:
-        return Manifest(**{**raw, "image_size": tuple(raw["image_size"])})
+        raw["image_size"] = tuple(raw["image_size"])
+        return Manifest(**raw)
     except (TypeError, KeyError) as error:
         raise BundleError(f"{file} lacks a field ({error}); run gd-export again") from None
 

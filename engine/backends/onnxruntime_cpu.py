@@ -41,7 +41,8 @@ class Maker:
     def __call__(self, given: np.ndarray) -> Arrays:
         if isinstance(self.source.shape[0], int):  # what all rows have in common
             given = given[: self.source.shape[0]]
-        if not np.array_equal(getattr(self._own, "given", None), given):
+        known = getattr(self._own, "given", None)
+        if known is None or not np.array_equal(known, given):
             made = self.session.run(self.outputs, {self.source.name: np.ascontiguousarray(given, np.float32)})
             self._own.given, self._own.made = given.copy(), dict(zip(self.outputs, made, strict=True))
         return self._own.made
