@@ -11,6 +11,7 @@ from torch import nn
 
 from grounded_diffusion.bench.peers import CompiledPeer, Part, Peer
 from grounded_diffusion.engine import Options
+from grounded_diffusion.engine.backends.openvino_cpu import load_openvino
 from grounded_diffusion.errors import BackendError
 from grounded_diffusion.export.graphs import quiet
 from grounded_diffusion.training.checkpoint import Checkpoint
@@ -95,8 +96,7 @@ class OpenVinoPeer(OnnxPeer):
 
     def _session(self, name: str, module: nn.Module, inputs: dict[str, torch.Tensor]) -> Part:
         """A module's compiled model as a function of tensors, for several threads."""
-        import openvino
-
+        openvino = load_openvino()
         settings = {"PERFORMANCE_HINT": "THROUGHPUT"} | self.hint
         settings |= {"INFERENCE_NUM_THREADS": self.threads} if self.threads else {}
         model = openvino.Core().compile_model(self._export(name, module, inputs), "CPU", settings)

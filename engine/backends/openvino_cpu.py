@@ -6,6 +6,7 @@ a last batch is compiled, sizes are rounded up, and the rows that this adds are 
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,7 +34,8 @@ def rounded(count: int) -> int:
 
 
 def load_openvino() -> Any:
-    """The `openvino` package. Raises BackendError where it is not installed."""
+    """The `openvino` package, kept from sending its telemetry. Raises BackendError where it is not installed."""
+    sys.modules.setdefault("openvino_telemetry", None)  # cannot be imported then; openvino reports its own import by it
     try:
         import openvino
     except ImportError as error:

@@ -1,5 +1,9 @@
 """OpenVINO's backend on a tiny model, against ONNX Runtime: in FP32, in BF16, at odd sizes, from the cache."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -150,6 +154,16 @@ def test_what_the_chip_or_the_machine_lacks(tiny_bundle, monkeypatch):
     assert cpu_backends() == ["onnxruntime"]
     with pytest.raises(BackendError, match="openvino cannot be imported"):
         open_backend("openvino", bundle)
+
+
+def test_nothing_is_sent_home(tmp_path):
+    """OpenVINO's own telemetry would leave an id in the home and report its import."""
+    code = "import sys; from grounded_diffusion.engine.backends.openvino_cpu import load_openvino; load_openvino(); "
+    code += "print([name for name in sys.modules if name.startswith('openvino_telemetry') and sys.modules[name]])"
+    env = os.environ | {"HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    assert not list(tmp_path.iterdir())
 
 
 def test_inputs_that_do_not_fit(tiny_bundle, cache):
