@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from grounded_diffusion.bench.environment import environment, has_gpu
-from grounded_diffusion.bench.plan import EngineForm, Plan
 from grounded_diffusion.bench.report import (
     environment_line,
     quality_chart,
@@ -22,7 +21,7 @@ from grounded_diffusion.bench.report import (
     write_results,
 )
 from grounded_diffusion.bench.systems import PEERS, missing_packages
-from grounded_diffusion.bench.work import EVERY_STEP, PeerForm
+from grounded_diffusion.bench.work import EVERY_STEP, EngineForm, PeerForm, Plan
 from grounded_diffusion.bundle import open_bundle
 from grounded_diffusion.engine import GroundedPipeline, Options
 from grounded_diffusion.engine.backends.calibrate import calibrate

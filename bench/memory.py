@@ -9,9 +9,9 @@ import json
 import sys
 
 from grounded_diffusion.bench.environment import gpu_memory_used, peak_rss
-from grounded_diffusion.bench.plan import EngineForm, Plan
 from grounded_diffusion.bench.speed import open_named
 from grounded_diffusion.bench.systems import ENGINE, make_work, precision_of
+from grounded_diffusion.bench.work import EngineForm, Plan
 from grounded_diffusion.engine import GroundedPipeline
 from grounded_diffusion.engine.backends.open import DEFAULT_BACKEND
 

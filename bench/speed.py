@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from grounded_diffusion.bench.environment import cpu_bound, environment, gpu_bound
-from grounded_diffusion.bench.plan import Plan
 from grounded_diffusion.bench.stages import GROUNDED, PLAIN, Stage, measure_stages
 from grounded_diffusion.bench.systems import (
     ENGINE,
@@ -30,7 +29,7 @@ from grounded_diffusion.bench.systems import (
     unet_share,
 )
 from grounded_diffusion.bench.timing import alternate, clock
-from grounded_diffusion.bench.work import OBJECTS, Output, System, Work
+from grounded_diffusion.bench.work import OBJECTS, Output, Plan, System, Work
 from grounded_diffusion.engine import GroundedPipeline, Options
 from grounded_diffusion.engine.checks import usable_cores
 from grounded_diffusion.errors import BackendError, ParityError

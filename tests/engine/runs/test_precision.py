@@ -18,7 +18,7 @@ bf16 = pytest.mark.skipif("bf16" not in chip_precisions(), reason="this CPU has 
 def choose(precision, samples=1, before=None, bundle=None, **more):
     """(backend, lines said)."""
     said = []
-    config = RunConfig("out", prompts="a [dog]", precision=precision, **more)
+    config = RunConfig(out="out", prompts="a [dog]", precision=precision, **more)
     return opening.choose_backend(config, bundle, samples, before or {}, said.append), said
 
 
