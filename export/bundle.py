@@ -32,7 +32,8 @@ from grounded_diffusion.export.openvino import cut_shared, decoder_for_openvino,
 from grounded_diffusion.export.rewrites.winograd import LARGEST, winograd
 from grounded_diffusion.export.staging import check_output, staged
 from grounded_diffusion.export.weights import WeightStore
-from grounded_diffusion.training.checkpoint import Checkpoint
+from grounded_diffusion.training.checkpoint import PARTS, Checkpoint
+from grounded_diffusion.training.generator.base import base_digest
 
 MAKERS = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir")
 Report = Callable[[str], None]
@@ -67,6 +68,7 @@ def describe(checkpoint: Checkpoint, precision: str) -> Manifest:
         ),
         precision=precision,
         names=checkpoint.names,
+        base=base_digest({part: getattr(checkpoint, part) for part in PARTS}),
         versions={"grounded-diffusion": __version__} | {name: version(name) for name in MAKERS},
     )
 
