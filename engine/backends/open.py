@@ -18,6 +18,7 @@ from grounded_diffusion.engine.backends.gpu.onnxruntime_cuda import OnnxRuntimeC
 from grounded_diffusion.engine.backends.gpu.tensorrt import TensorRT
 from grounded_diffusion.engine.backends.host import default_batch
 from grounded_diffusion.engine.backends.onnxruntime_cpu import OnnxRuntimeBackend
+from grounded_diffusion.engine.backends.openvino_cpu import OpenVinoBackend, chip_precisions
 from grounded_diffusion.engine.backends.tensorrt.spec import load_module
 from grounded_diffusion.engine.sampling.backend import Arrays, Backend
 from grounded_diffusion.engine.sampling.batch import BatchRequest, BatchResult
@@ -30,15 +31,23 @@ class BackendEntry:
 
     Attributes:
         device: where it runs.
+        precision: it computes in; None is that of the bundle.
         open: opens it with (bundle, threads, lanes, replay, device), of which it takes what concerns it.
     """
 
     device: Literal["cpu", "cuda"]
+    precision: str | None
     open: Callable[[Bundle, int | None, int, Replay, int | None], Backend]
 
 
 def _open_onnxruntime(bundle: Bundle, threads: int | None, lanes: int, replay: Replay, number: int | None) -> Backend:
     return OnnxRuntimeBackend(bundle, threads, lanes)
+
+
+def _open_openvino(
+    precision: str, bundle: Bundle, threads: int | None, lanes: int, replay: Replay, number: int | None
+) -> Backend:
+    return OpenVinoBackend(bundle, threads, lanes, precision)
 
 
 def _open_cuda(bundle: Bundle, threads: int | None, lanes: int, replay: Replay, number: int | None) -> Backend:
@@ -57,10 +66,14 @@ def _open_tensorrt(
 
 DEFAULT_BACKEND = "onnxruntime"
 BACKENDS = {
-    DEFAULT_BACKEND: BackendEntry("cpu", _open_onnxruntime),
-    "cuda": BackendEntry("cuda", _open_cuda),  # ONNX Runtime
-    "tensorrt": BackendEntry("cuda", partial(_open_tensorrt, "tensorrt")),  # engines that `gd-export --engine` built
-    "tensorrt-rtx": BackendEntry("cuda", partial(_open_tensorrt, "tensorrt_rtx")),
+    DEFAULT_BACKEND: BackendEntry("cpu", "fp32", _open_onnxruntime),
+    "openvino": BackendEntry("cpu", "fp32", partial(_open_openvino, "fp32")),
+    "openvino-bf16": BackendEntry("cpu", "bf16", partial(_open_openvino, "bf16")),
+    "cuda": BackendEntry("cuda", None, _open_cuda),  # ONNX Runtime
+    "tensorrt": BackendEntry(
+        "cuda", None, partial(_open_tensorrt, "tensorrt")
+    ),  # engines that `gd-export --engine` built
+    "tensorrt-rtx": BackendEntry("cuda", None, partial(_open_tensorrt, "tensorrt_rtx")),
 }
 
 
@@ -69,6 +82,27 @@ def backend_entry(name: str) -> BackendEntry:
     if name not in BACKENDS:
         raise UsageError(f"there is no backend {name!r}; choose one of {', '.join(BACKENDS)}")
     return BACKENDS[name]
+
+
+FASTEST = "fastest"
+PRECISIONS = (*dict.fromkeys(entry.precision for entry in BACKENDS.values() if entry.precision), FASTEST)
+
+
+def check_precision(precision: str) -> None:
+    """Raise UsageError where there is no such precision to ask for."""
+    if precision not in PRECISIONS:
+        raise UsageError(f"there is no precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
+
+
+def cpu_backends(precision: str = FASTEST) -> list[str]:
+    """Backends that run on this machine's CPU in a precision of PRECISIONS, the most exact first.
+
+    In FP32 that is the default alone, whose samples have the same bytes at any batch and beside any others.
+    """
+    here = chip_precisions()
+    fits = lambda entry: entry.device == "cpu" and entry.precision in here and precision in (FASTEST, entry.precision)
+    others = [name for name, entry in BACKENDS.items() if name != DEFAULT_BACKEND and fits(entry)]
+    return {"fp32": [DEFAULT_BACKEND], FASTEST: [DEFAULT_BACKEND, *others]}.get(precision, others)
 
 
 def open_backend(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-from grounded_diffusion.engine.backends.open import BACKENDS, DEFAULT_BACKEND
+from grounded_diffusion.engine.backends.open import BACKENDS, DEFAULT_BACKEND, check_precision
 from grounded_diffusion.engine.checks import check_int
 from grounded_diffusion.engine.dataset.formats import FormatOptions, open_format
 from grounded_diffusion.engine.prompts.prompt import Prompt, to_line
@@ -40,6 +40,8 @@ class RunConfig:
         backend: one of BACKENDS.
         device: number of the GPU, of those that CUDA_VISIBLE_DEVICES leaves; None takes the first or, where a launcher
             has set LOCAL_RANK or SLURM_LOCALID, that one, so that the processes of a machine share its GPUs out.
+        precision: "fp32" or "bf16" has this machine's CPU compute in it, "fastest" in whatever is fastest here; a
+            backend is chosen by it, and a run that was begun goes on with its own. None leaves that to `backend`.
         threads: CPU threads; None takes all cores.
         lanes: batches at once on the CPU; None takes what is fastest on this machine.
         shard_size: samples of a shard; None takes 16 batches or more.
@@ -67,6 +69,7 @@ class RunConfig:
     attempts: int = ATTEMPTS
     backend: str = DEFAULT_BACKEND
     device: int | None = None
+    precision: str | None = None
     threads: int | None = None
     lanes: int | None = None
     shard_size: int | None = None
@@ -119,6 +122,10 @@ class RunConfig:
             check_int(self.device, "device", 0, MAX_DEVICE)
             if BACKENDS[self.backend].device == "cpu" or self.ray is not None:
                 raise UsageError("device is for a backend on a GPU, in this process", "device", "backend", "ray")
+        if self.precision is not None:
+            check_precision(self.precision)
+            if self.backend != DEFAULT_BACKEND:
+                raise UsageError("give `backend` or `precision`, not both", "backend", "precision")
         if self.workers is not None and self.ray is None:
             raise UsageError("workers is for ray; give threads for the threads of this process",
                              "workers", "ray", "threads")  # fmt: skip
