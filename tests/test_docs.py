@@ -81,7 +81,8 @@ def test_commands_are_what_the_programs_take(page):
             assert rest[0] == "install"
             assert {extra for word in rest for extra in re.findall(r"\[(\w+)\]", word)} <= set(extras)
         elif name == "python":
-            assert rest[0] == "-m" and importlib.util.find_spec(rest[1])
+            assert rest[0] == "-m"
+            assert importlib.util.find_spec(rest[1])
         else:
             pytest.fail(f"{page.name}: nobody knows the command {shlex.join(words)}")
 
@@ -122,7 +123,8 @@ def test_commands_on_data_sets_run(here, capsys, page):
             assert PromptFile(here / "prompts.jsonl", [], 1).samples == 500 * 20 + 71 * 142
             short(here / "prompts.jsonl")
         done.append(name)
-    assert "gd-infer" in done and "gd-dataset" in done
+    assert "gd-infer" in done
+    assert "gd-dataset" in done
 
 
 def test_the_data_set_from_python_is_one(here, capsys):
@@ -133,7 +135,8 @@ def test_the_data_set_from_python_is_one(here, capsys):
     capsys.readouterr()
     assert dataset.main(["verify", "coco"]) == 0
     assert dataset.main(["status", "coco"]) == 0
-    assert "40 records, no problems" in (said := capsys.readouterr().out) and "coco: finished" in said
+    assert "40 records, no problems" in (said := capsys.readouterr().out)
+    assert "coco: finished" in said
     assert dataset.main(["convert", "out", "--format", "coco", "--out", "converted"]) == 0
     tree = lambda name: {path.relative_to(name): path.read_bytes() for path in Path(name).rglob("*") if path.is_file()}
     assert tree("coco") == tree("converted")
