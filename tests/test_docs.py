@@ -4,6 +4,7 @@ import ast
 import contextlib
 import importlib.util
 import inspect
+import io
 import json
 import re
 import shlex
@@ -26,16 +27,29 @@ from grounded_diffusion.training import cli as train
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def parse_train(words):
+    """gd-train: the stages of our own worlds, and the commands on any model, which take the options of their --help."""
+    if train.is_world(words):
+        train.parse(words)
+        return
+    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.suppress(SystemExit):
+        train.on_any_model(words[0], ["--help"])
+    assert {word for word in words if word.startswith("--")} <= set(re.findall(r"--[\w-]+", said.getvalue()))
+
+
 PARSERS = {
     "gd-infer": lambda words: infer.build_parser().parse_args(words),
     "gd-dataset": lambda words: dataset.build_parser().parse_args(words),
     "gd-prompts": lambda words: prompts.build_parser().parse_args(words),
     "gd-bench": bench.parse,
     "gd-export": export.parse,
-    "gd-train": train.parse,
+    "gd-train": parse_train,
 }
 # Blocks that are no commands, by their beginning: what a page shows, and not what is typed.
-SHOWN = ("    ", "room      module", "loop stream", "unet.onnx: ", "out/: stopped", "a photograph of a [")
+SHOWN = ("    ", "room      module", "loop stream", "unet.onnx: ", "out/: stopped", "a photograph of a [", "$ cat ")
+DRAWN = set("─│►◄")  # and pictures, by what they are drawn with
 
 
 def blocks(page):
@@ -46,7 +60,7 @@ def blocks(page):
 def commands(page):
     """The words of every command line in a page's blocks; those of a loop with its variable as it stands."""
     for language, text in blocks(page):
-        if language == "sh" or (language == "" and not text.startswith(SHOWN)):
+        if language == "sh" or (language == "" and not text.startswith(SHOWN) and not set(text) & DRAWN):
             for line in re.sub(r"\\\n", " ", text).splitlines():
                 for part in re.sub(r"^for .*?; do (.*); done$", r"\1", line).split(" && "):
                     if words := shlex.split(part, comments=True):
@@ -80,9 +94,8 @@ def test_commands_are_what_the_programs_take(page):
         elif name == "pip":
             assert rest[0] == "install"
             assert {extra for word in rest for extra in re.findall(r"\[(\w+)\]", word)} <= set(extras)
-        elif name == "python":
-            assert rest[0] == "-m"
-            assert importlib.util.find_spec(rest[1])
+        elif name == "python" or words[:2] == ["accelerate", "launch"]:
+            assert importlib.util.find_spec(rest[rest.index("-m") + 1])
         else:
             pytest.fail(f"{page.name}: nobody knows the command {shlex.join(words)}")
 
