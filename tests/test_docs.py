@@ -1,15 +1,16 @@
 """Every code block of the README and the docs: commands parse and, where no GPU is needed, run; Python runs."""
 
+import argparse
 import ast
 import contextlib
 import importlib.util
 import inspect
-import io
 import json
 import re
 import shlex
 import subprocess
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from helpers import null_backend as null
@@ -29,27 +30,25 @@ PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").g
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-def parse_train(words):
-    """gd-train: the stages of our own worlds, and the commands on any model, which take the options of their --help."""
-    if train.is_world(words):
-        train.parse(words)
-        return
-    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.suppress(SystemExit):
-        train.on_any_model(words[0], ["--help"])
-    assert {word for word in words if word.startswith("--")} <= set(re.findall(r"--[\w-]+", said.getvalue()))
-
-
 PARSERS = {
     "gd-infer": lambda words: infer.build_parser().parse_args(words),
     "gd-dataset": lambda words: dataset.build_parser().parse_args(words),
     "gd-prompts": lambda words: prompts.build_parser().parse_args(words),
     "gd-bench": bench.parse,
     "gd-export": export.parse,
-    "gd-train": parse_train,
+    "gd-train": lambda words: train.parse(words) if train.is_world(words) else parse_only(train.on_any_model, words),
 }
 # Blocks that are no commands, by their beginning: what a page shows, and not what is typed.
-SHOWN = ("    ", "room      module", "loop stream", "unet.onnx: ", "out/: stopped", "a photograph of a [", "$ cat ")
-DRAWN = set("─│►◄")  # and pictures, by what they are drawn with
+SHOWN = (
+    "    ",
+    "room      module",
+    "loop stream",
+    "unet.onnx: ",
+    "out/: stopped",
+    "a photograph of a [",
+    "your model ─",
+    "$ cat ",
+)
 
 
 def blocks(page):
@@ -57,10 +56,30 @@ def blocks(page):
     return BLOCK.findall(page.read_text(encoding="utf-8"))
 
 
+def is_shown(text):
+    """Whether a block is a picture, or what a command says."""
+    return "─►" in text or text.startswith(SHOWN)
+
+
+def parse_only(command, words):
+    """Have a command parse its options, and no more."""
+
+    class ParsedError(Exception):
+        pass
+
+    def parse_args(self, *given):
+        real(self, *given)
+        raise ParsedError
+
+    real = argparse.ArgumentParser.parse_args
+    with mock.patch.object(argparse.ArgumentParser, "parse_args", parse_args), pytest.raises(ParsedError):
+        command(words[0], words[1:])
+
+
 def commands(page):
     """The words of every command line in a page's blocks; those of a loop with its variable as it stands."""
     for language, text in blocks(page):
-        if language == "sh" or (language == "" and not text.startswith(SHOWN) and not set(text) & DRAWN):
+        if language == "sh" or (language == "" and not is_shown(text)):
             for line in re.sub(r"\\\n", " ", text).splitlines():
                 for part in re.sub(r"^for .*?; do (.*); done$", r"\1", line).split(" && "):
                     if words := shlex.split(part, comments=True):
@@ -85,6 +104,8 @@ def test_commands_are_what_the_programs_take(page):
     extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
     for words in commands(page):
         name, *rest = words
+        if name == "accelerate":  # launch OPTIONS -m MODULE ARGUMENTS
+            name, rest = "python", rest[rest.index("-m") :]
         if name in PARSERS:
             rest = ["base" if word == "$stage" else word for word in rest]
             with contextlib.suppress(BackendError):  # an engine of a backend that is not installed here

@@ -26,6 +26,7 @@ FINAL = {
     "hf-parquet": {"README.md"},
     "yolo": {"data.yaml"},
     "yolo-seg": {"data.yaml"},
+    "examples": set(),
     "null": set(),
 }  # fmt: skip
 
