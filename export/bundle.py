@@ -30,7 +30,8 @@ from grounded_diffusion.export.rewrites.winograd import LARGEST, winograd
 from grounded_diffusion.export.staging import check_output, staged
 from grounded_diffusion.export.weights import WeightStore
 from grounded_diffusion.families import FAMILIES
-from grounded_diffusion.training.checkpoint import Checkpoint
+from grounded_diffusion.training.checkpoint import PARTS, Checkpoint
+from grounded_diffusion.training.generator.base import base_digest
 
 MAKERS = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir")
 Report = Callable[[str], None]
@@ -58,6 +59,7 @@ def describe(checkpoint: Checkpoint, precision: str) -> Manifest:
         head=checkpoint.head.about(),
         precision=precision,
         names=checkpoint.names,
+        base=base_digest({part: getattr(checkpoint, part) for part in PARTS}),
         versions={"grounded-diffusion": __version__} | {name: version(name) for name in MAKERS},
     )
 

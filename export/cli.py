@@ -37,9 +37,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--head",
-        choices=["attention"],
-        help="attention: masks from the model's own attention, without training (default where there is no --ckpt)",
+        choices=["attention", "untrained"],
+        help="attention: masks from the model's own attention, without training (default where there is no --ckpt); "
+        "untrained: with --base alone, a head of random weights, whose masks mean nothing, for gd-train examples",
     )
+    parser.add_argument(
+        "--capture-timestep", type=int, default=1, metavar="T",
+        help="with --head untrained: training timestep at which the head is to read the network (default: 1, the "
+        "released one's)",
+    )  # fmt: skip
     model_options(parser)
     parser.add_argument("--out", type=local_path, help="the bundle's directory, made by this command")
     parser.add_argument(
@@ -64,6 +70,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--overwrite", action="store_true", help="replace the bundle at --out")
     engine_cli.add_options(parser)
     args = parser.parse_args(argv)
+    if args.head == "untrained" and (args.ckpt or args.bundle or not args.base):
+        parser.error("--head untrained goes with --base MODEL, and with neither --ckpt nor --bundle")
     if args.bundle and not args.engine:
         parser.error("--bundle needs --engine: an exported bundle is only ever given engines")
     if args.fused and args.precision != "fp16":
@@ -126,11 +134,14 @@ def export(args: argparse.Namespace, report: Callable[[str], None]) -> None:
     quiet_libraries()
     from grounded_diffusion.export.bundle import export_bundle
     from grounded_diffusion.export.verify import verify_bundle
-    from grounded_diffusion.training.checkpoint import load_checkpoint, with_statistics
+    from grounded_diffusion.training.checkpoint import load_checkpoint, untrained_checkpoint, with_statistics
 
     report("loading " + " on ".join(str(place) for place in (args.ckpt, args.base) if place))
     model = dict(family=args.family, tokenizer=args.tokenizer, vae=args.vae, loras=args.lora)
-    checkpoint = load_checkpoint(args.ckpt, args.base, head=args.head, report=report, **model)
+    if args.head == "untrained":
+        checkpoint = untrained_checkpoint(args.base, args.capture_timestep, **model)
+    else:
+        checkpoint = load_checkpoint(args.ckpt, args.base, head=args.head, report=report, **model)
     if args.statistics:
         checkpoint = with_statistics(checkpoint, args.statistics)
     verify = None if args.no_verify else (lambda c, folder: verify_bundle(c, folder, report))
@@ -162,7 +173,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    return run_command("gd-export", lambda: run(parse(argv)), interrupted="interrupted; what was finished is kept")
+    return run_command("gd-export", lambda: run(parse(argv)), {}, interrupted="interrupted; what was finished is kept")
 
 
 if __name__ == "__main__":

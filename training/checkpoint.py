@@ -149,6 +149,18 @@ def _load_head(folder: Path) -> tuple[GroundingHead, dict[str, Any]]:
     return head.eval().requires_grad_(False), about
 
 
+def untrained_checkpoint(base: str | Path, capture_timestep: int = RELEASED_TIMESTEP, **model: Any) -> Checkpoint:
+    """A base model with a head of random weights, whose masks mean nothing: to make examples with, for a real one.
+
+    Raises:
+        CheckpointError: as `load_base`, whose further arguments `model` are; a timestep that the model does not have.
+    """
+    parts = load_base(base, **model)
+    torch.manual_seed(0)
+    head = GroundingHead(HeadConfig.for_unet(parts["unet"].config)).eval().requires_grad_(False)
+    return Checkpoint(**parts, head=head, capture_timestep=capture_timestep)
+
+
 def load_checkpoint(
     path: str | Path | None,
     base: str | Path | None = None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,19 +9,17 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
 
 from grounded_diffusion.errors import CheckpointError, UsageError
 from grounded_diffusion.training.generator.lora import fuse
 from grounded_diffusion.training.generator.single_file import SUFFIXES, load_single_file, load_vae_file
 from grounded_diffusion.training.generator.vocabulary import find_tokenizer
+from grounded_diffusion.training.hub import HUB_NAME
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 SENTENCE = "a photograph of a dog and a cat"
-LEGACY_EOS = (
-    2  # what the configurations of Stable Diffusion 1.x say; transformers then takes the highest id for the end
-)
+LEGACY_EOS = 2  # in the configurations of Stable Diffusion 1.x; transformers then takes the highest id for the end
 
 
 def first_line(error: Exception) -> str:
@@ -32,7 +29,9 @@ def first_line(error: Exception) -> str:
 def _load_module(kind: type, source: str | Path, part: str) -> torch.nn.Module:
     """One module of a model in float32. Nothing in a file is ever run as code. Raises CheckpointError."""
     try:
-        module, report = kind.from_pretrained(source, subfolder=part, output_loading_info=True)
+        # As it is without accelerate, whose other way of loading words its errors differently.
+        plain = {} if issubclass(kind, PreTrainedModel) else {"low_cpu_mem_usage": False}
+        module, report = kind.from_pretrained(source, subfolder=part, output_loading_info=True, **plain)
     except Exception as error:  # the two libraries raise a dozen kinds for unreadable files
         raise CheckpointError(f"cannot load {part} of {source}: {first_line(error)}") from None
     if missing := sorted(report["missing_keys"]):
