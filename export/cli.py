@@ -39,7 +39,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--head",
         choices=["attention", "untrained"],
         help="attention: masks from the model's own attention, without training (default where there is no --ckpt); "
-        "untrained, with --base alone: a head of random weights, whose masks mean nothing, for gd-train examples",
+        "untrained: with --base alone, a head of random weights, whose masks mean nothing, for gd-train examples",
     )
     parser.add_argument(
         "--capture-timestep", type=int, default=1, metavar="T",
@@ -72,6 +72,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.head == "untrained" and (args.ckpt or args.bundle or not args.base):
         parser.error("--head untrained goes with --base MODEL, and with neither --ckpt nor --bundle")
+    if args.statistics and (args.head or not args.ckpt):
+        parser.error("--statistics is for the trained head of a --ckpt")
     if args.bundle and not args.engine:
         parser.error("--bundle needs --engine: an exported bundle is only ever given engines")
     if args.fused and args.precision != "fp16":

@@ -156,7 +156,7 @@ def untrained_checkpoint(base: str | Path, capture_timestep: int = RELEASED_TIME
         base, model: what `load_base` takes.
 
     Raises:
-        CheckpointError: as `load_base`; a timestep that the model does not have.
+        CheckpointError: as `load_base`, whose further arguments `model` are; a timestep that the model does not have.
     """
     parts = load_base(base, **model)
     torch.manual_seed(0)

@@ -9,7 +9,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
 
 from grounded_diffusion.errors import CheckpointError, UsageError
 from grounded_diffusion.training.generator.lora import fuse
@@ -30,7 +30,7 @@ def _load_module(kind: type, source: str | Path, part: str) -> torch.nn.Module:
     """One module of a model in float32. Nothing in a file is ever run as code. Raises CheckpointError."""
     try:
         # As it is without accelerate, whose other way of loading words its errors differently.
-        plain = {"low_cpu_mem_usage": False} if issubclass(kind, diffusers.ModelMixin) else {}
+        plain = {} if issubclass(kind, PreTrainedModel) else {"low_cpu_mem_usage": False}
         module, report = kind.from_pretrained(source, subfolder=part, output_loading_info=True, **plain)
     except Exception as error:  # the two libraries raise a dozen kinds for unreadable files
         raise CheckpointError(f"cannot load {part} of {source}: {first_line(error)}") from None
