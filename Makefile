@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+TYPED  := kernels engine export
 SOURCES := pyproject.toml CMakeLists.txt constraints.txt \
 	$(shell git ls-files "grounded_diffusion/*.py" kernels engine training export bench models)
 
@@ -30,9 +31,10 @@ test: $(READY) ## run the tests against the installed package
 test-slow: $(READY) ## run the long tests: minutes and gigabytes
 	$(BIN)/pytest -m slow
 
-lint: $(READY) ## check style
+lint: $(READY) ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/ty check --python $(VENV) grounded_diffusion/*.py $(TYPED:%=grounded_diffusion/%)
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cuh' '*.cu')
 
 format: $(READY) ## repair style

@@ -21,14 +21,16 @@ from grounded_diffusion.bench.report import (
     speed_report,
     write_results,
 )
-from grounded_diffusion.bench.systems import EVERY_STEP, PEERS, missing_packages
+from grounded_diffusion.bench.systems import PEERS, missing_packages
+from grounded_diffusion.bench.work import EVERY_STEP
 from grounded_diffusion.bundle import open_bundle
 from grounded_diffusion.engine import GroundedPipeline, Options
 from grounded_diffusion.engine.backends.calibrate import calibrate
 from grounded_diffusion.engine.backends.open import BACKENDS, DEFAULT_BACKEND, backend_entry
 from grounded_diffusion.engine.checks import usable_cores
+from grounded_diffusion.engine.cli.common import run_command
 from grounded_diffusion.engine.pipeline.shipped import shipped_bundle, shipped_checkpoint
-from grounded_diffusion.errors import GroundedDiffusionError, UsageError
+from grounded_diffusion.errors import UsageError
 
 DEFAULT_STEPS, DEFAULT_SAMPLER = 20, "dpmpp-2m"
 GPU_BATCH = 16
@@ -197,7 +199,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit status of gd-bench: 0, or 1 and 2 as GroundedDiffusionError has them."""
     args = parse(argv)
     runs = {"speed": run_speed, "quality": run_quality, "grounding": run_grounding}
-    try:
+
+    def body() -> None:
         if args.kind == "quality" and (missing := missing_packages("eager")):
             raise UsageError(f"gd-bench quality needs {', '.join(missing)}: pip install 'grounded-diffusion[export]'")
         if not missing_packages("eager"):
@@ -206,10 +209,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             quiet_libraries()
         warnings.filterwarnings("ignore", module="torch|diffusers|transformers|onnxscript")
         runs[args.kind](args)
-    except GroundedDiffusionError as error:
-        print(f"gd-bench: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+
+    return run_command("gd-bench", body, {})
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from grounded_diffusion.bench.systems import EVERY_STEP, Output, Work
 from grounded_diffusion.bench.timing import repeat
+from grounded_diffusion.bench.work import EVERY_STEP, Output, Work
 from grounded_diffusion.engine import Options, Prompt
 from grounded_diffusion.errors import BackendError, UsageError
 from grounded_diffusion.export.reference import object_queries, reference_pipeline

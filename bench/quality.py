@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from grounded_diffusion.bench.systems import EVERY_STEP, Engine, Output, System, Work, open_peer, psnr
+from grounded_diffusion.bench.systems import Engine, open_peer, psnr
 from grounded_diffusion.bench.timing import Timing
+from grounded_diffusion.bench.work import EVERY_STEP, Output, System, Work
 from grounded_diffusion.engine import GroundedPipeline, Options, Prompt
 from grounded_diffusion.engine.sampling.noise import batch_normal
 from grounded_diffusion.errors import UsageError

@@ -20,12 +20,8 @@ from grounded_diffusion.bench.stages import GROUNDED, PLAIN, Stage, measure_stag
 from grounded_diffusion.bench.systems import (
     ENGINE,
     FOLDER,
-    OBJECTS,
     Engine,
     FolderEngine,
-    Output,
-    System,
-    Work,
     make_work,
     missing_packages,
     open_peer,
@@ -33,6 +29,7 @@ from grounded_diffusion.bench.systems import (
     unet_share,
 )
 from grounded_diffusion.bench.timing import alternate, clock
+from grounded_diffusion.bench.work import OBJECTS, Output, System, Work
 from grounded_diffusion.engine import GroundedPipeline, Options
 from grounded_diffusion.engine.backends.open import backend_entry
 from grounded_diffusion.engine.checks import usable_cores

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from grounded_diffusion.bench.flops import axis_sizes, count_flops
-from grounded_diffusion.bench.systems import OBJECTS, Work
 from grounded_diffusion.bench.timing import Timing, repeat
+from grounded_diffusion.bench.work import OBJECTS, Work
 from grounded_diffusion.bundle import CPU, TEXT_ENCODER, UNET, UNET_GROUNDED, VAE_DECODER
 from grounded_diffusion.engine import GroundedPipeline, Options
 from grounded_diffusion.engine.backends.onnxruntime_cpu import OnnxRuntimeBackend

@@ -9,12 +9,12 @@ import importlib.util
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from grounded_diffusion.bench.work import OBJECTS, Output, System, Work
 from grounded_diffusion.bundle import UNET, UNET_GROUNDED, Manifest
 from grounded_diffusion.engine import GroundedPipeline, Options, Prompt
 from grounded_diffusion.engine.backends.host import HostBackend
@@ -30,36 +30,8 @@ ENGINE, FOLDER = "engine", "engine, folder writer"
 PEERS = ("eager", "compile", "onnxruntime")
 NEEDED = ("torch", "diffusers", "transformers")
 FALLBACK_NAMES = ("dog", "cat")
-OBJECTS = 2  # to a prompt
 SEED = 31
-EVERY_STEP = (0.0, 1.0)  # guidance_interval of plain classifier-free guidance
 WRITER_THREADS = 2
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Work:
-    """One round: n prompts of OBJECTS objects each, and noise [n,4,h,w] to start from."""
-
-    prompts: tuple[Prompt, ...]
-    noise: np.ndarray
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Output:
-    """images uint8 [n,H,W,3], masks bool [n,O,H,W]."""
-
-    images: np.ndarray
-    masks: np.ndarray
-
-
-class System(Protocol):
-    """One way of making images with masks."""
-
-    name: str
-
-    def run(self, work: Work) -> Output:
-        """All images of a round with the masks of their objects."""
-        ...
 
 
 def psnr(images: np.ndarray, others: np.ndarray) -> np.ndarray:

@@ -1,10 +1,9 @@
 """The runtime: prompts in, images with masks out. Never imports torch.
 
-
-Names are loaded when they are first used, so that a command which needs no model loads none.
+The names below are loaded when they are asked for, so that a command that makes no images loads no pipeline.
 """
 
-import importlib
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,26 +22,28 @@ __all__ = [
     "DatasetResult", "Filters", "FormatOptions", "GroundedPipeline", "ObjectMask", "Options", "Progress", "Prompt",
     "RunConfig", "Sample", "make_dataset", "read_prompts",
 ]  # fmt: skip
-PLACES = {
-    "dataset.formats.options": ("FormatOptions",),
-    "pipeline.pipeline": ("GroundedPipeline",),
-    "prompts.file": ("read_prompts",),
-    "prompts.prompt": ("Prompt",),
-    "runs.config": ("RunConfig",),
-    "runs.filters": ("Filters",),
-    "runs.make": ("DatasetResult", "make_dataset"),
-    "runs.progress": ("Progress",),
-    "sampling.options": ("Options",),
-    "sampling.sample": ("ObjectMask", "Sample"),
+_HOMES = {
+    "DatasetResult": "runs.make",
+    "Filters": "runs.filters",
+    "FormatOptions": "dataset.formats.options",
+    "GroundedPipeline": "pipeline.pipeline",
+    "ObjectMask": "sampling.sample",
+    "Options": "sampling.options",
+    "Progress": "runs.progress",
+    "Prompt": "prompts.prompt",
+    "RunConfig": "runs.config",
+    "Sample": "sampling.sample",
+    "make_dataset": "runs.make",
+    "read_prompts": "prompts.file",
 }
 
 
 def __getattr__(name: str) -> Any:
-    for module, names in PLACES.items():
-        if name in names:
-            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return value
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return sorted({*globals(), *__all__})

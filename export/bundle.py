@@ -26,9 +26,9 @@ from grounded_diffusion.bundle import (
 from grounded_diffusion.errors import UsageError
 from grounded_diffusion.export.cpu import cut_context, for_cpu, share_halves
 from grounded_diffusion.export.graphs import latent_multiple, trace, without_grounding
+from grounded_diffusion.export.rewrites.winograd import LARGEST, winograd
 from grounded_diffusion.export.staging import check_output, staged
 from grounded_diffusion.export.weights import WeightStore
-from grounded_diffusion.export.winograd import LARGEST, winograd
 from grounded_diffusion.training.checkpoint import Checkpoint
 
 MAKERS = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir")
@@ -127,8 +127,9 @@ def export_bundle(
     Args:
         checkpoint: what to export.
         out: the bundle's directory; must be absent or empty, or hold a bundle where `overwrite` is true.
-        precision: "fp32" or "fp16"; see export/half.py.
-        fused: also write FP16 graphs of ONNX Runtime's fused operators, for its CUDA provider; see export/fused.py.
+        precision: "fp32" or "fp16"; see export/rewrites/half.py.
+        fused: also write FP16 graphs of ONNX Runtime's fused operators, for its CUDA provider; see
+            export/rewrites/fused.py.
         verify: called with the checkpoint and the finished directory before it appears at `out`; what it raises
             leaves no bundle.
         report: told, in one line each, what is going on.

@@ -9,8 +9,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from grounded_diffusion.errors import GroundedDiffusionError
+from grounded_diffusion.engine.cli.common import run_command
 from grounded_diffusion.export import engine_cli
+from grounded_diffusion.files import local_path
 
 DESCRIPTION = "Export a grounded checkpoint as a bundle that gd-infer runs without torch, and verify it."
 BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -26,7 +27,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--base", help="for a .pth: its Stable Diffusion 1.x model, a diffusers-format directory or a hub name"
     )
-    parser.add_argument("--out", type=Path, help="the bundle's directory, made by this command")
+    parser.add_argument("--out", type=local_path, help="the bundle's directory, made by this command")
     parser.add_argument(
         "--precision",
         choices=["fp32", "fp16"],
@@ -114,15 +115,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    try:
-        run(parse(argv))
-    except GroundedDiffusionError as error:
-        print(f"gd-export: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("gd-export: interrupted; what was finished is kept", file=sys.stderr)
-        return 130
-    return 0
+    return run_command("gd-export", lambda: run(parse(argv)), interrupted="interrupted; what was finished is kept")
 
 
 if __name__ == "__main__":

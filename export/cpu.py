@@ -12,7 +12,7 @@ import onnx_ir
 from onnx_ir.passes import common as passes
 
 from grounded_diffusion.bundle import SHARED_ROWS
-from grounded_diffusion.export.rewrite import (
+from grounded_diffusion.export.rewrites.nodes import (
     ONE_TO_ONE,
     add,
     after,
@@ -146,7 +146,9 @@ def scale_norms(model: onnx_ir.Model) -> None:
     for norm in nodes(model, "InstanceNormalization"):
         scaled = only_user(reshaped := only_user(norm))
         shifted = only_user(scaled)
-        if shifted is None or [reshaped.op_type, scaled.op_type, shifted.op_type] != ["Reshape", "Mul", "Add"]:
+        if not (reshaped and scaled and shifted):
+            continue
+        if [reshaped.op_type, scaled.op_type, shifted.op_type] != ["Reshape", "Mul", "Add"]:
             continue
         vectors = [node.inputs[1].const_value.numpy().reshape(-1) for node in (scaled, shifted)]
         vectors += [np.zeros_like(vectors[0]), np.ones_like(vectors[0])]

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from grounded_diffusion.bundle import GRAPHS, open_bundle
 from grounded_diffusion.engine.backends.tensorrt.spec import Bucket, load_module, target
 from grounded_diffusion.engine.backends.tensorrt.store import OBJECTS
+from grounded_diffusion.engine.cli.common import parse_size
 
 
 def whole_numbers(text: str) -> list[int]:
@@ -23,14 +24,6 @@ def whole_numbers(text: str) -> list[int]:
     if not numbers or min(numbers) < 1:
         raise argparse.ArgumentTypeError(f"write positive whole numbers with commas, such as 1,8, not {text!r}")
     return numbers
-
-
-def image_size(text: str) -> tuple[int, int]:
-    """HxW."""
-    parts = text.lower().split("x")
-    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
-        raise argparse.ArgumentTypeError(f"write height and width as 512x512, not {text!r}")
-    return int(parts[0]), int(parts[1])
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +38,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--objects", type=int, default=OBJECTS, help="objects per image; fewer are padded (default: %(default)s)"
     )
-    group.add_argument("--size", type=image_size, help="image size as HxW (default: the bundle's)")
+    group.add_argument("--size", type=parse_size, help="image size, 512 or HEIGHTxWIDTH (default: the bundle's)")
     group.add_argument(
         "--guided-only", action="store_true", help="leave out the UNet without guidance, for the steps that have none"
     )

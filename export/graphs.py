@@ -24,8 +24,8 @@ from torch import nn
 from torch.export import Dim
 
 from grounded_diffusion.bundle import GRAPH_IO, TEXT_ENCODER, UNET, UNET_GROUNDED, VAE_DECODER
-from grounded_diffusion.export.fused import fuse_silu, fused
-from grounded_diffusion.export.half import to_half
+from grounded_diffusion.export.rewrites.fused import fuse_silu, fused
+from grounded_diffusion.export.rewrites.half import to_half
 from grounded_diffusion.training.checkpoint import Checkpoint
 from grounded_diffusion.training.head.folded import fold
 from grounded_diffusion.training.head.taps import Taps
@@ -207,7 +207,7 @@ def quiet():
 def trace(checkpoint: Checkpoint, graph: str, precision: str = "fp32", cuda: bool = False) -> onnx_ir.Model:
     """One graph as an ONNX model in memory, of "fp32" (its weights are still the torch tensors) or "fp16" precision.
 
-    `cuda` makes it one of ONNX Runtime's fused operators, see export/fused.py.
+    `cuda` makes it one of ONNX Runtime's fused operators, see export/rewrites/fused.py.
     """
     multiple = 2 * latent_multiple(checkpoint)
     inputs = example_inputs(

@@ -4,46 +4,46 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from grounded_diffusion.bundle import MANIFEST
-from grounded_diffusion.errors import UsageError
+from grounded_diffusion.bundle import MANIFEST, read_manifest
+from grounded_diffusion.engine.backends.tensorrt.store import PACKAGES, PLAN, SIDECAR, read_sidecar
+from grounded_diffusion.errors import BackendError, BundleError, UsageError
+from grounded_diffusion.files import check_folder, fresh_folder, readable_errors
 
 
 def check_output(out: Path, overwrite: bool) -> None:
     """Raise UsageError unless a bundle can be written at `out`. Only an earlier bundle is ever replaced."""
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file; give --out a directory that does not exist yet")
-    if out.is_dir() and any(out.iterdir()):
-        if not overwrite:
-            raise UsageError(f"{out} is not empty; give another --out, or --overwrite to replace the bundle there")
-        if not (out / MANIFEST).is_file():
-            raise UsageError(f"{out} is not empty and holds no bundle, so it is not replaced; give another --out")
-    parent = next(p for p in out.absolute().parents if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise UsageError(f"cannot write to {parent}; give --out a place you may write to")
+    with readable_errors(out):
+        if out.is_dir() and any(out.iterdir()):
+            if not files_of_bundle(out):
+                raise UsageError(f"{out} is not empty and holds no bundle, so it is not replaced; give another --out")
+            if not overwrite:
+                raise UsageError(f"{out} is not empty; give another --out, or --overwrite to replace the bundle there")
+        check_folder(out, overwrite, files_of_bundle)
+        parent = next(p for p in out.absolute().parents if p.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            raise UsageError(f"cannot write to {parent}; give --out a place you may write to")
+
+
+def files_of_bundle(path: Path) -> set[str]:
+    """The files that a bundle's manifest and the descriptions of its engines name; none where there is no bundle."""
+    try:
+        names = {MANIFEST, *read_manifest(path).files}
+    except (BundleError, TypeError):
+        return set()
+    for backend in PACKAGES:
+        for file in (path / "engines" / backend).glob(f"*/{SIDECAR}"):
+            with contextlib.suppress(BackendError):
+                read_sidecar(file.parent)
+                names |= {file.with_name(name).relative_to(path).as_posix() for name in (PLAN, SIDECAR)}
+    return names
 
 
 @contextlib.contextmanager
 def staged(out: Path) -> Iterator[Path]:
-    """A temporary directory beside `out` that becomes `out` when all goes well and vanishes when not."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    except OSError as error:
-        raise UsageError(f"cannot write to {out.parent}: {error.strerror}") from None
-    try:
+    """A temporary directory beside `out` that becomes `out` when all goes well, in the place of a bundle, and vanishes
+    when not. Raises UsageError as `check_output` does."""
+    with fresh_folder(out, True, files_of_bundle) as work:
         yield work
-        work.chmod(0o755)
-        old = None
-        if out.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent))
-            out.rename(old / "bundle")
-        work.rename(out)
-        if old:
-            shutil.rmtree(old)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)

@@ -18,9 +18,9 @@ from grounded_diffusion.bundle import CPU, CUDA, GRAPH_IO, GRAPHS, Bundle, open_
 from grounded_diffusion.engine import GroundedPipeline, Prompt
 from grounded_diffusion.engine.backends.onnxruntime_cpu import DTYPES, WEIGHTS_FOLDER, OnnxRuntimeBackend
 from grounded_diffusion.errors import ParityError
-from grounded_diffusion.export.fused import as_standard
 from grounded_diffusion.export.graphs import MODULES, Sizes, example_inputs, latent_multiple
 from grounded_diffusion.export.reference import generate
+from grounded_diffusion.export.rewrites.fused import as_standard
 from grounded_diffusion.training.checkpoint import Checkpoint
 
 GUIDANCE_SCALE = 7.5

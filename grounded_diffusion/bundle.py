@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from grounded_diffusion.errors import BundleError
+from grounded_diffusion.files import replace_file
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -127,13 +127,8 @@ def sha256(path: Path) -> str:
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Write `manifest.json` atomically; the last step of making a bundle."""
-    temporary = path / (MANIFEST + ".tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        json.dump(asdict(manifest), stream, indent=1, sort_keys=True)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path / MANIFEST)
+    """Write `manifest.json` whole; the last step of making a bundle."""
+    replace_file(path / MANIFEST, json.dumps(asdict(manifest), indent=1, sort_keys=True).encode())
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -144,7 +139,7 @@ def read_manifest(path: Path) -> Manifest:
     if not file.is_file():
         raise BundleError(f"{path} has no {MANIFEST}, so its export did not finish; run gd-export again")
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
+        raw: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         schema = raw["schema"]
     except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise BundleError(f"{file} is not a manifest ({error}); run gd-export again") from None
@@ -157,7 +152,8 @@ def read_manifest(path: Path) -> Manifest:
     if unknown := sorted(raw.keys() - known):
         raise BundleError(f"{file} has unknown fields {', '.join(unknown)}; run gd-export again")
     try:
-        return Manifest(**{**raw, "image_size": tuple(raw["image_size"])})
+        raw["image_size"] = tuple(raw["image_size"])
+        return Manifest(**raw)
     except (TypeError, KeyError) as error:
         raise BundleError(f"{file} lacks a field ({error}); run gd-export again") from None
 

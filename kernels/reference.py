@@ -15,20 +15,19 @@ def cfg_step(
     noise: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """New latents [B, ...], next input (as many rows as `model_output`) and new history [K, B, ...], all float64."""
-    output, x = np.float64(model_output), np.float64(latents)
+    output, x = model_output.astype(np.float64), latents.astype(np.float64)
+    kept = None if history is None else history.astype(np.float64)
     if step.guidance_scale is not None:
         uncond, cond = np.split(output, 2)
         output = uncond + step.guidance_scale * (cond - uncond)
     m = step.cx * x + step.co * output
     new = step.a * x + step.b[0] * m
     for k, weight in enumerate(step.b):
-        if k and weight:
-            new = new + weight * np.float64(history[(step.head - k) % len(history)])
-    if step.n:
-        new = new + step.n * np.float64(noise)
-    kept = None
-    if history is not None:
-        kept = np.float64(history)
+        if k and weight and kept is not None:
+            new = new + weight * kept[(step.head - k) % len(kept)]
+    if step.n and noise is not None:
+        new = new + step.n * noise.astype(np.float64)
+    if kept is not None:
         kept[step.head] = m
     copies = 1 if step.guidance_scale is None else 2
     return new, np.concatenate([new * step.next_scale] * copies), kept
@@ -44,7 +43,7 @@ def upsample(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         weight = source - first
         if axis == -2:
             weight = weight[:, None]
-        logits = np.float64(logits)
+        logits = logits.astype(np.float64)
         logits = (1.0 - weight) * logits.take(first, axis) + weight * logits.take(second, axis)
     return logits
 
@@ -87,6 +86,6 @@ def image_epilogue(image: np.ndarray) -> np.ndarray:
 
     In float32, as diffusers does it: which side of a half a value falls on is part of the definition.
     """
-    x = np.nan_to_num(np.float32(image), nan=-1.0, posinf=1.0, neginf=-1.0)
+    x = np.nan_to_num(image.astype(np.float32), nan=-1.0, posinf=1.0, neginf=-1.0)
     x = np.clip(x * np.float32(0.5) + np.float32(0.5), 0.0, 1.0)
     return (x * np.float32(255.0)).round().astype(np.uint8).transpose(0, 2, 3, 1)

@@ -1,10 +1,19 @@
 """Fixtures that several folders' tests share: a tiny checkpoint and the bundle exported from it."""
 
 import os
+import sys
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+
+import grounded_diffusion  # noqa: F401 - found while the checkout is on the path
+
+# `python -m pytest` puts the checkout on the path, and there its folder kernels/ would pass for the package of that
+# name which transformers uses where it is installed. Ours are all below grounded_diffusion.
+CHECKOUT = Path(__file__).resolve().parents[1]
+sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != CHECKOUT]
 
 TINY_CORPUS = (
     "a photograph of a dog and a cat on a red background next to an aeroplane with a potted plant near the "

@@ -144,3 +144,16 @@ def test_the_page_on_python(shipped, capsys):
     said = capsys.readouterr().out
     assert "4 of 4 samples, nothing refused" in said and "4/4, " in said and "(64, 64, 3)" in said
     assert {path.name for path in shipped.iterdir()} == {"pets", "shared", "more"}
+
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_name_what_is_there(page):
+    """Every link within the repository, and every source file in backquotes."""
+    text = page.read_text(encoding="utf-8")
+    links = {page.parent / link.partition("#")[0] for link in re.findall(r"\]\(([^):]+)\)", text)}
+    folders = "bench|engine|export|grounded_diffusion|kernels|tests|training"
+    files = {ROOT / name for name in re.findall(rf"`((?:{folders})/[\w/.-]+)`", text)}
+    assert [str(path) for path in sorted(links | files) if not path.exists()] == []

@@ -2,11 +2,15 @@
 
 import importlib
 import json
+import os
 import subprocess
 import sys
+import tarfile
+import zipfile
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import grounded_diffusion
@@ -61,10 +65,68 @@ def test_a_model_whose_training_goes_on_is_not_installed():
 def test_the_engine_imports_light_and_fast(folder, tmp_path):
     """Also where a checkout's own folders come first on the path."""
     code = (
-        "import time; start = time.perf_counter(); import grounded_diffusion.engine, sys; "
+        "import sys, time; start = time.perf_counter(); from grounded_diffusion.engine import GroundedPipeline; "
         "print(time.perf_counter() - start, *({'torch', 'diffusers', 'transformers', 'onnxruntime'} & {*sys.modules}))"
     )
     result = run(sys.executable, "-c", code, cwd=ROOT if folder == "checkout" else tmp_path)
     assert result.returncode == 0, result.stderr
     seconds, *heavy = result.stdout.split()
     assert float(seconds) < 1 and not heavy
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """An sdist of the checkout, a wheel made of the sdist and one made of the checkout itself."""
+    out = tmp_path_factory.mktemp("built")
+    build = lambda *arguments: subprocess.run([sys.executable, "-m", "build", *arguments], check=True, text=True)
+    build("--outdir", str(out), str(ROOT))  # the sdist, and from it the wheel
+    build("--wheel", "--outdir", str(out / "direct"), str(ROOT))
+    (sdist,), (wheel,), (direct,) = out.glob("*.tar.gz"), out.glob("*.whl"), (out / "direct").glob("*.whl")
+    return sdist, wheel, direct
+
+
+def files_of(archive: Path) -> list[str]:
+    """Names of the files in an sdist, below its folder, or in a wheel, without its metadata."""
+    if archive.suffix == ".whl":
+        return sorted(name for name in zipfile.ZipFile(archive).namelist() if ".dist-info/" not in name)
+    with tarfile.open(archive) as tar:
+        members = tar.getmembers()
+    assert all(member.isfile() for member in members), "no links: not every system can unpack them"
+    return sorted(member.name.partition("/")[2] for member in members)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="git knows the files of a checkout")
+def test_sdist_and_wheels_hold_every_file_once(built):
+    sdist, wheel, direct = map(files_of, built)
+    folders = ("grounded_diffusion", "engine", "kernels", "export", "training", "bench", "models")
+    tracked = subprocess.run(["git", "ls-files", *folders], cwd=ROOT, capture_output=True, text=True, check=True)
+    ours = [name for name in tracked.stdout.splitlines() if (ROOT / name).is_file()]
+    wanted = sorted(name if name.startswith("grounded_diffusion/") else f"grounded_diffusion/{name}" for name in ours)
+    assert [name for name in sdist if name.split("/")[0] in folders] == wanted
+    assert wheel == direct
+    compiled = [name for name in wheel if name.startswith("grounded_diffusion/_kernels.") and name[-1] != "i"]
+    assert len(compiled) == 1
+    assert sorted({*wheel} - {*compiled}) == [name for name in wanted if Path(name).suffix not in (".cpp", ".cmake")]
+
+
+@pytest.mark.slow
+def test_a_wheel_from_the_sdist_works(built, tmp_path):
+    _, wheel, _ = built
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    code = """
+import numpy as np, grounded_diffusion
+from grounded_diffusion.engine import Options
+from grounded_diffusion.kernels import image_epilogue
+from grounded_diffusion.kernels.cuda.nvrtc import STEMS, source
+assert all(source(stem) for stem in STEMS)
+assert image_epilogue(np.ones((1, 3, 2, 2), np.float32)).min() == 255
+print(grounded_diffusion.__file__)
+"""
+    path = os.pathsep.join([str(tmp_path / "site"), str(Path(np.__file__).parents[1])])
+    result = subprocess.run(
+        [sys.executable, "-S", "-c", code],  # without site no editable installation comes first
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert Path(result.stdout.strip()).is_relative_to(tmp_path)

@@ -28,6 +28,10 @@ from grounded_diffusion.training.head.head import GroundingHead, HeadConfig, loa
 HEAD = "grounding_head"
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+SENTENCE = "a photograph of a dog and a cat"
+LEGACY_EOS = (
+    2  # what the configurations of Stable Diffusion 1.x say; transformers then takes the highest id for the end
+)
 RELEASED_TIMESTEP = 1  # the last of 50 leading-spaced DDIM steps with steps_offset 1
 RELEASED_TEMPLATE = "a photograph of a {}"
 
@@ -166,9 +170,35 @@ def load_base(source: str | Path) -> dict[str, Any]:
         parts["tokenizer"] = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer")
     except Exception as error:
         raise CheckpointError(f"cannot load tokenizer of {source}: {_first_line(error)}") from None
+    check_tokenizer(source, parts["tokenizer"], parts["text_encoder"].config)
     parts["scheduler"] = _load_scheduler(source)
     check_family(source, parts["unet"], parts["vae"], parts["text_encoder"])
     return parts
+
+
+def check_tokenizer(source: str | Path, tokenizer: CLIPTokenizer, config: Any) -> None:
+    """Raise CheckpointError unless the tokenizer is the one that the text encoder was trained with.
+
+    A tokenizer that lacks its files loads all the same, and turns every prompt into the same tokens.
+    """
+    if len(tokenizer) != config.vocab_size:
+        told = f"knows {len(tokenizer)} tokens, its text encoder {config.vocab_size}"
+    elif (found := special_tokens(tokenizer, config))[0] != found[1]:
+        told = f"begins and ends a text with the tokens {found[0]}, its text encoder with {found[1]}"
+    else:
+        ids = tokenizer(SENTENCE, add_special_tokens=False)["input_ids"]
+        if tokenizer.decode(ids).split() == SENTENCE.split() and len(ids) < len(SENTENCE.replace(" ", "")):
+            return
+        told = f"reads {SENTENCE!r} as {tokenizer.decode(ids)!r} in {len(ids)} tokens"
+    raise CheckpointError(f"the tokenizer of {source} {told}; restore the files in its folder tokenizer/")
+
+
+def special_tokens(tokenizer: CLIPTokenizer, config: Any) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(begin, end) of the tokenizer, and of its text encoder."""
+    own = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if config.eos_token_id == LEGACY_EOS:  # then the begin is not to be trusted either
+        return own, (config.vocab_size - 2, config.vocab_size - 1)
+    return own, (config.bos_token_id, config.eos_token_id)
 
 
 def check_family(source: str | Path, unet, vae, text_encoder) -> None:

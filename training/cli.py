@@ -6,7 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from grounded_diffusion.errors import GroundedDiffusionError
+from grounded_diffusion.errors import GroundedDiffusionError, UsageError
+from grounded_diffusion.files import os_error_line
 
 STAGES = {
     "base": "autoencoder, then UNet and text encoder",
@@ -80,6 +81,9 @@ def main(argv: list[str] | None = None) -> int:
     except GroundedDiffusionError as error:
         print(f"gd-train: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        print(f"gd-train: {os_error_line(error)}", file=sys.stderr)
+        return UsageError.exit_code
     except KeyboardInterrupt:
         print("gd-train: interrupted; the same command goes on from the last saved step", file=sys.stderr)
         return 130

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from grounded_diffusion.files import writing
 from grounded_diffusion.training.emoji.config import StageConfig
 from grounded_diffusion.training.optim import Muon
 
@@ -86,6 +87,6 @@ def train(
             state = dict(
                 module=module.state_dict(), average=average.state_dict(), optimizer=optimizer.state_dict(), step=done
             )
-            torch.save(state, state_file.with_suffix(".tmp"))
-            state_file.with_suffix(".tmp").replace(state_file)
+            with writing(state_file) as stream:
+                torch.save(state, stream)
     return average.eval()

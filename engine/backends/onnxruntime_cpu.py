@@ -35,7 +35,8 @@ class Projection:
         self._own = threading.local()  # .context, and .made of it
 
     def __call__(self, context: np.ndarray) -> Arrays:
-        if not np.array_equal(getattr(self._own, "context", None), context):
+        known = getattr(self._own, "context", None)
+        if known is None or not np.array_equal(known, context):
             made = self.session.run(self.outputs, {"context": np.ascontiguousarray(context, np.float32)})
             self._own.context, self._own.made = context.copy(), dict(zip(self.outputs, made, strict=True))
         return self._own.made

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import NoReturn
 
 from grounded_diffusion.errors import GroundedDiffusionError, UsageError
+from grounded_diffusion.files import os_error_line
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
@@ -20,12 +21,21 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; see {self.prog} --help")
 
 
+def parse_size(text: str) -> tuple[int, int]:
+    """ "512" or "512x768" -> (height, width)."""
+    if not (match := re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; give pixels, as in 512, or HEIGHTxWIDTH")
+    return int(match[1]), int(match[2] or match[1])
+
+
 def note(command: str, line: str) -> None:
     """One line to the person who waits."""
     print(f"{command}: {line}", file=sys.stderr, flush=True)
 
 
-def run_command(command: str, body: Callable[[], int | None], flags: Mapping[str, str] | None = None) -> int:
+def run_command(
+    command: str, body: Callable[[], int | None], flags: Mapping[str, str] | None = None, interrupted: str = ""
+) -> int:
     """Run a command; what goes wrong on purpose becomes one line and its exit status.
 
     Args:
@@ -33,13 +43,19 @@ def run_command(command: str, body: Callable[[], int | None], flags: Mapping[str
         body: what it does; returns the exit status, None for 0.
         flags: the options whose names are not those of the fields that they set. None where the command's errors name
             no fields.
+        interrupted: what to say after Ctrl-C, if anything.
     """
     try:
         return body() or 0
     except GroundedDiffusionError as error:
         note(command, str(error) if flags is None else in_flags(error, flags))
         return error.exit_code
+    except OSError as error:  # a folder that may not be read, say: whatever nobody has put into words before
+        note(command, os_error_line(error))
+        return UsageError.exit_code
     except KeyboardInterrupt:
+        if interrupted:
+            note(command, interrupted)
         return INTERRUPTED
 
 

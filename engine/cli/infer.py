@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import argparse
 import functools
-import re
 import sys
 import warnings
 from dataclasses import fields
 from pathlib import Path
+from typing import TextIO
 
 from grounded_diffusion import __version__
 from grounded_diffusion.engine.backends.open import BACKENDS, DEFAULT_BACKEND
 from grounded_diffusion.engine.cli import common
+from grounded_diffusion.engine.cli.common import parse_size
 from grounded_diffusion.engine.cli.options import (
     add_filter_options,
     add_format_options,
@@ -58,13 +59,6 @@ space, and the same command goes on; 2 an option, prompt or output cannot be use
 """
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    """ "512" or "512x768" -> (height, width)."""
-    if not (match := re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size; give pixels, as in 512, or HEIGHTxWIDTH")
-    return int(match[1]), int(match[2] or match[1])
-
-
 def build_parser() -> common.Parser:
     default = Options()
     parser = common.Parser(
@@ -89,7 +83,7 @@ def build_parser() -> common.Parser:
     )
     what.add_argument("--seed", type=int, default=default.seed, help=f"seed of the data set (default: {default.seed})")
     what.add_argument(
-        "--overwrite", action="store_true", help="remove all that is in --out, if a run of ours, and start anew"
+        "--overwrite", action="store_true", help="replace another run of ours in --out; this very run goes on"
     )
     what.add_argument(
         "--dry-run", action="store_true", help="tell what would be made, how long it takes and how much it is"
@@ -170,6 +164,18 @@ def config_of(args: argparse.Namespace) -> RunConfig:
 note = functools.partial(common.note, "gd-infer")
 
 
+def show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """A warning in one line; its arguments are those of `warnings.showwarning`."""
+    note(f"warning: {message}")
+
+
 def run(args: argparse.Namespace, stop: Stop) -> int:
     """The whole command; returns the exit status."""
     config = config_of(args)
@@ -194,7 +200,7 @@ def report(run: Run, result: DatasetResult) -> int:
     """Say what came of it; returns the exit status."""
     if not result.finished:
         there, shards = len(finished_shards(run.storage)), len(run.shards)
-        print(f"{run.config.shard}: all of its {shards} shards are made; {there} of the run's {run.plan.shards} are")
+        print(f"{run.config.share}: all of its {shards} shards are made; {there} of the run's {run.plan.shards} are")
         return LOST if result.accepted < result.samples else 0
     of = "" if result.accepted == result.samples else f" of {result.samples}"
     look = f"; look at {result.path}/index.html" if run.storage.exists("index.html") else ""
@@ -213,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
     def body() -> int:
         with Stop() as stop, warnings.catch_warnings():
             warnings.simplefilter("once", UserWarning)
-            warnings.showwarning = lambda message, *_, **__: note(f"warning: {message}")
+            warnings.showwarning = show_warning  # ty: ignore[invalid-assignment]
             return run(build_parser().parse_args(argv), stop)
 
     return common.run_command("gd-infer", body, FLAGS)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import fields
-from pathlib import Path
+from typing import Any
 
 from grounded_diffusion.engine.dataset.formats import FormatOptions
 from grounded_diffusion.engine.runs.filters import Filters
+from grounded_diffusion.files import local_path
 
 
 def add_format_options(parser: argparse.ArgumentParser, *, band: bool) -> None:
@@ -36,7 +37,8 @@ def add_format_options(parser: argparse.ArgumentParser, *, band: bool) -> None:
 
 def format_options_of(args: argparse.Namespace) -> FormatOptions:
     """What a command line asks of the format. Raises UsageError."""
-    return FormatOptions(**{field.name: getattr(args, field.name, None) for field in fields(FormatOptions)})
+    given: dict[str, Any] = {field.name: getattr(args, field.name, None) for field in fields(FormatOptions)}
+    return FormatOptions(**given)
 
 
 def add_filter_options(parser: argparse.ArgumentParser) -> None:
@@ -64,9 +66,9 @@ def filters_of(args: argparse.Namespace) -> Filters:
 def add_monitor_options(parser: argparse.ArgumentParser) -> None:
     """What is seen of a run from outside, as a group."""
     group = parser.add_argument_group("seen from outside")
-    group.add_argument("--log", type=Path, metavar="FILE", help="append a structured log, one JSON object a line")
+    group.add_argument("--log", type=local_path, metavar="FILE", help="append a structured log, one JSON object a line")
     group.add_argument(
-        "--metrics-file", type=Path, metavar="FILE",
+        "--metrics-file", type=local_path, metavar="FILE",
         help="keep a Prometheus text file there, as node_exporter's textfile collector reads it (*.prom)",
     )  # fmt: skip
     group.add_argument(

@@ -9,12 +9,11 @@ from __future__ import annotations
 import argparse
 import hashlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from grounded_diffusion import __version__
 from grounded_diffusion.engine.cli import common
-from grounded_diffusion.engine.dataset.storage.atomic import readable_errors, replace_file
 from grounded_diffusion.engine.prompts.prompt import MAX_COUNT, Prompt, to_line
 from grounded_diffusion.engine.prompts.vocabulary import (
     BUILT_IN,
@@ -25,6 +24,7 @@ from grounded_diffusion.engine.prompts.vocabulary import (
     read_pairs,
 )
 from grounded_diffusion.errors import UsageError
+from grounded_diffusion.files import check_target, local_path, readable_errors, replace_file
 
 TEMPLATES = ("a photograph of a {}", "a photograph of a {} and a {}")  # the paper's, for one name and for two
 
@@ -59,7 +59,7 @@ def build_parser() -> common.Parser:
         "--templates", type=Path, metavar="FILE", help=f"your own templates (default: {TEMPLATES[0]!r})"
     )
     parser.add_argument("--shuffle-seed", type=int, metavar="N", help="a line an image, in mixed order")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="prompt file to write")
+    parser.add_argument("--out", type=local_path, required=True, metavar="FILE", help="prompt file to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the file")
     return parser
 
@@ -77,7 +77,7 @@ def read_templates(path: Path) -> tuple[list[str], list[str]]:
     return found[1], found[2]
 
 
-def spread(words: list[tuple[str, ...]], templates: list[str], count: int) -> Iterator[Prompt]:
+def spread(words: Sequence[tuple[str, ...]], templates: list[str], count: int) -> Iterator[Prompt]:
     """Prompts with their counts: `count` images of each entry, spread over the templates, the first ones taking the
     rest."""
     for names in words:
@@ -88,7 +88,7 @@ def spread(words: list[tuple[str, ...]], templates: list[str], count: int) -> It
 
 def shuffled(prompts: list[Prompt], seed: int) -> list[Prompt]:
     """One prompt an image, ordered by a hash of seed and place: the same on every machine and Python."""
-    singles = [Prompt(prompt.text, prompt.objects, count=1) for prompt in prompts for _ in range(prompt.count)]
+    singles = [Prompt(prompt.text, prompt.objects, count=1) for prompt in prompts for _ in range(prompt.count or 1)]
     order = [hashlib.sha256(f"{seed}:{k}".encode()).digest() for k in range(len(singles))]
     return [singles[k] for k in sorted(range(len(singles)), key=order.__getitem__)]
 
@@ -100,6 +100,15 @@ def choose_vocabulary(args: argparse.Namespace) -> Vocabulary:
     return Vocabulary(known.names, read_pairs(args.pairs, known.names)) if args.pairs else known
 
 
+def check_replaced(args: argparse.Namespace) -> None:
+    """Raise UsageError where --out is a file that is no prompt file, or one that this command reads."""
+    if args.out.exists():
+        check_target(args.out, "out", (".jsonl", ".txt"))
+        for given in (args.names, args.pairs, args.templates):
+            if given is not None and Path(given).exists() and args.out.samefile(given):
+                raise UsageError(f"--out {args.out} is one of the files to read; give it another name")
+
+
 def run(args: argparse.Namespace) -> None:
     for name in ("per_name", "per_pair"):
         if not 0 <= getattr(args, name) <= MAX_COUNT:
@@ -107,6 +116,7 @@ def run(args: argparse.Namespace) -> None:
             raise UsageError(f"{option} must be from 0 to {MAX_COUNT}, not {getattr(args, name)}")
     if args.out.is_dir() or (args.out.exists() and not args.overwrite):
         raise UsageError(f"{args.out} exists; choose another --out" + ("" if args.out.is_dir() else ", or --overwrite"))
+    check_replaced(args)
     vocabulary = choose_vocabulary(args)
     single, double = read_templates(args.templates) if args.templates else ([TEMPLATES[0]], [TEMPLATES[1]])
     names = [(name,) for name in vocabulary.names] if args.per_name else []

@@ -3,21 +3,19 @@ of samples. Needs the shards' records only, so it works for every format; the sh
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from grounded_diffusion.bundle import MANIFEST, SHIPPED, read_manifest, sha256
 from grounded_diffusion.cache import cache_folder
-from grounded_diffusion.engine.dataset.runfile import RUN, SUMMARY, read_json
-from grounded_diffusion.engine.dataset.shards import FINISHED, Rows, finished_shards
+from grounded_diffusion.engine.dataset.formats.common import yaml_string
+from grounded_diffusion.engine.dataset.runfile import INFER, SUMMARY, read_about, read_json
+from grounded_diffusion.engine.dataset.shards import Recording, Rows, finished_shards, note_files
 from grounded_diffusion.engine.dataset.sheet import choose, draw_sheet
-from grounded_diffusion.engine.dataset.storage.base import Storage
+from grounded_diffusion.engine.dataset.storage.base import FINISHED, Storage
 from grounded_diffusion.engine.dataset.storage.open import open_storage
-from grounded_diffusion.engine.dataset.verify import MARKER
 from grounded_diffusion.engine.prompts.vocabulary import EMOJI_NAMES
 from grounded_diffusion.errors import UsageError
 
@@ -82,7 +80,7 @@ class Contents:
 
 
 def write_card(
-    path: Path,
+    path: str,
     *,
     title: str | None = None,
     license: str | None = None,
@@ -92,7 +90,7 @@ def write_card(
     """Write the card of a finished data set, and its sheet in the format "folder".
 
     Args:
-        path: what gd-infer, gd-dataset convert or gd-dataset merge wrote.
+        path: folder or URL of what gd-infer, gd-dataset convert or gd-dataset merge wrote.
         title: None takes the folder's name.
         license: for the YAML, in the hub's spelling, as in "cc-by-4.0"; the choice is the user's.
         model: the bundle; None looks for the shipped model's.
@@ -101,42 +99,36 @@ def write_card(
     Raises:
         UsageError: not a finished data set, a file that cannot be read, or another README.md.
     """
-    storage = open_storage(path)
-    finished, run = read_json(storage, FINISHED), read_json(storage, RUN) or {}
-    if not finished:
+    recording = Recording(open_storage(path))
+    storage = cast(Storage, recording)
+    about = read_about(storage)
+    if not about or not storage.exists(FINISHED):
         raise UsageError(f"{path} is no finished data set; gd-dataset status {path} tells what is missing")
     if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
         raise UsageError(f"license takes the hub's spelling, as in cc-by-4.0, not {license!r}", "license")
     old = storage.read(CARD).decode(errors="replace") if storage.exists(CARD) else ""
     if old and SIGN not in old and not overwrite:
-        line = f"{path / CARD} was not written by grounded-diffusion; `overwrite` replaces it"
+        line = f"{storage.root}/{CARD} was not written by grounded-diffusion; `overwrite` replaces it"
         raise UsageError(line, "overwrite")
-    format = run.get("format") or (read_json(storage, MARKER) or {}).get("format", "folder")
-    settings, contents = run.get("settings", {}), Contents()
-    rows = Rows(storage, finished_shards(storage))
+    rows, contents = Rows(storage, finished_shards(storage)), Contents()
     for row in rows:
         contents.add(row)
-    if format == "folder":
-        storage.put(SHEET, draw_sheet(path, choose(rows)))
+    if about.format == "folder":
+        storage.put(SHEET, draw_sheet(storage, choose(rows)))
+    title = title or Path(storage.root).resolve().name
+    settings = about.settings if about.made_by == INFER else {}
     parts = [
-        front_matter(title or path.resolve().name, license, contents.images, columns_of(old)),
-        introduction(title or path.resolve().name, contents, format),
+        front_matter(title, license, contents.images, columns_of(old)),
+        introduction(title, contents, about.format),
         recipe(settings, read_json(storage, SUMMARY) or {}),
-        classes_table(contents, format),
-        loading(format),
+        classes_table(contents, about.format),
+        loading(about.format),
         licence_notes(settings.get("model"), model),
     ]
-    put_noted(storage, finished, "\n".join(filter(None, parts)).encode())
-    return contents
-
-
-def put_noted(storage: Storage, finished: dict[str, Any], content: bytes) -> None:
-    """Write the card. Where the format has one of its own, verify is told of the new one."""
-    storage.put(CARD, content)
-    if CARD in finished["files"]:
-        finished["files"][CARD] = hashlib.sha256(content).hexdigest()
-        storage.put(FINISHED, json.dumps(finished, ensure_ascii=False, indent=1).encode() + b"\n")
+    storage.put(CARD, "\n".join(filter(None, parts)).encode())
+    note_files(recording)
     storage.clean()
+    return contents
 
 
 def columns_of(card: str) -> str:
@@ -148,8 +140,8 @@ def columns_of(card: str) -> str:
 def front_matter(title: str, license: str | None, images: int, columns: str) -> str:
     """The YAML between two lines of dashes."""
     size = next((name for below, name in SIZES if images < below), "n>1T")
-    lines = ["---", f"pretty_name: {json.dumps(title, ensure_ascii=False)}"]
-    lines += [f"license: {json.dumps(license)}"] if license else []
+    lines = ["---", f"pretty_name: {yaml_string(title)}"]
+    lines += [f"license: {yaml_string(license)}"] if license else []
     lines += ["task_categories:", "- image-segmentation", "- object-detection", "annotations_creators:",
               "- machine-generated", "size_categories:", f"- {size}", "tags:", "- synthetic", f"- {SIGN}"]  # fmt: skip
     return "\n".join(lines) + "\n" + columns + "---\n"
@@ -180,7 +172,10 @@ def recipe(settings: dict[str, Any], summary: dict[str, Any]) -> str:
     if summary:
         lost = "; ".join(f"{reason}: {n}" for reason, n in summary["reasons"].items())
         lines.append(f"| samples | {summary['accepted']:,} of {summary['samples']:,} accepted{lost and f' ({lost})'} |")
-    lines.append("\nThe same prompts, model and settings give the same samples; every record has its own seed.")
+    lines.append(
+        "\nThe same prompts, model and settings give the same samples: a record's `seed` and `draw` say which noise "
+        "its image was drawn from."
+    )
     return "\n".join(lines) + "\n"
 
 

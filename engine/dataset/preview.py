@@ -64,11 +64,6 @@ def write_preview(storage: Storage, rows: Iterable[dict[str, Any]], settings: di
     return samples
 
 
-def is_preview(path: str) -> bool:
-    """Whether a file is the page's."""
-    return path == PAGE or path.startswith(f"{FOLDER}/")
-
-
 def compact(row: dict[str, Any]) -> list[Any]:
     """A sample as the page's `Sample` reads it."""
     pixels = row["width"] * row["height"]

@@ -15,11 +15,11 @@ import numpy as np
 
 from grounded_diffusion.engine.dataset.formats.folder import METADATA
 from grounded_diffusion.engine.dataset.record import SPLITS, Record, sample_id
-from grounded_diffusion.engine.dataset.runfile import RUN, read_settings
-from grounded_diffusion.engine.dataset.storage.base import SHARDS
-from grounded_diffusion.engine.dataset.storage.local import LocalStorage
+from grounded_diffusion.engine.dataset.runfile import RUN, read_about
+from grounded_diffusion.engine.dataset.storage.base import SHARDS, Storage
+from grounded_diffusion.engine.dataset.storage.open import open_storage
 from grounded_diffusion.engine.sampling.sample import ObjectMask
-from grounded_diffusion.errors import UsageError
+from grounded_diffusion.errors import StorageError, UsageError
 
 FIELDS = {"id": str, "index": int, "prompt": str, "seed": int, "draw": int, "width": int, "height": int,
           "capture_timestep": (int, float), "image": str, "mask": str, "objects": list}  # fmt: skip
@@ -30,11 +30,11 @@ class FolderDataset:
     """A data set that gd-infer wrote in the format "folder".
 
     Args:
-        path: the folder.
+        path: the folder, or a URL such as s3://bucket/prefix.
         splits: whether to read train.txt and val.txt; without them all is "train".
 
     Attributes:
-        path: the folder.
+        storage: where it is.
         indices: int64 [n], of the samples, increasing.
         names: names of all objects, sorted.
 
@@ -43,13 +43,13 @@ class FolderDataset:
     """
 
     def __init__(self, path: str | Path, splits: bool = True):
-        self.path = Path(path)
+        self.storage = open_storage(path)
         indices, names = array("q"), set()
-        for row in read_rows(self.path):
+        for row in read_rows(self.storage):
             indices.append(row["index"])
             names.update(thing["name"] for thing in row["objects"])
         self.indices, self.names = np.frombuffer(indices, np.int64), sorted(names)
-        in_val = read_splits(self.path, self.indices) if splits else None
+        in_val = read_splits(self.storage, self.indices) if splits else None
         self._in_val = np.zeros(len(self.indices), np.bool_) if in_val is None else in_val
 
     def __len__(self) -> int:
@@ -61,7 +61,7 @@ class FolderDataset:
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """The objects of metadata.jsonl, in order."""
-        with (self.path / METADATA).open(encoding="utf-8") as lines:
+        with self.storage.open(METADATA) as lines:
             yield from map(json.loads, lines)
 
     def parts(self) -> list[tuple[int, Iterator[Record]]]:
@@ -77,9 +77,7 @@ class FolderDataset:
     @property
     def settings(self) -> dict[str, Any]:
         """Settings of the run, from run.json. Raises UsageError."""
-        if (settings := read_settings(LocalStorage(self.path))) is None:
-            raise UsageError(f"{self.path / RUN} is missing; restore it, or generate the data set again")
-        return settings
+        return read_settings(self.storage)
 
     def record(self, row: dict[str, Any], split: str = SPLITS[0]) -> Record:
         """A row of the metadata with its arrays in reach."""
@@ -87,30 +85,40 @@ class FolderDataset:
         objects = tuple(
             ObjectMask(
                 thing["name"], thing["label"], thing["area"], tuple(thing["box"]), thing["score"],
-                lambda file=thing["mask"]: read_array(self.path / file, ("1", "L"), size) > 0,
+                lambda file=thing["mask"]: read_array(self.storage, file, ("1", "L"), size) > 0,
             )
             for thing in row["objects"]
         )  # fmt: skip
         return Record(
             row["index"], split, row["prompt"], row["seed"], row["draw"], row["width"], row["height"],
             row["capture_timestep"], objects,
-            lambda: read_array(self.path / row["image"], ("RGB",), size),
-            lambda: read_array(self.path / row["mask"], ("P", "L"), size),
+            lambda: read_array(self.storage, row["image"], ("RGB",), size),
+            lambda: read_array(self.storage, row["mask"], ("P", "L"), size),
         )  # fmt: skip
 
 
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Checked lines of a data set's metadata. Raises UsageError."""
-    file, last, number = path / METADATA, -1, 0
-    if not file.is_file():
-        if (path / SHARDS).is_dir():
-            raise UsageError(
-                f"{path} has no {METADATA}: either it is not finished, and the same gd-infer command finishes it, or "
-                f"it has another format than folder"
-            )
-        raise UsageError(f"{path} is not a data set of gd-infer: it has no {METADATA}")
+def read_settings(storage: Storage) -> dict[str, Any]:
+    """The settings of a run, from its run.json. Raises UsageError."""
     try:
-        with file.open("rb") as lines:
+        if about := read_about(storage):
+            return about.settings
+    except UsageError:
+        pass
+    raise UsageError(f"{storage.root}/{RUN} is missing or damaged; restore it, or generate the data set again")
+
+
+def read_rows(storage: Storage) -> Iterator[dict[str, Any]]:
+    """Checked lines of a data set's metadata. Raises UsageError."""
+    file, last, number = f"{storage.root}/{METADATA}", -1, 0
+    if not storage.exists(METADATA):
+        if any(path.startswith(f"{SHARDS}/") for path in storage.walk()):
+            raise UsageError(
+                f"{storage.root} has no {METADATA}: either it is not finished, and the same gd-infer command finishes "
+                "it, or it has another format than folder"
+            )
+        raise UsageError(f"{storage.root} is not a data set of gd-infer: it has no {METADATA}")
+    try:
+        with storage.open(METADATA) as lines:
             for line in lines:
                 number += 1
                 row = json.loads(line)
@@ -154,47 +162,50 @@ def check_fields(value: Any, fields: dict[str, Any], what: str) -> None:
             raise ValueError(f"the {what} has no usable field {name!r}")
 
 
-def read_splits(path: Path, indices: np.ndarray) -> np.ndarray | None:
+def read_splits(storage: Storage, indices: np.ndarray) -> np.ndarray | None:
     """Whether each sample is in val, bool [n], from train.txt and val.txt; None without such files. Raises UsageError.
 
     Args:
         indices: int64 [n], of the samples, increasing.
     """
-    files = [path / f"{name}.txt" for name in SPLITS]
-    if not any(file.exists() for file in files):
+    files = [f"{name}.txt" for name in SPLITS]
+    if not any(map(storage.exists, files)):
         return None
-    listed = [np.frombuffer(read_ids(file, path), np.int64) for file in files]
+    again = f"gd-dataset split {storage.root}"
+    listed = [np.frombuffer(read_ids(storage, file, again), np.int64) for file in files]
     everything = np.sort(np.concatenate(listed))
     twice = everything[1:][everything[1:] == everything[:-1]]
     if twice.size:
-        raise UsageError(f"{files[1]}: {sample_id(twice[0])} is listed twice; run gd-dataset split {path} again")
+        raise UsageError(f"{storage.root}/{files[1]}: {sample_id(twice[0])} is listed twice; run {again} again")
     if (wrong := np.setxor1d(everything, indices)).size:
-        raise UsageError(
-            f"train.txt and val.txt do not fit the records ({sample_id(wrong[0])}); run gd-dataset split {path}"
-        )
+        raise UsageError(f"train.txt and val.txt do not fit the records ({sample_id(wrong[0])}); run {again}")
     return np.isin(indices, listed[1])
 
 
-def read_ids(file: Path, path: Path) -> array:
-    """Indices of the ids that a list has. Raises UsageError."""
+def read_ids(storage: Storage, file: str, again: str) -> array:
+    """Indices of the ids that a list has. Raises UsageError, which says how to make it `again`."""
     try:
-        with file.open(encoding="utf-8") as lines:
+        with storage.open(file) as lines:
             return array("q", (int(line) for line in lines if line.strip()))
-    except (OSError, ValueError, OverflowError):
-        raise UsageError(f"cannot read {file}; make both lists again with gd-dataset split {path}") from None
+    except (OSError, ValueError, OverflowError, StorageError):
+        raise UsageError(f"cannot read {storage.root}/{file}; make both lists again with {again}") from None
 
 
-def read_array(file: Path, modes: tuple[str, ...], size: tuple[int, int]) -> np.ndarray:
+def read_array(storage: Storage, path: str, modes: tuple[str, ...], size: tuple[int, int]) -> np.ndarray:
     """Pixels of an image file, [H,W] or [H,W,3]. Raises UsageError: missing, damaged, other mode or size."""
     from PIL import Image
 
+    file = f"{storage.root}/{path}"
     try:
-        with Image.open(file) as image:
+        with storage.open(path) as stream, Image.open(stream) as image:
             pixels, mode = np.asarray(image), image.mode
     except FileNotFoundError:
         raise UsageError(f"{file} is missing") from None
+    except StorageError:
+        raise
     except Exception as error:  # Pillow raises many kinds, SyntaxError and struct.error among them, for damaged files
-        raise UsageError(f"{file} cannot be read: {error}") from None
+        told = str(error).partition(" <")[0]  # without the name of the stream
+        raise UsageError(f"{file} cannot be read: {told}") from None
     if mode not in modes:
         raise UsageError(f"{file} has mode {mode} instead of {modes[0]}")
     if pixels.shape[:2] != size:

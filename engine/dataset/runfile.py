@@ -1,38 +1,77 @@
-"""run.json, the settings that a data set was begun with, and summary.json, what came of them.
+"""What a data set says of itself: run.json, or gd-dataset.json where it was made of another one.
 
-run.json        {"format", "settings"}; another command on the same output must have the same settings
-summary.json    written last of all, so a run that has it is complete
+run.json            {"format", "settings": all that decides what is made}
+gd-dataset.json     {"format", "samples", and how it was written}
+summary.json        what came of a run; written last of all, so a run that has it is complete
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 from grounded_diffusion.engine.checks import shorten
+from grounded_diffusion.engine.dataset.formats import FORMATS
 from grounded_diffusion.engine.dataset.storage.base import Storage
 from grounded_diffusion.errors import UsageError
 
-RUN, SUMMARY = "run.json", "summary.json"
+RUN, SUMMARY, MARKER = "run.json", "summary.json", "gd-dataset.json"
+CLEARING = "clearing"  # in run.json while --overwrite removes the run that was there before
+INFER, MERGE, CONVERT = "gd-infer", "gd-dataset merge", "gd-dataset convert"
 
 
-def write_settings(storage: Storage, format: str, settings: dict[str, Any]) -> None:
-    """Begin a data set."""
-    put_json(storage, RUN, {"format": format, "settings": settings})
+@dataclass(frozen=True, slots=True)
+class About:
+    """What made a data set, and how.
+
+    Attributes:
+        made_by: INFER, MERGE or CONVERT.
+        settings: of the run; of another data set, what its marker says.
+        clearing: whether what is there belongs to the run before, which is being removed.
+    """
+
+    made_by: str
+    format: str
+    settings: dict[str, Any]
+    clearing: bool = False
 
 
-def read_settings(storage: Storage) -> dict[str, Any] | None:
-    """The settings of the run that is there; None where there is none. Raises UsageError for a damaged run.json."""
-    content = read_json(storage, RUN)
-    if content is not None and not isinstance(content.get("settings"), dict):
-        line = f"{storage.root}/{RUN} is damaged; restore it, or start again with overwrite"
-        raise UsageError(line, "overwrite")
-    return content and content["settings"]
+def read_about(storage: Storage) -> About | None:
+    """What a data set says of itself; None where there is none. Raises UsageError for a damaged file."""
+    for name in (RUN, MARKER):
+        content = read_json(storage, name)
+        if content is None:
+            continue
+        settings = content.get("settings") if name == RUN else content
+        if (
+            not isinstance(content.get("format"), str)
+            or content["format"] not in FORMATS
+            or not isinstance(settings, dict)
+            or not are_counts(settings)
+        ):
+            line = f"{storage.root}/{name} is damaged, or not ours; restore it, or choose another `out`"
+            raise UsageError(line, "out")
+        made_by = CONVERT if name == MARKER else MERGE if "merged" in settings else INFER
+        return About(made_by, content["format"], settings, bool(content.get(CLEARING)))
+    return None
 
 
-def put_json(storage: Storage, path: str, content: dict[str, Any]) -> None:
-    """Write a file of the output as JSON that people read too."""
-    storage.put(path, json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
+def are_counts(settings: dict[str, Any]) -> bool:
+    """Whether the plan's numbers are numbers, so that a damaged file is told and not computed with."""
+    given = [settings[key] for key in ("samples", "shard_size") if key in settings]
+    return all(isinstance(value, int) and value >= 0 for value in given) and settings.get("shard_size") != 0
+
+
+def run_json(format: str, settings: dict[str, Any], clearing: bool = False) -> bytes:
+    """The content of run.json."""
+    content = {"format": format, "settings": settings, **({CLEARING: True} if clearing else {})}
+    return to_bytes(content)
+
+
+def to_bytes(content: Any) -> bytes:
+    """A JSON file as a person reads it, always with the same bytes."""
+    return json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n"
 
 
 def read_json(storage: Storage, path: str) -> dict[str, Any] | None:

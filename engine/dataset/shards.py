@@ -6,7 +6,11 @@
      "files": {path: SHA-256}, "rows": [of each accepted sample, in order]}
 
     shards/finish.json
-    {"files": {path: SHA-256}}          lists and tables of the whole data set
+    {"files": {path: SHA-256},          lists, tables, run.json, summary.json and the records: all that no record names
+     "added": {path: SHA-256}}          what was put beside them later: a card, train.txt and val.txt
+
+So every file of a finished data set but shards/finish.json has its SHA-256 in another one; that file's own bytes follow
+from what it says.
 
 accepted + rejected + quarantined = samples. There are no times, hosts or processes in a record, so that it does not
 show how often a run was interrupted, or how many workers it had.
@@ -20,16 +24,17 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from io import BytesIO
 from itertools import islice
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar, cast
 
 from grounded_diffusion.engine.dataset.formats.common import Encoded, Format
-from grounded_diffusion.engine.dataset.preview import is_preview
-from grounded_diffusion.engine.dataset.storage.base import SHARDS, Storage, record_path
+from grounded_diffusion.engine.dataset.runfile import MARKER, RUN, SUMMARY, run_json, to_bytes
+from grounded_diffusion.engine.dataset.storage.base import FINISHED, SHARDS, Storage, record_path
 from grounded_diffusion.errors import StorageError
 
 Item = TypeVar("Item")
-FINISHED = f"{SHARDS}/finish.json"
 FIELDS = {"shard": int, "first": int, "samples": int, "accepted": int, "rejected": list, "quarantined": list,
           "files": dict, "rows": list}  # fmt: skip
 
@@ -93,11 +98,17 @@ class Rows:
             yield from read_shard(self.storage, shard)["rows"]
 
 
+def digest_of(storage: Storage, path: str) -> str:
+    """SHA-256 of a file. Raises FileNotFoundError, StorageError."""
+    with storage.open(path) as stream:
+        return hashlib.file_digest(cast(BytesIO, stream), "sha256").hexdigest()
+
+
 class Recording:
-    """A storage that notes the SHA-256 of what is written through it, in `files`."""
+    """A storage that notes the SHA-256 of what is written through it, in `files`, and in `removed` what is removed."""
 
     def __init__(self, storage: Storage):
-        self.storage, self.files = storage, {}
+        self.storage, self.files, self.removed = storage, {}, set()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.storage, name)
@@ -112,6 +123,10 @@ class Recording:
             yield (hashing := Hashing(stream))
         self.files[path] = hashing.digest.hexdigest()
 
+    def remove(self, path: str) -> None:
+        self.storage.remove(path)
+        self.removed.add(path)
+
 
 class Hashing:
     """A stream that hashes what is written to it."""
@@ -124,17 +139,97 @@ class Hashing:
         return self.stream.write(content)
 
 
-def finish_shards(storage: Storage, format: Format, shards: Sequence[int], run: Mapping[str, Any]) -> str:
+def read_finished(storage: Storage) -> dict[str, dict[str, str]]:
+    """What shards/finish.json says. Raises FileNotFoundError, and DamagedShard where any byte of it has changed."""
+    content = storage.read(FINISHED)
+    try:
+        found = json.loads(content)
+        good = to_bytes(found) == content and found.keys() in ({"files"}, {"files", "added"})
+        good = good and all(isinstance(text, str) for files in found.values() for text in files.values())
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        good = False
+    if not good:
+        raise DamagedShard(
+            f"{storage.root}/{FINISHED}: is damaged; remove it, and the same command as before writes it again"
+        )
+    return found
+
+
+def finish_shards(
+    storage: Storage,
+    format: Format,
+    shards: Sequence[int],
+    run: Mapping[str, Any],
+    last: Mapping[str, bytes] | None = None,
+) -> str:
     """Write what describes the whole data set, and note it in shards/finish.json. Returns what the format could not
     hold, "" for nothing.
 
-    The page to look at is not noted: it may be made anew.
+    Args:
+        last: contents of files that are written after all others, by path.
     """
-    recording, rows = Recording(storage), Rows(storage, shards)
-    format.finish(recording, rows, run)
-    files = {path: recording.files[path] for path in sorted(recording.files) if not is_preview(path)}
-    storage.put(FINISHED, json.dumps({"files": files}, ensure_ascii=False, indent=1).encode() + b"\n")
+    recording, rows, last = Recording(storage), Rows(storage, shards), last or {}
+    format.finish(cast(Storage, recording), rows, run)  # what it does not have itself it asks of the storage
+    files = recording.files | {path: hashlib.sha256(content).hexdigest() for path, content in last.items()}
+    before = [*map(record_path, shards), *([RUN] if storage.exists(RUN) else [])]
+    files |= {path: digest_of(storage, path) for path in before}
+    write_finished(storage, files, added_files(storage, files))
+    for path, content in last.items():
+        storage.put(path, content)
     return format.losses(rows)
+
+
+def is_finished(storage: Storage, shards: Sequence[int]) -> bool:
+    """Whether shards/finish.json is there, with all that it notes of the data set's own files."""
+    try:
+        files = read_finished(storage)["files"]
+    except (FileNotFoundError, DamagedShard):
+        return False
+    return {RUN, SUMMARY, *map(record_path, shards)} <= files.keys() and not absent(storage, files)
+
+
+def absent(storage: Storage, paths: Iterable[str]) -> list[str]:
+    """Those files of a list that are not there. Each folder is looked at once."""
+    there: dict[str, set[str]] = {}
+    lost = []
+    for path in paths:
+        folder, _, name = path.rpartition("/")
+        if folder not in there:
+            there[folder] = set(storage.list(folder))
+        if name not in there[folder]:
+            lost.append(path)
+    return lost
+
+
+def added_files(storage: Storage, files: Mapping[str, str]) -> dict[str, str]:
+    """What an earlier shards/finish.json says was put beside the data set's own files."""
+    try:
+        return {path: text for path, text in read_finished(storage).get("added", {}).items() if path not in files}
+    except (FileNotFoundError, DamagedShard):
+        return {}
+
+
+def write_finished(storage: Storage, files: Mapping[str, str], added: Mapping[str, str]) -> None:
+    """Write shards/finish.json."""
+    content = {"files": dict(sorted(files.items()))}
+    if added:
+        content["added"] = dict(sorted(added.items()))
+    storage.put(FINISHED, to_bytes(content))
+
+
+def note_files(recording: Recording) -> None:
+    """Note what was written into a finished data set through a recording, so that `verify` expects it."""
+    try:
+        found = read_finished(recording.storage)
+    except (FileNotFoundError, DamagedShard):  # not finished; or to be written again, which verify tells
+        return
+    own, added = found["files"], found.get("added", {})
+    for path in recording.removed:
+        own.pop(path, None)
+        added.pop(path, None)
+    for path, text in recording.files.items():
+        (own if path in own else added)[path] = text
+    write_finished(recording.storage, own, added)
 
 
 def write_shards(
@@ -144,13 +239,15 @@ def write_shards(
     encode: Callable[[Item], Encoded],
     shard_size: int,
     run: Mapping[str, Any],
+    last: Callable[[int], Mapping[str, bytes]] = lambda samples: {},
 ) -> str:
-    """Write a whole data set from what is there already. Returns what the format could not hold.
+    """Write the shards, lists and tables of what is there already. Returns what the format could not hold.
 
     Args:
         parts: number of samples and the samples, of each split that has any.
         encode: makes files and row of a sample; called from several threads.
         run: what `Format.finish` is told of the run.
+        last: from the number of samples to contents of files that are written after all others, by path.
     """
     shard = written = 0
     with ThreadPoolExecutor(os.cpu_count(), "encode") as pool:
@@ -162,6 +259,29 @@ def write_shards(
                 rows = [sample.row for sample in samples]
                 storage.commit(shard, files, encode_shard(shard, written, rows, files))
                 shard, written = shard + 1, written + len(samples)
-    losses = finish_shards(storage, format, range(shard), run)
+    losses = finish_shards(storage, format, range(shard), run, last(written))
     storage.clean()
     return losses
+
+
+def write_dataset(
+    storage: Storage,
+    format: Format,
+    parts: Iterable[tuple[int, Iterable[Item]]],
+    encode: Callable[[Item], Encoded],
+    shard_size: int,
+    run: Mapping[str, Any] | None = None,
+) -> str:
+    """The same as a whole data set, which says what it is: in run.json its settings `run`, or without any in
+    gd-dataset.json those of its format.
+
+    Args:
+        storage: an empty folder.
+    """
+    if run:
+        storage.put(RUN, run_json(format.name, dict(run)))
+        return write_shards(storage, format, parts, encode, shard_size, run)
+    settings = format.settings
+    about = asdict(settings) | {"classes": {name: k for k, name in settings.classes.items()}}
+    last = lambda samples: {MARKER: to_bytes({"format": format.name, "samples": samples, **about})}
+    return write_shards(storage, format, parts, encode, shard_size, {}, last)

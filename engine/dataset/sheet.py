@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from grounded_diffusion.engine.dataset.formats.common import VOID, voc_palette
 from grounded_diffusion.engine.dataset.reader import read_array
+from grounded_diffusion.engine.dataset.storage.base import Storage
 
 SAMPLES, COLUMNS = 12, 3
 SIDE, GAP, TEXT = 192, 12, 22  # pixels: of a picture, between two samples, of the line below
@@ -30,7 +30,7 @@ def choose(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted([*chosen, *spare][:SAMPLES], key=lambda row: row["index"])
 
 
-def draw_sheet(path: Path, rows: list[dict[str, Any]]) -> bytes:
+def draw_sheet(storage: Storage, rows: list[dict[str, Any]]) -> bytes:
     """The sheet of some rows of a data set of the format "folder", as PNG. Raises UsageError for damaged files."""
     from PIL import Image, ImageDraw, ImageFont
 
@@ -41,8 +41,8 @@ def draw_sheet(path: Path, rows: list[dict[str, Any]]) -> bytes:
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     for number, row in enumerate(rows):
         x, y = GAP + number % columns * width, GAP + number // columns * height
-        image = read_array(path / row["image"], ("RGB",), (row["height"], row["width"]))
-        labels = read_array(path / row["mask"], ("P", "L"), (row["height"], row["width"]))
+        image = read_array(storage, row["image"], ("RGB",), (row["height"], row["width"]))
+        labels = read_array(storage, row["mask"], ("P", "L"), (row["height"], row["width"]))
         for k, pixels in enumerate((image, overlay(image, labels))):
             picture = Image.fromarray(pixels)
             scale = SIDE / max(picture.size)

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from grounded_diffusion.engine.checks import duration
-from grounded_diffusion.engine.dataset.runfile import RUN, SUMMARY, kind_of, read_json, read_settings
-from grounded_diffusion.engine.dataset.shards import finished_shards
-from grounded_diffusion.engine.dataset.storage.base import FINISH, SHARDS, Storage, record_path
+from grounded_diffusion.engine.dataset.runfile import INFER, RUN, SUMMARY, About, kind_of, read_about, read_json
+from grounded_diffusion.engine.dataset.shards import DamagedShard, absent, finished_shards, read_finished
+from grounded_diffusion.engine.dataset.storage.base import FINISH, FINISHED, SHARDS, Storage, record_path
 from grounded_diffusion.engine.dataset.storage.open import open_storage
 from grounded_diffusion.errors import UsageError
 
@@ -35,17 +35,16 @@ def read_status(out: str | Path) -> dict[str, Any]:
         started and alive of each lock. `next`: what to do.
     """
     storage = open_storage(out)
-    settings = read_settings(storage)
-    if settings is None:
+    if (about := read_about(storage)) is None:
         raise UsageError(f"{out} has no {RUN}; give the --out of a gd-infer command that has begun")
-    finished = finished_shards(storage)
+    settings, finished = about.settings, finished_shards(storage)
     sizes, counts, reasons, damaged = count_records(storage, finished)
     holders = read_holders(storage)
     samples = settings.get("samples", sum(sizes.values()))  # a merged data set has no plan
     shards = -(-samples // settings["shard_size"]) if "shard_size" in settings else len(finished)
     in_hand = [holder for holder in holders if holder["alive"] and isinstance(holder["shard"], int)]
     missing = samples - sum(sizes.values())
-    if storage.exists(SUMMARY) or (missing == 0 and "samples" not in settings):
+    if not missing and not lost_files(storage) and (storage.exists(SUMMARY) or about.made_by != INFER):
         state = "finished"
     elif any(holder["alive"] for holder in holders):
         state = "running"
@@ -55,7 +54,7 @@ def read_status(out: str | Path) -> dict[str, Any]:
     working = {holder["shard"] for holder in in_hand} - sizes.keys()
     return {
         "output": storage.root,
-        "format": settings.get("format", "folder"),
+        "format": about.format,
         "state": state,
         "shards": {"total": shards, "finished": len(sizes), "in_hand": len(working),
                    "missing": max(0, shards - len(sizes) - len(working)), "damaged": damaged},
@@ -64,7 +63,7 @@ def read_status(out: str | Path) -> dict[str, Any]:
         "rate": rate,
         "left": missing / rate if rate and state == "running" else None,
         "holders": holders,
-        "next": next_step(storage.root, state, settings, damaged),
+        "next": next_step(storage.root, state, about, damaged),
     }  # fmt: skip
 
 
@@ -136,16 +135,27 @@ def record_rate(storage: Storage, sizes: dict[int, int]) -> float | None:
     """Samples a second, from the times at which the last records were written; None where they do not tell."""
     if local(storage, RUN) is None:
         return None
-    times = sorted(
-        ((local(storage, record_path(shard)).stat().st_mtime, n) for shard, n in sizes.items()), reverse=True
-    )
+    files = [(local(storage, record_path(shard)), n) for shard, n in sizes.items()]
+    times = sorted(((file.stat().st_mtime, n) for file, n in files if file), reverse=True)
     recent = [(time, n) for k, (time, n) in enumerate(times) if k < FEWEST or times[0][0] - time <= WINDOW]
     seconds = recent[0][0] - recent[-1][0] if recent else 0
     return sum(n for _, n in recent[:-1]) / seconds if seconds > 0 else None
 
 
-def next_step(out: str, state: str, settings: dict[str, Any], damaged: list[int]) -> str:
+def lost_files(storage: Storage) -> list[str]:
+    """Lists, tables and records that were there when the data set was finished, and are gone."""
+    try:
+        return absent(storage, read_finished(storage)["files"])
+    except FileNotFoundError:
+        return []
+    except DamagedShard:
+        return [FINISHED]
+
+
+def next_step(out: str, state: str, about: About, damaged: list[int]) -> str:
     """What to do, in a line."""
+    if about.made_by != INFER and (damaged or state != "finished"):
+        return f"give the same {about.made_by} command again, with --overwrite"
     if damaged:
         return "give the same gd-infer command again: it makes the shards whose records are damaged anew"
     if state == "running":
@@ -154,7 +164,7 @@ def next_step(out: str, state: str, settings: dict[str, Any], damaged: list[int]
         return "give the same gd-infer command again: it finishes what is missing"
     if state == "unfinished":
         return "give the same gd-infer command again: it writes the lists"
-    look = f", then open {out}/index.html" if settings.get("format", "folder") == "folder" else ""
+    look = f", then open {out}/index.html" if about.format == "folder" else ""
     return f"gd-dataset verify {out}{look}"
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import combinations, islice
@@ -14,14 +14,16 @@ import numpy as np
 
 from grounded_diffusion.engine.dataset.formats.common import Encoded, Settings
 from grounded_diffusion.engine.dataset.formats.folder import FolderFormat, file_paths, record_files
+from grounded_diffusion.engine.dataset.ours import folder_files
 from grounded_diffusion.engine.dataset.reader import FolderDataset
 from grounded_diffusion.engine.dataset.record import SPLITS, sample_id
-from grounded_diffusion.engine.dataset.runfile import RUN
-from grounded_diffusion.engine.dataset.shards import write_shards
-from grounded_diffusion.engine.dataset.storage.atomic import fresh_folder, readable_errors
+from grounded_diffusion.engine.dataset.runfile import MERGE
+from grounded_diffusion.engine.dataset.shards import Recording, digest_of, note_files, write_dataset
+from grounded_diffusion.engine.dataset.storage.base import Storage
 from grounded_diffusion.engine.dataset.storage.local import LocalStorage
 from grounded_diffusion.engine.dataset.verify import verify
 from grounded_diffusion.errors import UsageError
+from grounded_diffusion.files import fresh_folder
 
 MERGED_SHARD = 1000  # samples in a shard of a merged data set
 BINS = 10  # of the histograms
@@ -116,14 +118,15 @@ def split(data: FolderDataset, share: float) -> dict[str, int]:
         if not count:
             line = f"{name} would be empty with `val` {share:g} of {len(data)} images; choose another share"
             raise UsageError(line, "val")
-    storage = LocalStorage(data.path)
+    storage = Recording(data.storage)
     for name, indices in zip(SPLITS, (data.indices[~val], data.indices[val]), strict=True):
         storage.put(f"{name}.txt", "".join(f"{sample_id(index)}\n" for index in indices.tolist()).encode())
+    note_files(storage)
     storage.clean()
     return counts
 
 
-def merge(sources: list[Path], out: Path, overwrite: bool = False) -> int:
+def merge(sources: list[str], out: Path, overwrite: bool = False) -> int:
     """Join folder data sets into a new one, numbering the samples anew; returns how many there are.
 
     Raises:
@@ -131,25 +134,24 @@ def merge(sources: list[Path], out: Path, overwrite: bool = False) -> int:
     """
     sets = [FolderDataset(source) for source in sources]
     for data in sets:
-        for problem in islice(verify(data.path), 1):
-            raise UsageError(f"{problem}; gd-dataset verify {data.path} lists all problems; repair them before merging")
+        for problem in islice(verify(data.storage.root), 1):
+            root = data.storage.root
+            raise UsageError(f"{problem}; gd-dataset verify {root} lists all problems; repair them before merging")
     check_different(sets)
     count, run = sum(map(len, sets)), {"merged": [data.settings for data in sets]}
-    everything = ((data.path, row) for data in sets for row in data.rows())
-    items = ((path, row, index) for index, (path, row) in enumerate(everything))
-    with fresh_folder(out, overwrite, is_ours=RUN) as folder:
-        storage = LocalStorage(folder)
-        storage.put(RUN, json.dumps({"format": "folder", "settings": run}, indent=1).encode())
-        write_shards(storage, FolderFormat(Settings()), [(count, items)], lambda item: copy(*item), MERGED_SHARD, run)
+    everything = ((data.storage, row) for data in sets for row in data.rows())
+    items = ((storage, row, index) for index, (storage, row) in enumerate(everything))
+    with fresh_folder(out, overwrite, functools.partial(folder_files, command=MERGE)) as folder:
+        format = FolderFormat(Settings())
+        write_dataset(LocalStorage(folder), format, [(count, items)], lambda item: copy(*item), MERGED_SHARD, run)
     return count
 
 
-def copy(source: Path, row: dict[str, Any], index: int) -> Encoded:
+def copy(source: Storage, row: dict[str, Any], index: int) -> Encoded:
     """A sample with the files that it has, under the names of sample `index`."""
     old = record_files(row)
     new = file_paths(index, [thing["name"] for thing in row["objects"]], row["image"].rpartition(".")[2])
-    with readable_errors(source):
-        files = {path: (source / file).read_bytes() for path, file in zip(new, old, strict=True)}
+    files = {path: source.read(file) for path, file in zip(new, old, strict=True)}
     objects = [{**thing, "mask": path} for thing, path in zip(row["objects"], new[2:], strict=True)]
     return Encoded(files, {**row, "id": sample_id(index), "index": index, "image": new[0], "mask": new[1],
                            "objects": objects})  # fmt: skip
@@ -162,7 +164,7 @@ def check_different(sets: list[FolderDataset]) -> None:
         digests += digest
     values, counts = np.unique(np.frombuffer(digests, "V16"), return_counts=True)
     twice = {value.tobytes() for value in values[counts > 1]}
-    places: dict[bytes, Path] = {}
+    places: dict[bytes, str] = {}
     for image, digest in image_digests(sets) if twice else ():
         if digest in places:
             raise UsageError(f"{image} is the same picture as {places[digest]}; a merged data set has each once")
@@ -170,9 +172,9 @@ def check_different(sets: list[FolderDataset]) -> None:
             places[digest] = image
 
 
-def image_digests(sets: list[FolderDataset]) -> Iterator[tuple[Path, bytes]]:
+def image_digests(sets: list[FolderDataset]) -> Iterator[tuple[str, bytes]]:
     """(file, 16 bytes of its SHA-256) of every image."""
     for data in sets:
         for row in data.rows():
-            with (data.path / row["image"]).open("rb") as stream:
-                yield data.path / row["image"], hashlib.file_digest(stream, "sha256").digest()[:16]
+            digest = digest_of(data.storage, row["image"])
+            yield f"{data.storage.root}/{row['image']}", bytes.fromhex(digest)[:16]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import replace
 from functools import partial
@@ -142,7 +142,7 @@ class GroundedPipeline:
 
     def batches(
         self, batches: Iterable[Sequence[Job]], options: Options, *, noise: np.ndarray | None = None
-    ) -> Iterator[list[Sample | Failed]]:
+    ) -> Generator[list[Sample | Failed], None, None]:
         """Make batches of images, several at once: a result for every job, in order.
 
         `batches` is read ahead by as many batches as the backend runs at once. A batch in which a number is not

@@ -28,7 +28,8 @@ def shipped_checkpoint() -> Path:
     """Directory of the shipped checkpoint, in the wheel as in the source tree."""
     path = PACKAGE / "models" / SHIPPED
     if not (path / "model_index.json").is_file():
-        raise UsageError(f"this installation has no shipped model in {path}; pass --model BUNDLE, made by gd-export")
+        line = f"this installation has no shipped model in {path}; give `model` a bundle made by gd-export"
+        raise UsageError(line, "model")
     return path
 
 
@@ -66,7 +67,8 @@ def cached_export(checkpoint: Path, cache: Path, report: Callable[[str], None]) 
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise UsageError(
             f"exporting the shipped model needs {', '.join(missing)}: pip install 'grounded-diffusion[export]', "
-            "or pass --model BUNDLE with a bundle exported elsewhere"
+            "or give `model` a bundle exported elsewhere",
+            "model",
         )
     report(f"exporting the shipped model {checkpoint.name}, once, to {bundle} (a minute or two)")
     try:
@@ -91,9 +93,10 @@ def export(checkpoint: Path, bundle: Path, report: Callable[[str], None]) -> Non
     said = "it said nothing"
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         try:
-            for line in filter(str.strip, process.stdout):
-                said = line.rstrip()
-                report(said)
+            for line in process.stdout or ():
+                if line.strip():
+                    said = line.rstrip()
+                    report(said)
         except BaseException:  # an interrupted export must not go on by itself
             process.kill()
             raise

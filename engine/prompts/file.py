@@ -94,7 +94,7 @@ class PromptFile:
         Places and numbers of the command line's prompts are negative, from -1.
         """
         if self.path is not None and place >= 0:
-            with self._open() as stream:
+            with self._open(self.path) as stream:
                 stream.seek(place)
                 for number, raw in enumerate(stream, 1):
                     line = (raw.removeprefix(BOM) if place == 0 else raw).strip()
@@ -105,25 +105,25 @@ class PromptFile:
             if k >= -place:
                 yield -k, -k, text
 
-    def _open(self) -> BinaryIO:
+    def _open(self, path: Path) -> BinaryIO:
         """The file from its beginning. Raises UsageError, also where it is not the one that was first read."""
         if self._content is not None:
             return io.BytesIO(self._content)
         try:
-            stream = self.path.open("rb")
-            if not self.path.is_file():
+            stream = path.open("rb")
+            if not path.is_file():
                 with stream:
                     self._content = stream.read()
                 return io.BytesIO(self._content)
         except FileNotFoundError:
-            raise UsageError(f"there is no prompt file {self.path}") from None
+            raise UsageError(f"there is no prompt file {path}") from None
         except OSError as error:
-            raise UsageError(f"cannot read the prompt file {self.path}: {error.strerror}") from None
+            raise UsageError(f"cannot read the prompt file {path}: {error.strerror}") from None
         status = os.fstat(stream.fileno())
         stat = (status.st_size, status.st_mtime_ns, status.st_ino)
         if self._stat not in (None, stat):
             stream.close()
-            raise UsageError(f"{self.path} has changed during the run; restore it, and give the same command again")
+            raise UsageError(f"{path} has changed during the run; restore it, and give the same command again")
         self._stat = stat
         return stream
 

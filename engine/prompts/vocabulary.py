@@ -132,7 +132,8 @@ BUILT_IN = {
 def built_in(name: str) -> Vocabulary:
     """A vocabulary of this module. Raises UsageError for another name."""
     if name not in BUILT_IN:
-        raise UsageError(f"there is no vocabulary {name!r}; known are {', '.join(BUILT_IN)}, or give --names FILE")
+        line = f"there is no vocabulary {name!r}; known are {', '.join(BUILT_IN)}, or give `names` a file"
+        raise UsageError(line, "names")
     return Vocabulary(*BUILT_IN[name])
 
 

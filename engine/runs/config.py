@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 from grounded_diffusion.engine.backends.open import BACKENDS, DEFAULT_BACKEND
 from grounded_diffusion.engine.checks import check_int
@@ -43,7 +44,7 @@ class RunConfig:
             has started this process. None makes whatever shard nobody else is on.
         ray: hand the shards to Ray's workers: the address of a cluster, "" to start one on this machine.
         workers: of Ray; None takes one a GPU, or one for every `threads` cores.
-        overwrite: remove what is in `out`, if it is a run of ours, and start anew.
+        overwrite: remove another run that is in `out`, and only what its records name. This very run goes on.
         log: file to append a structured log to, one JSON object a line.
         metrics_file: file to keep in Prometheus' text format.
         metrics_port: port at which to serve metrics, or "HOST:PORT".
@@ -86,6 +87,16 @@ class RunConfig:
             self._set("shard", parse_shard(self.shard) if self.shard else None)
         self._check()
 
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """`prompts`, as lines of a prompt file."""
+        return cast(tuple[str, ...], self.prompts)
+
+    @property
+    def share(self) -> Share | None:
+        """`shard`, once it is read."""
+        return cast("Share | None", self.shard)
+
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 
@@ -103,7 +114,7 @@ class RunConfig:
         if self.workers is not None and self.ray is None:
             raise UsageError("workers is for ray; give threads for the threads of this process",
                              "workers", "ray", "threads")  # fmt: skip
-        if self.overwrite and self.shard and self.shard.count > 1:
+        if self.overwrite and self.share and self.share.count > 1:
             raise UsageError(
                 "overwrite with shard would remove what other workers make; remove the output first",
                 "overwrite", "shard",

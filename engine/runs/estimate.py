@@ -22,7 +22,7 @@ def estimate(run: Run) -> Iterator[str]:
     plan, missing = run.plan, run.missing()
     left, made = run.samples(missing), plan.shards - len(missing)
     classes = f", {len(run.settings['classes'])} classes" if run.settings["classes"] else ""
-    share = f" by {run.config.shard}" if run.config.shard else ""
+    share = f" by {run.config.share}" if run.config.share else ""
     yield f"prompts  {plan.prompts.prompts}{classes}"
     yield f"images   {plan.samples}; {left} to make{share}"
     yield f"shards   {plan.shards} of {plan.shard_size} images, in batches of {plan.batch}; {made} are there"
@@ -30,7 +30,7 @@ def estimate(run: Run) -> Iterator[str]:
     batches = sum(-(-len(plan.indices(shard)) // plan.batch) for shard in missing)
     rate = plan.batch / seconds
     yield f"time     about {duration(batches * seconds)} for one worker like this one, at {rate:.2f} images/s"
-    yield f"disk     about {megabytes(left * size)}, {size / 1000:.1f} kB an image{free(run.storage.root)}"
+    yield f"disk     about {megabytes(round(left * size))}, {size / 1000:.1f} kB an image{free(run.storage.root)}"
 
 
 def measure(run: Run) -> tuple[float, float]:

@@ -46,7 +46,7 @@ class Filters:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise UsageError(f"{name} must be a share from 0 to 1, not {value:g}", name)
-        if None not in (self.min_area, self.max_area) and self.min_area > self.max_area:
+        if self.min_area is not None and self.max_area is not None and self.min_area > self.max_area:
             bounds = f"min_area {self.min_area:g} is over max_area {self.max_area:g}"
             raise UsageError(f"{bounds}; nothing would pass", "min_area", "max_area")
         if self.min_distance is not None and not 1 <= self.min_distance <= 64:

@@ -110,7 +110,7 @@ def announce(run: Run, missing: list[int]) -> None:
     schedule, trained = run.pipe.schedule(config.options), run.pipe.bundle.manifest.capture_timestep
     capture = schedule.capture_index(trained)
     run.say(
-        f"{left} images with {config.options.sampler}{f', {config.shard}' if config.shard else ''}; masks are read at "
+        f"{left} images with {config.options.sampler}{f', {config.share}' if config.share else ''}; masks are read at "
         f"step {capture + 1} of {len(schedule.rows)}, timestep {schedule.rows[capture].timestep:g} (the head was "
         f"trained at {trained})"
     )

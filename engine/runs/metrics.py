@@ -8,10 +8,10 @@ import threading
 from bisect import bisect_left
 from collections.abc import Mapping
 from itertools import accumulate
-from pathlib import Path
 from socketserver import ThreadingTCPServer
+from typing import Any, cast
 
-from prometheus_client import MetricsHandler, write_to_textfile
+from prometheus_client import MetricsHandler
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector, CollectorRegistry
 
@@ -78,11 +78,6 @@ def gpu_busy() -> dict[str, float]:
     return {row[0]: int(row[1]) / 100 for row in cells if len(row) == 2 and row[1].isdecimal()}
 
 
-def write_metrics(path: Path, registry: CollectorRegistry) -> None:
-    """Replace the file, so that node_exporter never reads half of it. Raises OSError."""
-    write_to_textfile(str(path), registry)
-
-
 def parse_address(address: str | int) -> tuple[str, int]:
     """9100 or "0.0.0.0:9100" -> (host, port). Raises UsageError."""
     host, _, port = str(address).rpartition(":")
@@ -94,12 +89,14 @@ def parse_address(address: str | int) -> tuple[str, int]:
 def serve_metrics(address: tuple[str, int], registry: CollectorRegistry) -> ThreadingTCPServer:
     """Serve /metrics from a daemon thread, until `shutdown` and `server_close`. Raises UsageError."""
 
-    class Handler(MetricsHandler.factory(registry)):
+    class Handler(MetricsHandler):
         def do_GET(self) -> None:  # noqa: N802 - as http.server calls it
             if self.path.partition("?")[0] == "/metrics":
                 super().do_GET()
             else:
                 self.send_error(404, "the metrics are at /metrics")
+
+    Handler.registry = registry
 
     # Not HTTPServer: that looks its own name up, which can take seconds where there is no name server.
     class Server(ThreadingTCPServer):
@@ -107,7 +104,7 @@ def serve_metrics(address: tuple[str, int], registry: CollectorRegistry) -> Thre
 
     host, port = address
     try:
-        server = Server(address, Handler)
+        server = Server(address, cast(Any, Handler))  # a class made by the library, of a type it does not tell
     except OSError as error:
         line = f"cannot serve metrics at {host}:{port}: {error.strerror or error}; choose another metrics_port"
         raise UsageError(line, "metrics_port") from None

@@ -23,11 +23,13 @@ from grounded_diffusion.engine.runs.metrics import (
     parse_address,
     registry_of,
     serve_metrics,
-    write_metrics,
 )
 from grounded_diffusion.engine.runs.progress import Progress, ProgressBar, Rate
 from grounded_diffusion.errors import UsageError
+from grounded_diffusion.files import check_target, replace_file
 
+METRICS_BEGIN = b"# HELP grounded_diffusion_"  # every metrics file of ours
+LOG_BEGIN = b'{"time": "'  # and every log
 REFRESH = 10.0  # seconds between two metrics files
 REASONS = 32  # different reasons that get a label of their own, so that a collector never meets thousands
 
@@ -37,7 +39,8 @@ def open_monitor(
 ) -> Monitor:
     """The monitor that a configuration asks for. Raises UsageError for a file or port that cannot be used."""
     address = parse_address(config.metrics_port) if config.metrics_port is not None else None
-    return Monitor(say, on_progress, log=config.log, metrics_file=config.metrics_file, address=address)
+    log, metrics_file = (Path(file) if file else None for file in (config.log, config.metrics_file))
+    return Monitor(say, on_progress, log=log, metrics_file=metrics_file, address=address)
 
 
 class Monitor:
@@ -61,11 +64,12 @@ class Monitor:
         say: Callable[[str], None] | None = None,
         on_progress: Callable[[Progress], None] | None = None,
         *,
-        log: Path | None = None,
-        metrics_file: Path | None = None,
+        log: str | Path | None = None,
+        metrics_file: str | Path | None = None,
         address: tuple[str, int] | None = None,
     ):
-        self.say, self.on_progress, self.metrics_file = say, on_progress, metrics_file
+        self.say, self.on_progress = say, on_progress
+        self.metrics_file = Path(metrics_file) if metrics_file else None
         self.total = self.done = 0
         self.accepted_images = self.batches_images = self.shards = 0
         self.rejections, self.quarantines, self.failures = Counter(), Counter(), Counter()
@@ -75,13 +79,14 @@ class Monitor:
         self.registry = registry_of(self)
         self._bar: ProgressBar | None = None
         self._lock, self._closing = threading.RLock(), threading.Event()
-        self._log = open_log(log) if log else None
+        self._log = open_log(Path(log)) if log else None
         self._server = self._ticker = None
-        if metrics_file:
+        if self.metrics_file:
+            check_target(self.metrics_file, "metrics_file", (".prom",), METRICS_BEGIN)
             try:
-                write_metrics(metrics_file, self.registry)
+                replace_file(self.metrics_file, generate_latest(self.registry))
             except OSError as error:
-                raise unwritable("metrics_file", metrics_file, error) from None
+                raise unwritable("metrics_file", self.metrics_file, error) from None
         if address:
             self._server = serve_metrics(address, self.registry)
         if metrics_file or address:
@@ -91,7 +96,10 @@ class Monitor:
     @property
     def address(self) -> tuple[str, int] | None:
         """Where the metrics are served."""
-        return self._server.server_address[:2] if self._server else None
+        if self._server is None:
+            return None
+        host, port = self._server.server_address[:2]
+        return str(host), port
 
     def begin(self, total: int, done: int) -> None:
         """The run has `total` samples, `done` of which an earlier run has finished."""
@@ -252,9 +260,9 @@ class Monitor:
     def _save(self) -> None:
         if self.metrics_file:
             try:
-                write_metrics(self.metrics_file, self.registry)
-            except OSError as error:
-                self._tell(f"{self.metrics_file} is not kept any more: {error.strerror or error}")
+                replace_file(self.metrics_file, generate_latest(self.registry))
+            except (OSError, UsageError) as error:
+                self._tell(f"{self.metrics_file} is not kept any more: {getattr(error, 'strerror', None) or error}")
                 self.metrics_file = None
 
     def _tell(self, line: str) -> None:
@@ -263,8 +271,13 @@ class Monitor:
 
 
 def open_log(path: Path) -> TextIO:
-    """The log, opened to append, a line at a time. Raises UsageError."""
+    """The log, opened to append, a line at a time. Raises UsageError, also for a file that is no log."""
     try:
+        if path.is_file():
+            with path.open("rb") as stream:
+                if stream.read(len(LOG_BEGIN)) not in (b"", LOG_BEGIN):
+                    line = f"{path} is no log of ours, and nothing is added to it; give `log` another name"
+                    raise UsageError(line, "log")
         return path.open("a", encoding="utf-8", buffering=1)
     except OSError as error:
         raise unwritable("log", path, error) from None

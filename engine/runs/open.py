@@ -6,7 +6,6 @@ import json
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 from grounded_diffusion.bundle import MANIFEST, Bundle, open_bundle, sha256
@@ -15,8 +14,9 @@ from grounded_diffusion.engine.backends.open import backend_entry, open_backend
 from grounded_diffusion.engine.checks import shorten
 from grounded_diffusion.engine.dataset.formats import Classes, Settings, open_format
 from grounded_diffusion.engine.dataset.formats.options import sorted_classes
-from grounded_diffusion.engine.dataset.runfile import RUN, check_same, read_settings
-from grounded_diffusion.engine.dataset.storage.base import PARTIAL, SHARDS, Storage
+from grounded_diffusion.engine.dataset.ours import check_foreign_files, check_output
+from grounded_diffusion.engine.dataset.runfile import About, check_same
+from grounded_diffusion.engine.dataset.storage.base import Storage
 from grounded_diffusion.engine.dataset.storage.open import open_storage
 from grounded_diffusion.engine.pipeline.pipeline import GroundedPipeline
 from grounded_diffusion.engine.pipeline.shipped import shipped_bundle
@@ -26,7 +26,6 @@ from grounded_diffusion.engine.runs.config import RunConfig
 from grounded_diffusion.engine.runs.plan import Plan, default_shard_size
 from grounded_diffusion.engine.runs.run import Run
 from grounded_diffusion.engine.runs.stop import Stop
-from grounded_diffusion.errors import UsageError
 
 CALIBRATED = 256  # images from which it pays to try which batch is fastest on this machine
 LONG_SHOWN = 5  # prompts that are too long for the model and are shown
@@ -43,11 +42,31 @@ def open_run(config: RunConfig, say: Callable[[str], None], stop: Stop) -> Run:
         UsageError: a prompt or the output cannot be used, or the output has a run with other settings.
         BundleError, BackendError: the model cannot be used.
     """
-    prompts = PromptFile(config.prompt_file, config.prompts, config.options.images_per_prompt)
+    prompts = PromptFile(config.prompt_file, config.lines, config.options.images_per_prompt)
     storage = open_storage(config.out)
-    check_output(storage, config.overwrite)
-    before = None if config.overwrite else read_settings(storage)
+    found = check_output(storage)
     bundle = open_bundle(config.model or shipped_bundle(say))
+    run = settle(config, prompts, storage, bundle, found, say, stop)
+    if found and run.settings != found.settings:
+        if not config.overwrite:
+            check_same(storage.root, found.settings, run.settings)
+        check_foreign_files(storage)
+        run.pipe.close()
+        run = settle(config, prompts, storage, bundle, None, say, stop)  # takes nothing over from the run that goes
+    return run
+
+
+def settle(
+    config: RunConfig,
+    prompts: PromptFile,
+    storage: Storage,
+    bundle: Bundle,
+    found: About | None,
+    say: Callable[[str], None],
+    stop: Stop,
+) -> Run:
+    """Open the model, and settle what is not asked for: as the run that was found has it, or as is best here."""
+    before = found.settings if found else None
     batch, lanes = batch_and_lanes(config, bundle, prompts.samples, before or {}, say)
     pipe = GroundedPipeline(bundle, open_backend(config.backend, bundle, threads=config.threads, lanes=lanes))
     batch = batch or pipe.batch_size(config.options)
@@ -56,11 +75,10 @@ def open_run(config: RunConfig, say: Callable[[str], None], stop: Stop) -> Run:
     pipe.schedule(config.options)  # raises for what the model's scheduler does not allow
     written = format_settings(config, pipe.tokenizer, prompts, before, stop)
     settings = run_settings(config, bundle, prompts, written)
-    if before:
-        check_same(storage.root, before, settings)
+    begun = found is not None and not found.clearing and before == settings
     plan = Plan(prompts, config.options.seed, batch, shard_size)
     format = open_format(config.format, written)
-    return Run(config, pipe, plan, storage, format, settings, before is not None, say, stop)
+    return Run(config, pipe, plan, storage, format, settings, begun, say, stop)
 
 
 def run_settings(config: RunConfig, bundle: Bundle, prompts: PromptFile, written: Settings) -> dict[str, Any]:
@@ -111,17 +129,6 @@ def batch_and_lanes(
         return found.batch, config.lanes or found.lanes
     options.image_size(bundle.manifest)  # raises for a size that the model cannot make
     return options.batch, config.lanes or 1
-
-
-def check_output(storage: Storage, overwrite: bool) -> None:
-    """Raise UsageError unless the output is empty or a run of ours."""
-    folder = Path(storage.root)
-    if folder.is_file():
-        raise UsageError(f"{folder} is a file; give `out` a folder", "out")
-    found = {path.name for path in folder.iterdir()} if folder.is_dir() else set(storage.list(""))
-    if found - {PARTIAL, SHARDS} and RUN not in found:
-        line = f"{storage.root} is not empty and was not written by gd-infer; choose another `out`"
-        raise UsageError(line, "out")
 
 
 def check_prompts(tokenizer: Tokenizer, prompts: PromptFile, classes: Classes | None, stop: Stop) -> set[str]:

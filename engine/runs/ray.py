@@ -42,7 +42,7 @@ def make_with_ray(run: Run, monitor: Monitor, shards: list[int]) -> None:
 
     Raises:
         UsageError: Ray is not installed, or there is no cluster.
-        Interrupted: stopping is wished; the shards in hand are dropped.
+        Interrupted: the run was asked to stop; the shards in progress are dropped.
         GroundedDiffusionError: as raised in an actor.
         BackendError: workers keep dying.
     """
@@ -120,7 +120,7 @@ class ShardQueue:
         self.events.append((name, args, kwargs))
 
     def done(self, worker: int) -> None:
-        """A worker has no shard in hand any more."""
+        """A worker has finished all shards that it took."""
         self.taken[worker].clear()
 
     def lost(self, worker: int) -> list[int]:
@@ -259,7 +259,7 @@ class RayDriver:
                 where = "before their first shard" if worst is None else f"on shard {worst}"
                 raise BackendError(
                     f"{deaths} workers died {where}; Ray's logs say why (often it is memory: fewer workers to a "
-                    "machine, or a smaller --batch)"
+                    "machine, or a smaller batch)"
                 ) from None
             self.run.say("a worker died" + (f"; shard {', '.join(map(str, lost))} goes to another" if lost else ""))
             self.start()

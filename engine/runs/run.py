@@ -8,17 +8,24 @@ from dataclasses import dataclass
 from typing import Any
 
 from grounded_diffusion.engine.dataset.formats import Format
+from grounded_diffusion.engine.dataset.ours import check_foreign_files, clear
 from grounded_diffusion.engine.dataset.runfile import (
     RUN,
     SUMMARY,
     check_same,
     kind_of,
-    put_json,
+    read_about,
     read_json,
-    read_settings,
-    write_settings,
+    run_json,
+    to_bytes,
 )
-from grounded_diffusion.engine.dataset.shards import DamagedShard, finish_shards, finished_shards, read_shard
+from grounded_diffusion.engine.dataset.shards import (
+    DamagedShard,
+    finish_shards,
+    finished_shards,
+    is_finished,
+    read_shard,
+)
 from grounded_diffusion.engine.dataset.storage.base import FINISH, SHARDS, Storage
 from grounded_diffusion.engine.pipeline.pipeline import GroundedPipeline
 from grounded_diffusion.engine.runs.config import RunConfig
@@ -55,7 +62,7 @@ class Run:
     @property
     def shards(self) -> range:
         """The shards that are this process's."""
-        share = self.config.shard
+        share = self.config.share
         return share.shards(self.plan.shards) if share else range(self.plan.shards)
 
     def samples(self, shards: Iterable[int]) -> int:
@@ -63,24 +70,35 @@ class Run:
         return sum(len(self.plan.indices(shard)) for shard in shards)
 
     def start(self) -> None:
-        """Write run.json, unless it is there. Raises UsageError where another run was faster."""
-        if self.begun:
-            return
-        if self.config.overwrite and self.storage.exists(RUN):
-            if held := self.storage.claims():
-                holder = next(iter(held.values()))
-                line = f"{self.storage.root} is being written by process {holder.get('pid')} on {holder.get('host')}"
-                raise UsageError(f"{line}; stop it before overwrite", "overwrite")
-            self.storage.clear()
-        while True:
+        """Write run.json, unless it is there, once another run is removed that may be overwritten.
+
+        Raises:
+            UsageError: another run was faster, or is being made, or the output holds what is not ours.
+        """
+        while not self.begun:
             with self.storage.claim(START) as mine:
                 if mine:
-                    if before := read_settings(self.storage):
-                        check_same(self.storage.root, before, self.settings)
-                    else:
-                        write_settings(self.storage, self.format.name, self.settings)
-                    return
+                    return self._begin()
             self.stop.wait(LOOK)
+
+    def _begin(self) -> None:
+        """The same, by the one who may: from here on the output is this run's, also while the one before is removed."""
+        before = read_about(self.storage)
+        if before and not self.config.overwrite:
+            check_same(self.storage.root, before.settings, self.settings)
+        if before and before.settings == self.settings and not before.clearing:
+            return
+        if before:
+            for name, holder in self.storage.claims().items():
+                if name != START:
+                    line = (
+                        f"{self.storage.root} is being written by process {holder.get('pid')} on {holder.get('host')}"
+                    )
+                    raise UsageError(f"{line}; stop it before overwrite", "overwrite")
+            check_foreign_files(self.storage)
+            self.storage.put(RUN, run_json(self.format.name, self.settings, clearing=True))
+            clear(self.storage)
+        self.storage.put(RUN, run_json(self.format.name, self.settings))
 
     def missing(self) -> list[int]:
         """The shards of this process that have no record that can be used."""
@@ -110,18 +128,18 @@ class Run:
         Returns:
             The summary: samples = accepted + rejected + quarantined, masks, and `reasons` of what is not accepted.
         """
-        while set(range(self.plan.shards)) <= set(finished_shards(self.storage)):
+        shards = range(self.plan.shards)
+        while set(shards) <= set(finished_shards(self.storage)):
             with self.storage.claim(FINISH) as mine:
                 damaged: list[int] = []
                 if mine:
-                    summary = read_json(self.storage, SUMMARY)
+                    summary = read_json(self.storage, SUMMARY) if is_finished(self.storage, shards) else None
                     if not summary:
-                        summary, damaged = self.count(range(self.plan.shards))
+                        summary, damaged = self.count(shards)
                         if not damaged:
-                            losses = finish_shards(self.storage, self.format, range(self.plan.shards), self.settings)
-                            if losses:
+                            last = {SUMMARY: to_bytes(summary)}
+                            if losses := finish_shards(self.storage, self.format, shards, self.settings, last):
                                 self.say(losses)
-                            put_json(self.storage, SUMMARY, summary)
                     if not damaged:
                         self._tidy()
                         return summary

@@ -15,11 +15,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stop:
-    """A wish to stop, which a program looks at where it can.
+    """A request to stop, which a program checks wherever it can.
 
-    As a context manager it takes the wish from SIGTERM and SIGINT. A program that has not ended GRACE seconds after
-    the first signal, or at the second one, is ended on the spot: nothing that matters is ever there by half. A thread
-    reads the signals, as Python's own handlers wait for a long call of a library to return.
+    As a context manager it is set by SIGTERM and SIGINT. A program that has not ended GRACE seconds after the first
+    signal, or at the second one, is ended on the spot: nothing that matters is ever written in part. A thread reads
+    the signals, as Python's own handlers wait for a long call of a library to return.
 
     Args:
         last: called before the program is ended on the spot, with the name of the signal; has a second.
@@ -30,7 +30,7 @@ class Stop:
         self._asked = threading.Event()
 
     def ask(self, name: str) -> None:
-        """Wish to stop; `name` says who does."""
+        """Request a stop; `name` says who does."""
         self.name = name
         self._asked.set()
 
@@ -38,12 +38,12 @@ class Stop:
         return self._asked.is_set()
 
     def check(self) -> None:
-        """Raise Interrupted where stopping is wished."""
+        """Raise Interrupted once a stop is requested."""
         if self:
             raise Interrupted(f"interrupted by {self.name}; the same command goes on")
 
     def wait(self, seconds: float) -> None:
-        """Sleep. Raises Interrupted as soon as stopping is wished."""
+        """Sleep. Raises Interrupted as soon as a stop is requested."""
         self._asked.wait(seconds)
         self.check()
 

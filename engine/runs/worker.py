@@ -196,13 +196,17 @@ class Worker:
 
     def _judge(self, work: ShardInProgress, job: Job, result: Sample | Failed) -> None:
         """Have a sample encoded, or its slot tried again, or give it up."""
-        kind, reason = "quarantined", rejection_reason(result)
-        if reason is None:
-            kind, reason = "rejected", work.checker.check(result)
-        if reason is None:
+        if isinstance(result, Failed):
+            kind, reason = "quarantined", result.reason.removeprefix(f"sample {job.index}: ")
+        elif result.image.min() == result.image.max():
+            kind, reason = "quarantined", "the image has one colour only"
+        elif refused := work.checker.check(result):
+            kind, reason = "rejected", refused
+        else:
             self._room.acquire()
             work.encoded[job.index] = self._encoder.submit(self._encode, result)
-        elif work.attempt < self.attempts:
+            return
+        if work.attempt < self.attempts:
             self.monitor.failed(reason, index=job.index, attempt=work.attempt)
             work.again.append(next_attempt(job))
         else:
@@ -250,12 +254,3 @@ class Worker:
         for work in self._in_progress:
             with contextlib.suppress(GroundedDiffusionError):  # the claims of a disk that fails, say
                 work.claim.close()
-
-
-def rejection_reason(result: Sample | Failed) -> str | None:
-    """Why the result of a job cannot be a sample, before any filter is asked; None where it can."""
-    if isinstance(result, Failed):
-        return result.reason.removeprefix(f"sample {result.job.index}: ")
-    if result.image.min() == result.image.max():
-        return "the image has one colour only"
-    return None

@@ -82,6 +82,12 @@ class BatchRequest:
         """What errors call the samples."""
         return self.names or [f"sample {i}" for i in range(len(self.noise))]
 
+    def noise_after(self, row: int) -> np.ndarray:
+        """What a stochastic sampler adds after a row, standard normal [B,4,h,w]. Raises ValueError for want of it."""
+        if self.step_noise is None:
+            raise ValueError(f"sampler {self.schedule.sampler} adds noise after row {row}, the request has none")
+        return self.step_noise(row)
+
     def steps(self) -> list[Step]:
         """The steps of the schedule, in order.
 

@@ -25,7 +25,7 @@ def denoise(backend: Backend, request: BatchRequest) -> Denoised:
     latents = request.noise * np.float32(schedule.init_noise_sigma)  # [B,4,h,w]
     network_input = latents * np.float32(schedule.rows[0].input_scale)  # both halves of guidance see it
     history = np.empty((schedule.history, *latents.shape), np.float32) if schedule.history else None
-    mask_logits = None
+    mask_logits = np.empty(0, np.float32)  # of the captured step, to come
     for i, step in enumerate(steps):
         at = f"at step {i + 1} of {len(steps)}"
         inputs = {
@@ -40,7 +40,7 @@ def denoise(backend: Backend, request: BatchRequest) -> Denoised:
             check_finite(mask_logits, names, f"mask logits {at}")
         else:
             outputs = backend.run(UNET, inputs)
-        noise = request.step_noise(i) if step.update.n else None
+        noise = request.noise_after(i) if step.update.n else None
         cfg_step(
             step.update, outputs["model_output"], latents, history,
             noise=noise, out_latents=latents, out_input=network_input,

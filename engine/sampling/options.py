@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 from grounded_diffusion.bundle import Manifest
 from grounded_diffusion.engine.checks import check_float, check_int
@@ -68,12 +69,13 @@ class Options:
 
     def image_size(self, manifest: Manifest) -> tuple[int, int]:
         """(H, W) of the images a model is to make. Raises UsageError where the model cannot."""
-        size, multiple = self.size or manifest.image_size, manifest.size_multiple
-        for value, side in zip(size, ("height", "width"), strict=True):
+        height, width = cast(tuple[int, int], self.size or manifest.image_size)  # a single number is two by now
+        multiple = manifest.size_multiple
+        for value, side in ((height, "height"), (width, "width")):
             if value % multiple:
                 near = [n for n in (value // multiple * multiple, (value // multiple + 1) * multiple) if n]
                 raise UsageError(
                     f"{side} {value} is not divisible by {multiple}, as this model needs; "
                     f"use {' or '.join(map(str, near))}"
                 )
-        return tuple(size)
+        return height, width

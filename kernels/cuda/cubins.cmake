@@ -8,9 +8,9 @@ foreach(stem cfg_step image_epilogue mask_epilogue)
     set(cubin "${CMAKE_CURRENT_BINARY_DIR}/${stem}.sm_${arch}.cubin")
     add_custom_command(
       OUTPUT "${cubin}"
-      COMMAND "${GD_NVCC}" -cubin -std=c++17 -arch=sm_${arch} -I "${CMAKE_CURRENT_SOURCE_DIR}/kernels/core"
-              -o "${cubin}" "${CMAKE_CURRENT_SOURCE_DIR}/kernels/cuda/${stem}.cu"
-      DEPENDS kernels/cuda/${stem}.cu kernels/core/${stem}.cuh kernels/core/common.cuh kernels/core/half.cuh
+      COMMAND "${GD_NVCC}" -cubin -std=c++17 -arch=sm_${arch} -I "${CMAKE_CURRENT_SOURCE_DIR}/${KERNELS}/core"
+              -o "${cubin}" "${CMAKE_CURRENT_SOURCE_DIR}/${KERNELS}/cuda/${stem}.cu"
+      DEPENDS ${KERNELS}/cuda/${stem}.cu ${KERNELS}/core/${stem}.cuh ${KERNELS}/core/common.cuh ${KERNELS}/core/half.cuh
       COMMENT "nvcc ${stem} for sm_${arch}"
       VERBATIM)
     list(APPEND cubins "${cubin}")

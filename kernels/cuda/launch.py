@@ -19,7 +19,7 @@ from grounded_diffusion.kernels.mask_epilogue import MAX_OBJECTS, MAX_SIDE, logi
 
 MAX_TERMS = 8  # kMaxTerms of core/cfg_step.cuh
 # struct StepCoefficients of core/cfg_step.cuh
-COEFFICIENTS = np.dtype(
+COEFFICIENTS: Any = np.dtype(
     [(name, np.float32) for name in ("guidance", "cx", "co", "a", "b0", "n", "next_scale")]
     + [(name, np.int32) for name in ("head", "terms", "row")]
     + [("weight", np.float32, MAX_TERMS), ("slot", np.int32, MAX_TERMS)]

@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
-from grounded_diffusion.bench import cli, speed, systems, timing
+from grounded_diffusion.bench import cli, speed, systems, timing, work
 from grounded_diffusion.bench.flops import axis_sizes, count_flops
 from grounded_diffusion.bench.report import bar_chart
 from grounded_diffusion.bench.timing import Timing, alternate
@@ -68,9 +68,7 @@ def test_speed(model, tiny_bundle, tmp_path, capsys):
     assert stages["head (grounded - plain)"]["flops"] == head
     plain, folded = (stages[f"head in torch, {form}"]["flops"] for form in ("plain", "folded"))
     assert head < folded < plain, "the head's convolutions are Winograd's in the CPU's graph"
-    grounded, alone = (
-        sum(count_flops(tiny_bundle / g, axis_sizes(2, systems.OBJECTS, 16, 16)).values()) for g in UNETS
-    )
+    grounded, alone = (sum(count_flops(tiny_bundle / g, axis_sizes(2, work.OBJECTS, 16, 16)).values()) for g in UNETS)
     assert folded == pytest.approx(grounded - alone, rel=0.01)
     about = result["environment"]
     assert about["cpu"] and about["cores"] >= 1 and about["versions"]["onnxruntime"] and len(about["bundle"]) == 64
@@ -91,7 +89,7 @@ def test_compiled_and_exported_peers_make_the_engines_images(model, tmp_path):
 def test_peak_memory_is_that_of_a_process_with_one_system(tiny_bundle, tiny_checkpoint, tmp_path):
     pipe = GroundedPipeline.open(tiny_bundle, threads=1)
     plan = speed.Plan(
-        options=Options(steps=1, batch=1, guidance_interval=systems.EVERY_STEP), threads=1, peers=("eager",),
+        options=Options(steps=1, batch=1, guidance_interval=work.EVERY_STEP), threads=1, peers=("eager",),
         peer_batch=1, images=1, rounds=1, repeats=1, backend="onnxruntime", checkpoint=tiny_checkpoint,
         folder=tmp_path,
     )  # fmt: skip
@@ -122,10 +120,10 @@ def test_without_a_gpu_the_gpu_bench_is_skipped(monkeypatch, capsys):
 
 def test_a_peer_that_makes_other_images_stops_the_bench():
     image, mask = np.zeros((1, 4, 4, 3), np.uint8), np.zeros((1, 1, 4, 4), bool)
-    same = speed.agreement("peer", systems.Output(image, mask), systems.Output(image, mask))
+    same = speed.agreement("peer", work.Output(image, mask), work.Output(image, mask))
     assert same == {"psnr": 99.0, "mask_iou": 1.0}
     with pytest.raises(ParityError, match="peer makes other images than the engine"):
-        speed.agreement("peer", systems.Output(image + 40, mask), systems.Output(image, mask))
+        speed.agreement("peer", work.Output(image + 40, mask), work.Output(image, mask))
 
 
 def test_quality(model, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import hashlib
 import json
@@ -15,7 +16,7 @@ from grounded_diffusion.engine.backends.gpu.tensorrt import TensorRT
 from grounded_diffusion.engine.backends.tensorrt.spec import Bucket, engine_spec, load_module, profile_shapes
 from grounded_diffusion.engine.backends.tensorrt.store import PLAN, SIDECAR, load_plan, read_sidecar
 from grounded_diffusion.errors import BackendError, UsageError
-from grounded_diffusion.export import cli, engines
+from grounded_diffusion.export import cli, engine_cli, engines
 from grounded_diffusion.export.engines import build_engines
 from grounded_diffusion.export.weights import WeightStore
 
@@ -236,7 +237,7 @@ def test_the_runtime_takes_only_engines_of_its_gpu_version_and_sizes(built, tmp_
         (["--engine", "tensorrt-rtx"], "needs --sm"),
         (["--engine", "tensorrt-rtx", "--sm", "86", "--batch", "0"], "positive whole numbers"),
         (["--engine", "tensorrt-rtx", "--sm", "eight"], "positive whole numbers"),
-        (["--engine", "tensorrt-rtx", "--sm", "86", "--size", "512"], "write height and width as 512x512"),
+        (["--engine", "tensorrt-rtx", "--sm", "86", "--size", "512x"], "'512x' is not a size"),
         ([], "--bundle needs --engine"),
         (["--ckpt", "model"], "not allowed with argument"),
     ],
@@ -245,6 +246,13 @@ def test_command_line_mistakes_are_named(arguments, says, capsys):
     with pytest.raises(SystemExit) as error:
         cli.main(["--bundle", "bundle", *arguments])
     assert error.value.code == 2 and says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("text", "size"), [("512", (512, 512)), ("512x768", (512, 768))])
+def test_sizes_as_gd_infer_takes_them(text, size):
+    parser = argparse.ArgumentParser()
+    engine_cli.add_options(parser)
+    assert parser.parse_args(["--size", text]).size == size
 
 
 def test_an_export_with_a_backend_that_is_missing_stops_before_it_begins(monkeypatch, tmp_path, capsys):

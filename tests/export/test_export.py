@@ -83,7 +83,7 @@ def test_graphs_take_the_promised_names_and_any_shape(checkpoint, tiny_bundle, g
     with torch.no_grad():
         expected = MODULES[graph](checkpoint)(**inputs)
     expected = (expected[-1] if isinstance(expected, tuple) else expected).numpy()
-    assert np.linalg.norm(actual - expected) <= 1e-5 * np.linalg.norm(expected)
+    assert relative_l2(actual, expected) <= 1e-5
 
 
 def external(path) -> dict[str, tuple]:
@@ -283,6 +283,39 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys,
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("gd-export: ") and message in line
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_export_without_a_tokenizer_is_refused(tiny_checkpoint, tmp_path, capsys):
+    """The tokenizer that is left has two tokens, and graphs and loop would agree on it."""
+    copy = shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
+    (copy / "tokenizer" / "tokenizer.json").unlink()
+    assert cli.main(["--ckpt", str(copy), "--out", str(tmp_path / "out")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "knows 2 tokens" in line and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("name", "content"), [("manifest.json", "{}"), ("manifest.json", "[]"), ("run.json", "[]")])
+def test_a_file_of_a_familiar_name_makes_no_bundle(tmp_path, capsys, name, content):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / name).write_text(content)
+    (mine / "thesis.tex").write_text("years")
+    assert cli.main(["--ckpt", str(tmp_path), "--out", str(mine), "--overwrite"]) == 2
+    assert "holds no bundle, so it is not replaced" in capsys.readouterr().err
+    assert (mine / "thesis.tex").read_text() == "years" and (mine / name).read_text() == content
+
+
+def test_what_lies_beside_a_bundle_is_named_and_stays(tiny_bundle, tmp_path, capsys):
+    out = shutil.copytree(tiny_bundle, tmp_path / "out")
+    (out / "thesis.tex").write_text("years")
+    before = sorted(out.rglob("*"))
+    assert cli.main(["--ckpt", str(tmp_path), "--out", str(out), "--overwrite"]) == 2
+    said = capsys.readouterr().err
+    assert "thesis.tex" in said and "nothing is removed" in said and said.count("\n") == 1
+    assert sorted(out.rglob("*")) == before
+    for wrong in ("", "s3://bucket/bundle"):
+        assert cli.main(["--ckpt", str(tmp_path), "--out", wrong, "--overwrite"]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_gd_export_of_a_released_head(tiny_checkpoint, checkpoint, tmp_path, capsys):

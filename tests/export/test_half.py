@@ -7,6 +7,7 @@ import numpy as np
 import onnx
 import onnx_ir
 import pytest
+from helpers.errors import relative_l2
 
 from grounded_diffusion.bundle import (
     GRAPH_IO,
@@ -24,7 +25,7 @@ from grounded_diffusion.errors import UsageError
 from grounded_diffusion.export import cli, drift
 from grounded_diffusion.export.bundle import export_bundle
 from grounded_diffusion.export.graphs import trace
-from grounded_diffusion.export.half import FLOAT_VALUES, ISLANDS, to_half
+from grounded_diffusion.export.rewrites.half import FLOAT_VALUES, ISLANDS, to_half
 from grounded_diffusion.export.verify import check_graphs, check_loop
 from grounded_diffusion.export.weights import WeightStore
 from grounded_diffusion.training.checkpoint import load_checkpoint
@@ -179,5 +180,5 @@ def test_polygraphy_marks_the_same_layers(half_bundle, tmp_path):
     assert len(layers) > 50 and {layer.name for layer in layers} <= values[0].keys()
     for layer in layers:
         actual, expected = (part[layer.name].astype(np.float64) for part in values)
-        error = np.linalg.norm(actual - expected) / max(np.linalg.norm(expected), 1e-30)
+        error = relative_l2(actual, expected)
         assert layer.error == pytest.approx(error, rel=0.3, abs=1e-4), layer

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from helpers.errors import relative_l2
 
 from grounded_diffusion.kernels import StepCoefficients, cfg_step, reference
 
 SHAPES = [(1, 1), (7, 13), (16, 16), (33, 65)]
 PLMS = [55 / 24, -59 / 24, 37 / 24, -9 / 24]  # the weights of PNDM's fourth-order step
-
-
-def relative(value: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.linalg.norm(np.float64(value) - expected) / np.linalg.norm(expected))
 
 
 def random(seed: int, *shape: int) -> np.ndarray:
@@ -34,7 +31,7 @@ def test_equals_reference(size, guidance, order):
     got = cfg_step(step, output, latents, history, noise=noise, out_latents=out_latents, out_input=out_input)
     assert got[0] is out_latents and got[1] is out_input
     for value, wanted in zip((*got, history), expected, strict=True):
-        assert relative(value, wanted) <= 1e-6
+        assert relative_l2(value, wanted) <= 1e-6
 
 
 def test_whole_guided_trajectory_with_ring():
@@ -51,7 +48,7 @@ def test_whole_guided_trajectory_with_ring():
         uncond, cond = np.split(np.float64(output), 2)
         kept.insert(0, uncond + 7.5 * (cond - uncond))
         exact = 0.99 * exact + sum(w * m for w, m in zip(b, kept, strict=False))
-    assert relative(latents, exact) <= 1e-6
+    assert relative_l2(latents, exact) <= 1e-6
 
 
 def test_oldest_value_is_read_before_its_slot_is_written():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from helpers.cuda.compile import FMA, build, sources
 from helpers.cuda.kernels import CpuCudaKernels
+from helpers.errors import relative_l2
 
 from grounded_diffusion.kernels import StepCoefficients, cfg_step, image_epilogue, mask_epilogue, reference
 from grounded_diffusion.kernels.cuda.device import DeviceArray, gpu_name
@@ -27,10 +28,6 @@ def gpu(request, cuda_builds):
     library = request.config.getoption("--cuda-kernels") or build(cuda_builds, sources(), flags)
     kernels = CpuCudaKernels(library, reversed_=request.param == "cpu-reversed")
     return kernels, None, kernels.put
-
-
-def relative(value: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.linalg.norm(np.float64(value) - expected) / np.linalg.norm(expected))
 
 
 def random(seed: int, *shape: int) -> np.ndarray:
@@ -60,11 +57,11 @@ def test_cfg_step(gpu, size, guidance, half):
     guided = guidance is not None
     kernels.cfg_step(stream, at, count=latents.size, guided=guided, doubled=guided, half=half)
     for value, wanted in zip((*outputs, given[2]), expected, strict=True):
-        assert relative(value.numpy(), wanted) <= tolerance
+        assert relative_l2(value.numpy(), wanted) <= tolerance
     if not half:
         host = cfg_step(step, output, latents, history, noise=noise)
         for value, wanted in zip(outputs, host, strict=True):
-            assert relative(value.numpy(), wanted) <= tolerance
+            assert relative_l2(value.numpy(), wanted) <= tolerance
 
 
 def test_numbers_that_are_not_finite_are_flagged_by_step_and_image(gpu):
@@ -152,4 +149,4 @@ def test_mask_epilogue(gpu, low, size, threshold, half):
     np.testing.assert_array_equal(labels.numpy()[clear], host.labels[clear])
     if (got == host.masks).all():
         np.testing.assert_array_equal(box.numpy().view(np.int32), host.box)
-        assert relative(score.numpy().view(np.float32), np.float64(host.score)) <= FP32
+        assert relative_l2(score.numpy().view(np.float32), np.float64(host.score)) <= FP32

@@ -129,6 +129,35 @@ def test_damaged_files_are_named(copy, file):
     assert f"cannot load {file.split('/')[0].replace('grounding_head', 'the grounding head')}" in one_line(error)
 
 
+def edit_json(file, change):
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+TOKENIZERS = {
+    "no file": (lambda folder: (folder / "tokenizer.json").unlink(), "knows 2 tokens, its text encoder "),
+    "no merges": (
+        lambda folder: edit_json(folder / "tokenizer.json", lambda t: t["model"].update(merges=[])), "in 23 tokens",
+    ),
+    "another end": (
+        lambda folder: edit_json(folder / "tokenizer_config.json", lambda c: c.update(eos_token=c["bos_token"])),
+        "begins and ends a text with",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", TOKENIZERS)
+def test_a_tokenizer_that_the_text_encoder_does_not_know(copy, damage):
+    """It loads, and would turn prompts into tokens that mean something else."""
+    harm, told = TOKENIZERS[damage]
+    harm(copy / "tokenizer")
+    with pytest.raises(CheckpointError) as error:
+        load_checkpoint(copy)
+    message = one_line(error)
+    assert told in message and f"the tokenizer of {copy}" in message and "restore the files" in message
+
+
 def test_a_head_for_another_unet(copy):
     file = copy / "unet" / "config.json"
     config = json.loads(file.read_text())

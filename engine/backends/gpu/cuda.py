@@ -64,7 +64,7 @@ class CudaDevice:
         pointer = int(self._call(self._driver.cuMemHostAlloc(size, 0), f"allocating {nbytes / 1e9:.2f} GB of the host"))
         memory = (ctypes.c_uint8 * size).from_address(pointer)
         weakref.finalize(memory, self._driver.cuMemFreeHost, pointer).atexit = False
-        return np.frombuffer(memory, np.uint8)[:nbytes]
+        return np.ctypeslib.as_array(memory)[:nbytes]
 
     def stream(self) -> Any:
         """See `Device`."""

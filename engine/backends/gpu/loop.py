@@ -85,7 +85,7 @@ class DeviceLoop:
             graphs.close()
             raise
         self.at, self.slots = self.memory.at, self.memory.slots
-        self._bound: dict[tuple[str, bool], Callable[[], None]] = {}
+        self._bound: dict[tuple[bool, bool], Callable[[], None]] = {}
         self._captured: dict[Any, Callable[[], None]] = {}
         self._queued: list[QueuedBatch | None] = [None] * len(self.slots)  # the last one of each slot
         self._next = 0
@@ -216,7 +216,7 @@ class DeviceLoop:
             record = views["records"][i]
             record[: packed.size] = packed
             record[ALIGNMENT:].view(self.memory.timestep)[:] = step.timestep
-        drawn = [request.step_noise(i)[fill] for i, step in enumerate(steps) if step.update.n]
+        drawn = [request.noise_after(i)[fill] for i, step in enumerate(steps) if step.update.n]
         if drawn:
             noise = np.ascontiguousarray(drawn, F32).view(BYTE).reshape(-1)
             if slot.noise.size < noise.size:

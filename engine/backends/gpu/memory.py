@@ -56,7 +56,7 @@ class Slot:
         self.at = results.tensors(self.pointer) | own.tensors(self.pointer + results.nbytes)
         self.noise = np.empty(0, np.uint8)  # pinned, grown by stochastic samplers
         self.denoised, self.decoded, self.done = (device.event() for _ in range(3))
-        self.decode: Callable[[], None] | None = None
+        self.decode: Callable[[], None]  # runs the decoder on this slot; bound by the loop
 
 
 class Memory:

@@ -53,7 +53,8 @@ class TensorRT:
         """See `GraphRuntime.buckets`."""
         wanted = profile_shapes(self.bundle, UNET_GROUNDED, Bucket(batch, max(objects, OBJECTS), size))
         found = [shapes for shapes in self.shapes(UNET_GROUNDED) if shapes["latents"][1:] == wanted["latents"][1:]]
-        buckets = [tuple(shapes["query_valid"]) for shapes in found if shapes["query_valid"][1] >= objects]
+        valid = [shapes["query_valid"] for shapes in found]
+        buckets = [(batch, held) for batch, held in valid if held >= objects]
         if not buckets:
             load_plan(self.bundle.path, self.spec(UNET_GROUNDED, wanted))  # raises: says what is there, and the command
         return buckets
@@ -159,7 +160,8 @@ class TensorRTGraphs:
 
     def mask_size(self) -> tuple[int, int]:
         """See `Graphs.mask_size`."""
-        return self.shape(UNET_GROUNDED, "mask_logits")[2:]
+        *_, height, width = self.shape(UNET_GROUNDED, "mask_logits")
+        return height, width
 
     def _context(self, graph: str, shapes: Mapping[str, list[int]]) -> tuple[Any, list[Callable[[], None] | None]]:
         """The context of a graph at these shapes, without device memory yet."""

@@ -8,10 +8,9 @@ from types import ModuleType
 from typing import Any
 
 from grounded_diffusion.bundle import GRAPH_IO, UNET, Bundle
-from grounded_diffusion.engine.backends.tensorrt.store import BACKENDS, OBJECTS, EngineSpec, bundle_files
+from grounded_diffusion.engine.backends.tensorrt.store import OBJECTS, PACKAGES, EngineSpec, bundle_files
 from grounded_diffusion.errors import BackendError, UsageError
 
-PACKAGES = {"tensorrt": "grounded-diffusion[tensorrt]", "tensorrt_rtx": "grounded-diffusion[rtx]"}
 FLAGS: dict[str, Any] = {
     "tf32": False,  # it would round FP32 graphs to 10 bits of mantissa: far from the 1e-5 that exported graphs hold
     "user_allocation": True,  # an engine that allocates by itself cannot be captured into a CUDA graph
@@ -60,8 +59,8 @@ def profile_shapes(bundle: Bundle, graph: str, bucket: Bucket) -> dict[str, list
 
 def load_module(backend: str) -> ModuleType:
     """The Python module `tensorrt` or `tensorrt_rtx`. Raises BackendError with the pip line when it is not there."""
-    if backend not in BACKENDS:
-        raise BackendError(f"there is no backend {backend}; choose one of {', '.join(BACKENDS)}")
+    if backend not in PACKAGES:
+        raise BackendError(f"there is no backend {backend}; choose one of {', '.join(PACKAGES)}")
     try:
         return importlib.import_module(backend)
     except ImportError as error:

@@ -16,7 +16,7 @@ from typing import Any
 from grounded_diffusion.bundle import UNET, UNET_GROUNDED, Bundle, read_manifest, sha256
 from grounded_diffusion.errors import BackendError
 
-BACKENDS = ("tensorrt", "tensorrt_rtx")
+PACKAGES = {"tensorrt": "grounded-diffusion[tensorrt]", "tensorrt_rtx": "grounded-diffusion[rtx]"}  # what pip installs
 PLAN, SIDECAR = "engine.plan", "engine.json"
 SCHEMA = 1
 OBJECTS = 8  # queries of an image in a static profile, unless asked otherwise
@@ -48,8 +48,8 @@ class EngineSpec:
     files: dict[str, str]
 
     def __post_init__(self) -> None:
-        if self.backend not in BACKENDS:
-            raise BackendError(f"there is no backend {self.backend}; choose one of {', '.join(BACKENDS)}")
+        if self.backend not in PACKAGES:
+            raise BackendError(f"there is no backend {self.backend}; choose one of {', '.join(PACKAGES)}")
 
     @property
     def key(self) -> str:

@@ -25,7 +25,7 @@ from grounded_diffusion.engine.dataset.formats.common import (
 )
 from grounded_diffusion.engine.dataset.formats.polygons import solid_polygons
 from grounded_diffusion.engine.dataset.formats.rle import encode_rle
-from grounded_diffusion.engine.dataset.formats.tables import write_tables
+from grounded_diffusion.engine.dataset.formats.tables import Entries, write_tables
 from grounded_diffusion.engine.dataset.record import Record
 from grounded_diffusion.engine.dataset.storage.base import Storage
 from grounded_diffusion.engine.prompts.vocabulary import COCO_SUPERCATEGORIES
@@ -51,7 +51,7 @@ class CocoFormat(Format):
         return Encoded(files, {**describe(record), "split": record.split, "objects": objects})
 
     def finish(self, storage: Storage, rows: Iterable[dict[str, Any]], run: Mapping[str, Any]) -> None:
-        lists = {
+        lists: dict[str, Entries] = {
             "images": ((row["split"], image_entry(row, self.settings)) for row in rows),
             "annotations": annotations(rows),
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import re
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,6 +42,7 @@ class Format(Protocol):
     """
 
     name: str
+    settings: Settings
 
     @abstractmethod
     def encode(self, record: Record) -> Encoded:
@@ -255,6 +257,23 @@ def describe_objects(record: Record, classes: Classes | None = None) -> list[dic
         }
         for thing in record.objects
     ]
+
+
+# What YAML 1.1 takes as it stands within double quotes on one line; the rest is escaped.
+YAML_ODD = re.compile(r'[^\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]|["\\]')
+
+
+def yaml_string(text: str, ascii: bool = False) -> str:
+    """A text as YAML takes it, in double quotes. Unlike JSON's, it may hold no U+007F, and no pairs of surrogates."""
+    odd = re.compile(r'[^\x20-\x7e]|["\\]') if ascii else YAML_ODD
+
+    def escape(match: re.Match) -> str:
+        character, code = match[0], ord(match[0])
+        if character in '"\\':
+            return f"\\{character}"
+        return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+    return f'"{odd.sub(escape, text)}"'
 
 
 @functools.cache

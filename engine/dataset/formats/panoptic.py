@@ -26,7 +26,7 @@ from grounded_diffusion.engine.dataset.formats.common import (
     object_map,
     png,
 )
-from grounded_diffusion.engine.dataset.formats.tables import write_tables
+from grounded_diffusion.engine.dataset.formats.tables import Entries, write_tables
 from grounded_diffusion.engine.dataset.record import Record
 from grounded_diffusion.engine.dataset.storage.base import Storage
 
@@ -58,7 +58,7 @@ class PanopticFormat(Format):
     def finish(self, storage: Storage, rows: Iterable[dict[str, Any]], run: Mapping[str, Any]) -> None:
         table = categories(self.settings.classes)
         head = table_head([{**entry, "isthing": 1, "color": class_colour(entry["id"])} for entry in table])
-        lists = {
+        lists: dict[str, Entries] = {
             "images": ((row["split"], image_entry(row, self.settings)) for row in rows),
             "annotations": ((row["split"], annotation(row)) for row in rows),
         }

@@ -9,7 +9,6 @@ Outlines lose two things, which `losses` counts: holes are filled, and an object
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -20,6 +19,7 @@ from grounded_diffusion.engine.dataset.formats.common import (
     describe,
     describe_objects,
     encode_image,
+    yaml_string,
 )
 from grounded_diffusion.engine.dataset.formats.polygons import contours
 from grounded_diffusion.engine.dataset.formats.tables import count_splits
@@ -62,7 +62,9 @@ class YoloFormat(Format):
         counts = count_splits(rows)
         val = "val" if "val" in counts else "train"
         train = "train" if "train" in counts else val
-        names = "".join(f"  {k}: {json.dumps(name)}\n" for k, name in enumerate(self.settings.classes.names))
+        names = "".join(
+            f"  {k}: {yaml_string(name, ascii=True)}\n" for k, name in enumerate(self.settings.classes.names)
+        )
         storage.put("data.yaml", f"train: images/{train}\nval: images/{val}\nnames:\n{names}".encode())
 
 

@@ -5,7 +5,7 @@ killed worker left without one is written again, with the same bytes.
 
     shards/000012.json      record of a finished shard
     shards/000012.lock      held by the worker that is on it: {"host", "pid", "started"}
-    .partial/               local only: files that are being written
+    .partial/               local only: files that are being written, and what a shard's files will be called
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from typing import BinaryIO, Protocol
 
 SHARDS, PARTIAL = "shards", ".partial"
+FINISHED = f"{SHARDS}/finish.json"
+JOURNAL = ".files"  # in .partial/000012/: JSON list of the names that its files get
 FINISH = "finish"  # what to claim for the one who writes a finished run's lists and tables
 
 
@@ -43,7 +45,15 @@ class Storage(Protocol):
         """Content of a file. Raises FileNotFoundError."""
         ...
 
-    def list(self, prefix: str) -> list[str]:
+    def open(self, path: str) -> AbstractContextManager[BinaryIO]:
+        """The same as a stream. Raises FileNotFoundError."""
+        ...
+
+    def walk(self) -> Iterator[str]:
+        """Paths of all files, and those of empty folders, which end in a slash."""
+        ...
+
+    def list(self, prefix: str) -> Sequence[str]:
         """Names of the files directly under a folder, sorted; none if there is no such folder."""
         ...
 
@@ -68,10 +78,6 @@ class Storage(Protocol):
 
     def commit(self, shard: int, files: Iterable[tuple[str, bytes]], record: bytes) -> None:
         """Write a shard: its files, and when all are safe its record. `files` is iterated once."""
-        ...
-
-    def clear(self) -> None:
-        """Remove everything, the records first and run.json last."""
         ...
 
     def clean(self) -> None:

@@ -7,15 +7,15 @@ import errno
 import fcntl
 import json
 import os
-import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import BinaryIO
 
-from grounded_diffusion.engine.dataset.storage.base import PARTIAL, SHARDS, holder, lock_path, record_path
+from grounded_diffusion.engine.dataset.storage.base import JOURNAL, PARTIAL, SHARDS, holder, lock_path, record_path
 from grounded_diffusion.errors import DiskFullError, StorageError, UsageError
+from grounded_diffusion.files import files_below, inside, writing
 
 SYNCS = 16  # files synced at the same time, which ext4 gathers into few journal commits: 20 times faster than in turn
 
@@ -31,10 +31,7 @@ class LocalStorage:
         self.folder, self.root = folder, str(folder)
 
     def _file(self, path: str) -> Path:
-        parts = PurePosixPath(path)
-        if parts.is_absolute() or ".." in parts.parts:
-            raise StorageError(f"the file {path} lies outside {self.root}; give a path inside it")
-        return self.folder / parts
+        return inside(self.folder, path)
 
     def put(self, path: str, content: bytes) -> None:
         with readable_errors(self.folder, need=on_disk(content), what=path), self._stream(path) as stream:
@@ -47,19 +44,11 @@ class LocalStorage:
 
     @contextlib.contextmanager
     def _stream(self, path: str) -> Iterator[BinaryIO]:
-        final = self._file(path)
-        temporary = self.folder / PARTIAL / f"{path.replace('/', '-')}.{secrets.token_hex(4)}"
-        make_folders(temporary.parent)
+        final, scratch = self._file(path), self._file(PARTIAL)
+        make_folders(scratch)
         make_folders(final.parent)
-        try:
-            with temporary.open("xb") as stream:
-                yield stream
-                stream.flush()
-                os.fsync(stream.fileno())
-            temporary.rename(final)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        with writing(final, scratch) as stream:
+            yield stream
         sync(final.parent)
 
     def read(self, path: str) -> bytes:
@@ -70,10 +59,29 @@ class LocalStorage:
         except OSError as error:
             raise StorageError(f"cannot read {self._file(path)}: {error.strerror or error}") from None
 
-    def list(self, prefix: str) -> list[str]:
+    @contextlib.contextmanager
+    def open(self, path: str) -> Iterator[BinaryIO]:
+        try:
+            stream = self._file(path).open("rb")
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise StorageError(f"cannot read {self._file(path)}: {error.strerror or error}") from None
+        with stream:
+            yield stream
+
+    def walk(self) -> Iterator[str]:
+        try:
+            yield from files_below(self.folder)
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        except OSError as error:
+            raise UsageError(f"cannot read {error.filename or self.root}: {error.strerror or error}") from None
+
+    def list(self, prefix: str) -> Sequence[str]:
         try:
             with os.scandir(self._file(prefix)) as entries:
-                return sorted(entry.name for entry in entries if entry.is_file())
+                return sorted(entry.name for entry in entries if not entry.is_dir(follow_symlinks=False))
         except (FileNotFoundError, NotADirectoryError):
             return []
         except OSError as error:
@@ -83,7 +91,8 @@ class LocalStorage:
         return self._file(path).is_file()
 
     def remove(self, path: str) -> None:
-        file = self._file(path)
+        folder, _, name = path.rpartition("/")
+        file = self._file(folder) / name  # of a link, the link itself is removed
         with readable_errors(self.folder, what=path):
             file.unlink(missing_ok=True)
             remove_empty(file.parent, self.folder)
@@ -116,7 +125,7 @@ class LocalStorage:
         return held
 
     def commit(self, shard: int, files: Iterable[tuple[str, bytes]], record: bytes) -> None:
-        folder = self.folder / PARTIAL / f"{shard:06d}"
+        folder = self._file(f"{PARTIAL}/{shard:06d}")
         paths: list[str] = []
         need, rest = on_disk(record), iter(files)
         with readable_errors(self.folder, need=lambda: need + sum(on_disk(content) for _, content in rest),
@@ -130,6 +139,8 @@ class LocalStorage:
             with ThreadPoolExecutor(SYNCS) as pool:
                 for _ in pool.map(sync, (folder / path for path in paths)):
                     pass  # raises what a thread raised
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / JOURNAL).write_text(json.dumps(paths), encoding="utf-8")
             parents = {self._file(path).parent for path in paths}
             for parent in sorted(parents):
                 make_folders(parent)
@@ -137,14 +148,9 @@ class LocalStorage:
                 (folder / path).rename(self._file(path))
             for parent in sorted(parents):
                 sync(parent)
-            shutil.rmtree(folder, ignore_errors=True)
             with self._stream(record_path(shard)) as stream:
                 stream.write(record)
-
-    def clear(self) -> None:
-        with readable_errors(self.folder, what="what is there"):
-            for path in sorted(self.folder.iterdir(), key=lambda path: (path.name == "run.json", path.name != SHARDS)):
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            shutil.rmtree(folder, ignore_errors=True)
 
     def clean(self) -> None:
         shutil.rmtree(self.folder / PARTIAL, ignore_errors=True)
@@ -157,9 +163,13 @@ def take(path: Path) -> BinaryIO | None:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(path.stat(), os.fstat(stream.fileno())):
-                stream.truncate()
-                stream.write(holder())
-                stream.flush()
+                try:
+                    stream.truncate()
+                    stream.write(holder())
+                    stream.flush()
+                except OSError:  # a full disk: nobody is to find a lock that says nothing
+                    path.unlink(missing_ok=True)
+                    raise
                 return stream
         except BlockingIOError:
             stream.close()
@@ -245,7 +255,7 @@ def full(root: Path, what: str, need: int, code: int) -> str:
     return f"no space left in {root}: {what}{needs}, {free}; make room, then give the same command again"
 
 
-def megabytes(size: int) -> str:
+def megabytes(size: float) -> str:
     """12345678 -> "12.3 MB", 12345 -> "12 kB"."""
     return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"
 

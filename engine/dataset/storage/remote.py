@@ -15,7 +15,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import BinaryIO
 
 from grounded_diffusion.engine.dataset.storage.base import SHARDS, holder, lock_path, record_path
@@ -77,7 +77,19 @@ class FsspecStorage:
         with self._errors("read", path):
             return self.fs.cat_file(self._key(path))
 
-    def list(self, prefix: str) -> list[str]:
+    @contextlib.contextmanager
+    def open(self, path: str) -> Iterator[BinaryIO]:
+        with self._errors("read", path):
+            stream = self.fs.open(self._key(path), "rb")
+        with stream:
+            yield stream
+
+    def walk(self) -> Iterator[str]:
+        with self._errors("list", ""):
+            found = self.fs.find(self.prefix)
+        yield from (key.removeprefix(f"{self.prefix}/") for key in found)
+
+    def list(self, prefix: str) -> Sequence[str]:
         try:
             with self._errors("list", prefix):
                 found = self.fs.ls(self._key(prefix), detail=True)
@@ -160,13 +172,6 @@ class FsspecStorage:
     def _send(self, shard: int, group: dict[str, bytes]) -> None:
         with self._errors("write", f"shard {shard}"):
             self.fs.pipe(group)
-
-    def clear(self) -> None:
-        with self._errors("remove", ""):
-            found = self.fs.find(self.prefix)
-            order = lambda key: (key == self._key("run.json"), not key.startswith(self._key(SHARDS)))
-            for key in sorted(found, key=order):
-                self.fs.rm_file(key)
 
     def clean(self) -> None:
         """Nothing is left half written that could be seen."""

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from grounded_diffusion.engine.cli.infer import main, parse_size
+from grounded_diffusion.engine.cli.common import parse_size
+from grounded_diffusion.engine.cli.infer import main
 from grounded_diffusion.engine.pipeline import shipped
 from grounded_diffusion.errors import BundleError, UsageError
 
@@ -315,7 +316,7 @@ def test_cache_folder_follows_the_user(monkeypatch, tmp_path):
 def test_export_without_its_extra_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr(shipped, "NEEDED", ("a_module_nobody_has",))
     (tmp_path / "checkpoint").mkdir()
-    with pytest.raises(UsageError, match=r"pip install 'grounded-diffusion\[export\]', or pass --model"):
+    with pytest.raises(UsageError, match=r"pip install 'grounded-diffusion\[export\]', or give `model` a bundle"):
         shipped.cached_export(tmp_path / "checkpoint", tmp_path / "cache", print)
     assert not (tmp_path / "cache").exists()
 

@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+import yaml
 from huggingface_hub import DatasetCard
 from PIL import Image
 
@@ -14,6 +15,9 @@ from grounded_diffusion.engine.cli.dataset import main
 from grounded_diffusion.engine.dataset import card as dataset_card
 from grounded_diffusion.engine.dataset import sheet as card_sheet
 from grounded_diffusion.engine.dataset.card import Contents, Counts, classes_table, front_matter
+from grounded_diffusion.engine.dataset.formats.common import yaml_string
+from grounded_diffusion.engine.dataset.shards import Recording, note_files
+from grounded_diffusion.engine.dataset.storage.open import open_storage
 from grounded_diffusion.engine.prompts.vocabulary import EMOJI_NAMES
 
 SETTINGS = {"sampler": "ddim", "steps": 25, "guidance_scale": 7.5, "seed": 0, "samples": 12, "min_area": None,
@@ -41,8 +45,10 @@ def bundle(tmp_path, monkeypatch):
 def run(data, bundle):
     """The shared data set with the settings and summary of a run."""
     settings = {"model": sha256(bundle / MANIFEST), **SETTINGS}
-    (data / "run.json").write_text(json.dumps({"format": "folder", "settings": settings}))
-    (data / "summary.json").write_text(json.dumps(SUMMARY))
+    storage = Recording(open_storage(data))
+    storage.put("run.json", json.dumps({"format": "folder", "settings": settings}).encode())
+    storage.put("summary.json", json.dumps(SUMMARY).encode())
+    note_files(storage)
     return data
 
 
@@ -172,3 +178,21 @@ def test_many_classes_and_awkward_names():
     classes = {f"a|{k}": Counts(k, 1) for k in range(dataset_card.SHOWN + 5)}
     text = classes_table(Contents(1, set(), classes), "folder")
     assert text.count("\n| a\\|") == dataset_card.SHOWN and "and 5 more" in text
+
+
+@pytest.mark.parametrize(
+    "title", ["\x7f", "a\u2028b", "\ufeff", "\U0001f600", "tab\there", 'quote " and \\ slash', "\x85", "ü: #"]
+)
+def test_yaml_takes_any_title(title):
+    found = yaml.safe_load(front_matter(title, None, 1, "").strip("-\n"))
+    assert found["pretty_name"] == title
+    for ascii in (False, True):
+        assert yaml.safe_load(f"name: {yaml_string(title, ascii)}")["name"] == title
+    assert yaml_string(title, ascii=True).isascii()
+
+
+def test_the_card_tells_what_is_true_of_seeds(run, blobs):
+    """All of these samples have one seed; each has a draw of its own."""
+    assert main(["card", str(run)]) == 0
+    text = (run / "README.md").read_text()
+    assert "own seed" not in text and "`seed` and `draw`" in text

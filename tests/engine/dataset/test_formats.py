@@ -2,6 +2,7 @@
 
 import json
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +13,9 @@ from grounded_diffusion.engine.dataset.formats.common import Classes, Settings, 
 from grounded_diffusion.engine.dataset.formats.polygons import contours
 from grounded_diffusion.engine.dataset.reader import FolderDataset
 from grounded_diffusion.engine.dataset.record import Record
-from grounded_diffusion.engine.dataset.shards import write_shards
+from grounded_diffusion.engine.dataset.runfile import MARKER
+from grounded_diffusion.engine.dataset.shards import write_dataset
 from grounded_diffusion.engine.dataset.storage.open import open_storage
-from grounded_diffusion.engine.dataset.verify import MARKER
 
 CONVERTED = [name for name in FORMATS if name not in WITHOUT_CLASSES]
 
@@ -38,10 +39,10 @@ def test_samples_and_files_give_the_same_bytes(blobs, tmp_path, format):
     converted, direct = blobs.convert(tmp_path / "converted", format, "--shard-size", 4), tmp_path / "direct"
     writer = open_format(format, Settings(Classes(blobs.names), 95))
     records = [Record.from_sample(blobs.sample(index), blobs.split(index)) for index in range(blobs.count)]
-    write_shards(open_storage(direct), writer, [(6, records[:6]), (3, records[6:])], writer.encode, 4, {})
+    write_dataset(open_storage(direct), writer, [(6, records[:6]), (3, records[6:])], writer.encode, 4)
     files = {p.relative_to(direct): p.read_bytes() for p in direct.rglob("*") if p.is_file()}
     files_converted = {p.relative_to(converted): p.read_bytes() for p in converted.rglob("*") if p.is_file()}
-    marker = json.loads(files_converted.pop(next(p for p in files_converted if p.name == MARKER)))
+    marker = json.loads(files_converted[Path(MARKER)])
     assert (marker["format"], marker["samples"]) == (format, blobs.count)
     assert marker["classes"] == {name: k for k, name in enumerate(blobs.names, 1)}
     assert files == files_converted

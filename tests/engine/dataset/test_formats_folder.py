@@ -37,7 +37,7 @@ def make_sample(index, objects=("dog", "traffic light")):
 
 def write(out, indices, settings=None, shard_size=4):
     storage, format = open_storage(out), open_format("folder", settings or Settings())
-    storage.put("run.json", json.dumps({"settings": RUN}).encode())
+    storage.put("run.json", json.dumps({"format": "folder", "settings": RUN}).encode())
     records = [Record.from_sample(make_sample(index)) for index in indices]
     write_shards(storage, format, [(len(records), records)], format.encode, shard_size, RUN)
     return [json.loads(line) for line in (out / "metadata.jsonl").read_text().splitlines()]
@@ -90,7 +90,7 @@ def test_a_run_with_lost_samples_is_sound(tmp_path, capsys):
     """Rejected and failed samples leave gaps, which verify accounts for and convert leaves out."""
     out, format = tmp_path / "out", open_format("folder", Settings())
     storage = open_storage(out)
-    storage.put("run.json", json.dumps({"settings": RUN}).encode())
+    storage.put("run.json", json.dumps({"format": "folder", "settings": RUN}).encode())
     lost = {1: "rejected", 4: "quarantined", 6: "rejected", 7: "rejected"}
     for shard, first in enumerate((0, 3, 6)):
         indices = range(first, min(first + 3, 8))

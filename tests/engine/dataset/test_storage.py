@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from grounded_diffusion.engine.dataset.ours import clear
+from grounded_diffusion.engine.dataset.runfile import run_json
+from grounded_diffusion.engine.dataset.shards import encode_shard
 from grounded_diffusion.engine.dataset.storage.base import FINISH, record_path
 from grounded_diffusion.engine.dataset.storage.local import LocalStorage
 from grounded_diffusion.engine.dataset.storage.open import open_storage
@@ -228,6 +231,25 @@ def test_a_full_disk_says_what_the_shard_needs(tmp_path):
     assert second == "['000000.json', '000001.json']"
 
 
+def test_a_lock_that_does_not_fit_is_not_left_behind(tmp_path):
+    script = """if True:
+        import contextlib, os, sys
+        from grounded_diffusion.engine.dataset.storage.open import open_storage
+        from grounded_diffusion.errors import DiskFullError
+        storage = open_storage(sys.argv[1] + "/run")
+        with storage.claim(0), open(sys.argv[1] + "/ballast", "wb", buffering=0) as ballast:
+            with contextlib.suppress(OSError):
+                while ballast.write(bytes(4096)):
+                    pass
+            try:
+                with storage.claim(1):
+                    pass
+            except DiskFullError as error:
+                print(error.exit_code, storage.list("shards"))
+    """
+    assert on_tmpfs(tmp_path / "disk", "size=100k", script) == "75 ['000000.lock']\n"
+
+
 def test_a_read_only_disk_is_one_line(tmp_path):
     script = """if True:
         import sys
@@ -264,7 +286,11 @@ def test_a_lock_file_is_what_status_reads(storage):
 
 
 def test_clearing_leaves_nothing(storage):
-    make_all(storage)
-    storage.put("run.json", b"{}")
-    storage.clear()
+    for shard in range(SHARDS):
+        files = shard_files(shard).items()
+        storage.commit(shard, files, encode_shard(shard, shard, [], files, [{"index": shard}]))
+    storage.put("run.json", run_json("folder", {}))
+    clear(storage)
+    assert tree(storage.folder).keys() == {"run.json"}
+    storage.remove("run.json")
     assert list(storage.folder.iterdir()) == []

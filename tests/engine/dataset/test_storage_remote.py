@@ -10,7 +10,9 @@ import time
 import pytest
 
 from grounded_diffusion.engine.cli.infer import main
-from grounded_diffusion.engine.dataset.shards import finished_shards
+from grounded_diffusion.engine.dataset.ours import clear
+from grounded_diffusion.engine.dataset.runfile import run_json
+from grounded_diffusion.engine.dataset.shards import encode_shard, finished_shards
 from grounded_diffusion.engine.dataset.storage import remote as storage_remote
 from grounded_diffusion.engine.dataset.storage.base import FINISH, record_path
 from grounded_diffusion.engine.dataset.storage.open import open_storage
@@ -178,10 +180,11 @@ def test_a_url_of_a_file_is_a_folder(tmp_path):
 def test_clearing_leaves_nothing_but_what_is_beside(s3):
     beside = open_storage(f"{s3.root}-beside")
     for storage in (s3, beside):
-        storage.commit(0, [("images/0.png", b"0")], b"{}")
-        storage.put("run.json", b"{}")
-    s3.clear()
-    assert objects(s3) == {} and len(objects(beside)) == 3
+        files = [("images/0.png", b"0")]
+        storage.commit(0, files, encode_shard(0, 0, [], files, [{"index": 0}]))
+        storage.put("run.json", run_json("folder", {}))
+    clear(s3)
+    assert objects(s3).keys() == {"run.json"} and len(objects(beside)) == 3
 
 
 def test_a_run_whose_first_worker_was_killed(s3, tiny_bundle, tmp_path):

@@ -6,6 +6,7 @@ import warnings
 
 import numpy as np
 import pytest
+from helpers.errors import relative_l2
 
 from grounded_diffusion.bundle import UNET_GROUNDED, sha256
 from grounded_diffusion.engine import GroundedPipeline, Options, Prompt
@@ -28,16 +29,12 @@ def pipe(tiny_bundle):
     return GroundedPipeline.open(tiny_bundle, threads=1)
 
 
-def relative(got, expected):
-    return np.linalg.norm(got - expected) / np.linalg.norm(expected)
-
-
 def assert_same(got, expected):
     assert (got.index, got.prompt, got.names, got.seed, got.draw) == (
         expected.index, expected.prompt, expected.names, expected.seed, expected.draw,
     )  # fmt: skip
-    assert relative(got.latents, expected.latents) < 1e-5
-    assert relative(got.mask_logits, expected.mask_logits) < 1e-4
+    assert relative_l2(got.latents, expected.latents) < 1e-5
+    assert relative_l2(got.mask_logits, expected.mask_logits) < 1e-4
     assert np.abs(got.image.astype(int) - expected.image).max() <= 1
     for name in got.names:
         both, either = got.masks[name] & expected.masks[name], got.masks[name] | expected.masks[name]
@@ -75,7 +72,7 @@ def test_every_sampler_runs_and_batches_alike(pipe, sampler):
     single = list(pipe.generate(MIXED[:3], steps=4, sampler=sampler, batch=1))
     for got, expected in zip(pipe.generate(MIXED[:3], steps=4, sampler=sampler, batch=3), single, strict=True):
         assert_same(got, expected)
-    assert relative(single[0].latents, single[1].latents) > 0.1
+    assert relative_l2(single[0].latents, single[1].latents) > 0.1
 
 
 CLASSES = {
@@ -110,7 +107,7 @@ def test_the_loop_equals_one_around_the_diffusers_scheduler(pipe, monkeypatch, s
         latents = scheduler.step(u + scale * (c - u), t, latents, return_dict=False)[0]
     options = Options(steps=steps, sampler=sampler, guidance_scale=guidance_scale, guidance_interval=interval, seed=7)
     got = np.stack([sample.latents for sample in pipe.generate(["a [dog]", "a [cat]"], options)])
-    assert relative(got, latents.numpy()) < 1e-4
+    assert relative_l2(got, latents.numpy()) < 1e-4
 
 
 def test_the_captured_step_does_not_disturb_the_image(pipe):
@@ -124,14 +121,14 @@ def test_the_captured_step_does_not_disturb_the_image(pipe):
         ]
         assert [run.capture_timestep for run in runs] == [751, 251, 1]
         for run in runs[1:]:
-            assert relative(run.latents, runs[0].latents) < 1e-5
-            assert relative(run.mask_logits, runs[0].mask_logits) > 1e-3
+            assert relative_l2(run.latents, runs[0].latents) < 1e-5
+            assert relative_l2(run.mask_logits, runs[0].mask_logits) > 1e-3
 
 
 def test_without_guidance_the_unconditional_half_does_not_matter(pipe):
     (free,) = pipe.generate(MIXED[0], steps=3, guidance_scale=1.0)
     (nearly,) = pipe.generate(MIXED[0], steps=3, guidance_scale=1.0 + 1e-6)
-    assert relative(free.latents, nearly.latents) < 1e-4
+    assert relative_l2(free.latents, nearly.latents) < 1e-4
 
 
 def test_seeds_and_counts(pipe):

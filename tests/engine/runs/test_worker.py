@@ -14,6 +14,7 @@ import pytest
 from helpers import null_backend as null
 
 from grounded_diffusion.engine.dataset.formats.folder import FolderFormat
+from grounded_diffusion.engine.dataset.storage.open import open_storage
 from grounded_diffusion.engine.runs.plan import RETRY
 
 NULL = Path(null.__file__)
@@ -63,6 +64,12 @@ def start(arguments, backend=null.FailingBackend):
         os._exit(null.main(arguments, backend))
     finally:
         os._exit(1)
+
+
+def wait_for_a_claim(out):
+    """Until a worker holds a shard; its lock file alone does not say so."""
+    while not any(name.isdecimal() for name in open_storage(out).claims()):
+        time.sleep(0.001)
 
 
 def status_of(pid):
@@ -133,8 +140,7 @@ def test_a_worker_waits_for_a_shard_that_another_holds(command, tmp_path, expect
     """Without a number a worker returns when all is there, also if the other dies."""
     out = tmp_path / "out"
     first = start([*command, out])
-    while not list(out.glob("shards/000*.lock")):
-        time.sleep(0.001)
+    wait_for_a_claim(out)
     os.kill(first, signal.SIGSTOP)
     second = start([*command, out])
     time.sleep(1)
@@ -343,8 +349,7 @@ def test_overwrite_waits_for_nobody(command, tmp_path, capsys):
     """It is refused where another worker is at work, and for workers that would remove each other's shards."""
     out = tmp_path / "out"
     pid = start([*command, out])
-    while not list(out.glob("shards/000*.lock")):
-        time.sleep(0.001)
+    wait_for_a_claim(out)
     os.kill(pid, signal.SIGSTOP)
     assert null.main([*command, out, "--overwrite"]) == 2
     assert f"is being written by process {pid} on" in capsys.readouterr().err

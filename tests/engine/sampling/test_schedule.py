@@ -6,6 +6,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from helpers.errors import relative_l2
 
 from grounded_diffusion.engine.sampling.schedule import SAMPLERS, build_schedule
 from grounded_diffusion.errors import UsageError
@@ -75,7 +76,7 @@ def compare(sampler, config, steps):
     got = table_trajectory(schedule, noise.astype(np.float64), step_noise)
     assert len(schedule.rows) == len(scheduler.timesteps)
     assert np.allclose([row.timestep for row in schedule.rows], scheduler.timesteps.numpy(), atol=1e-3)
-    error = np.linalg.norm(got - expected) / np.linalg.norm(expected)
+    error = relative_l2(got, expected)
     assert error <= TOLERANCE, f"relative L2 {error:.2e}"
 
 

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from helpers.errors import relative_l2
 from torch.nn import functional as F
 
 from grounded_diffusion.errors import CheckpointError, UsageError
@@ -34,10 +35,6 @@ RELEASED_LEVELS = (  # low, mid, high, highest
     "conv_in down_blocks.0.attentions.0 down_blocks.0.attentions.1 up_blocks.2.upsamplers.0 "
     "up_blocks.3.attentions.0 up_blocks.3.attentions.1 up_blocks.3.attentions.2",
 )
-
-
-def relative_l2(a: torch.Tensor, b: torch.Tensor) -> float:
-    return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
 def small_config(**overrides) -> HeadConfig:

@@ -132,7 +132,7 @@ def fuse_silu(model: onnx_ir.Model) -> None:
         back = next(iter(norm.outputs[0].consumers()))
         users = set(back.outputs[0].consumers())
         product = next((node for node in users if node.op_type == "Mul"), None)
-        if {node.op_type for node in users} == {"Sigmoid", "Mul"} and len(users) == 2:
+        if product and {node.op_type for node in users} == {"Sigmoid", "Mul"} and len(users) == 2:
             norm.attributes["activation"] = onnx_ir.AttrInt64("activation", 1)
             product.outputs[0].replace_all_uses_with(back.outputs[0])
     passes.RemoveUnusedNodesPass()(model)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir
 
-from grounded_diffusion.export.rewrite import ONE_TO_ONE, add, constant, geometry, nodes, replace
+from grounded_diffusion.export.rewrites.nodes import ONE_TO_ONE, add, constant, geometry, nodes, replace
 
 LARGEST = 32  # latent height or width of models for which it is worth while
 FEWEST_CHANNELS = 32
