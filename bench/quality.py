@@ -26,8 +26,8 @@ from grounded_diffusion.engine import GroundedPipeline, Options, Prompt
 from grounded_diffusion.engine.sampling.noise import batch_normal
 from grounded_diffusion.errors import UsageError
 from grounded_diffusion.training.emoji.evaluate import found, pooled_iou
+from grounded_diffusion.training.emoji.head import object_masks
 from grounded_diffusion.training.emoji.oracle import Segmenter, load_oracle
-from grounded_diffusion.training.grounding.train import object_masks
 
 SEED = 41
 SYSTEMS = ("engine", "eager", "compile")

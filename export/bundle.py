@@ -29,7 +29,8 @@ from grounded_diffusion.export.graphs import latent_multiple, trace, without_gro
 from grounded_diffusion.export.rewrites.winograd import LARGEST, winograd
 from grounded_diffusion.export.staging import check_output, staged
 from grounded_diffusion.export.weights import WeightStore
-from grounded_diffusion.training.checkpoint import Checkpoint
+from grounded_diffusion.training.checkpoint import PARTS, Checkpoint
+from grounded_diffusion.training.generator.base import base_digest
 
 MAKERS = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir")
 Report = Callable[[str], None]
@@ -64,6 +65,7 @@ def describe(checkpoint: Checkpoint, precision: str) -> Manifest:
         ),
         precision=precision,
         names=checkpoint.names,
+        base=base_digest({part: getattr(checkpoint, part) for part in PARTS}),
         versions={"grounded-diffusion": __version__} | {name: version(name) for name in MAKERS},
     )
 

@@ -21,12 +21,21 @@ EPILOG = f"example: gd-export --ckpt grounding_module.pth --base {BASE} --out bu
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser("gd-export", description=DESCRIPTION, epilog=EPILOG)
-    source = parser.add_mutually_exclusive_group(required=True)
+    source = parser.add_mutually_exclusive_group()
     source.add_argument("--ckpt", type=Path, help="a checkpoint directory, or the paper's grounding_module.pth")
     source.add_argument("--bundle", type=Path, help="a bundle made before, to build --engine into")
     parser.add_argument(
         "--base", help="for a .pth: its Stable Diffusion 1.x model, a diffusers-format directory or a hub name"
     )
+    parser.add_argument(
+        "--head",
+        choices=["untrained"],
+        help="with --base alone: a head of random weights, whose masks mean nothing, for gd-train examples",
+    )
+    parser.add_argument(
+        "--capture-timestep", type=int, default=1, metavar="T",
+        help="with --head: training timestep at which the head is to read the network (default: 1, the released one's)",
+    )  # fmt: skip
     parser.add_argument("--out", type=local_path, help="the bundle's directory, made by this command")
     parser.add_argument(
         "--precision",
@@ -50,12 +59,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--overwrite", action="store_true", help="replace the bundle at --out")
     engine_cli.add_options(parser)
     args = parser.parse_args(argv)
+    if args.head and (args.ckpt or args.bundle or not args.base):
+        parser.error("--head untrained goes with --base MODEL, and with neither --ckpt nor --bundle")
+    if not (args.ckpt or args.bundle or args.head):
+        parser.error("give --ckpt CHECKPOINT, --bundle BUNDLE, or --base MODEL --head untrained")
     if args.bundle and not args.engine:
         parser.error("--bundle needs --engine: an exported bundle is only ever given engines")
     if args.fused and args.precision != "fp16":
         parser.error("--fused needs --precision fp16")
-    if args.ckpt and not args.out:
-        parser.error("--ckpt needs --out, the bundle's directory")
+    if not args.bundle and not args.out:
+        parser.error(f"{'--ckpt' if args.ckpt else '--base'} needs --out, the bundle's directory")
     engine_cli.check(parser, args)
     return args
 
@@ -80,10 +93,14 @@ def export(args: argparse.Namespace, report: Callable[[str], None]) -> None:
     quiet_libraries()
     from grounded_diffusion.export.bundle import export_bundle
     from grounded_diffusion.export.verify import verify_bundle
-    from grounded_diffusion.training.checkpoint import load_checkpoint, with_statistics
+    from grounded_diffusion.training.checkpoint import load_checkpoint, untrained_checkpoint, with_statistics
 
-    report(f"loading {args.ckpt}" + (f" on {args.base}" if args.base else ""))
-    checkpoint = load_checkpoint(args.ckpt, args.base)
+    if args.head:
+        report(f"loading {args.base}")
+        checkpoint = untrained_checkpoint(args.base, args.capture_timestep)
+    else:
+        report(f"loading {args.ckpt}" + (f" on {args.base}" if args.base else ""))
+        checkpoint = load_checkpoint(args.ckpt, args.base)
     if args.statistics:
         checkpoint = with_statistics(checkpoint, args.statistics)
     verify = None if args.no_verify else (lambda c, folder: verify_bundle(c, folder, report))
@@ -107,7 +124,7 @@ def run(args: argparse.Namespace) -> None:
     def report(line: str) -> None:
         print(f"[{time.monotonic() - start:6.1f} s] {line}", flush=True)
 
-    if args.ckpt:
+    if not args.bundle:
         export(args, report)
     if args.engine:
         engine_cli.build(args.bundle or args.out, args, report)
@@ -115,7 +132,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    return run_command("gd-export", lambda: run(parse(argv)), interrupted="interrupted; what was finished is kept")
+    return run_command("gd-export", lambda: run(parse(argv)), {}, interrupted="interrupted; what was finished is kept")
 
 
 if __name__ == "__main__":

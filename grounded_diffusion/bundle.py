@@ -76,6 +76,7 @@ class Manifest:
         head: variant ("released" or "paper"), statistics ("per_image" or "stored") and sizes.
         precision: floating-point type of the graphs' weights, "fp32" or "fp16".
         names: object names the model was trained to draw, and those its head was trained on.
+        base: digest of the base model's weights, by which examples for a head are told to be of this model.
         files: SHA-256 of every other file of the bundle, by name.
         versions: of everything that made the bundle.
         schema: version of this format.
@@ -98,6 +99,7 @@ class Manifest:
     precision: str
     guidance_layout: str = "uncond_first"
     names: dict[str, list[str]] = field(default_factory=dict)
+    base: str = ""
     files: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     schema: int = SCHEMA

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,14 +23,12 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from grounded_diffusion.errors import CheckpointError, UsageError
 from grounded_diffusion.training.head.head import GroundingHead, HeadConfig, load_released, load_state
+from grounded_diffusion.training.hub import HUB_NAME
 
 HEAD = "grounding_head"
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 SENTENCE = "a photograph of a dog and a cat"
-LEGACY_EOS = (
-    2  # what the configurations of Stable Diffusion 1.x say; transformers then takes the highest id for the end
-)
+LEGACY_EOS = 2  # in the configurations of Stable Diffusion 1.x; transformers then takes the highest id for the end
 RELEASED_TIMESTEP = 1  # the last of 50 leading-spaced DDIM steps with steps_offset 1
 RELEASED_TEMPLATE = "a photograph of a {}"
 
@@ -127,7 +124,9 @@ def _first_line(error: Exception) -> str:
 def _load_module(kind: type, source: str | Path, part: str) -> torch.nn.Module:
     """One module of a model in float32. Nothing in a file is ever run as code. Raises CheckpointError."""
     try:
-        module, report = kind.from_pretrained(source, subfolder=part, output_loading_info=True)
+        # As it is without accelerate, whose other way of loading words its errors differently.
+        plain = {} if kind is CLIPTextModel else {"low_cpu_mem_usage": False}
+        module, report = kind.from_pretrained(source, subfolder=part, output_loading_info=True, **plain)
     except Exception as error:  # the two libraries raise a dozen kinds for unreadable files
         raise CheckpointError(f"cannot load {part} of {source}: {_first_line(error)}") from None
     if missing := sorted(report["missing_keys"]):
@@ -226,6 +225,18 @@ def _load_head(folder: Path) -> tuple[GroundingHead, dict[str, Any]]:
     head = GroundingHead(config)
     load_state(head, state, folder / "model.safetensors")
     return head.eval().requires_grad_(False), about
+
+
+def untrained_checkpoint(base: str | Path, capture_timestep: int = RELEASED_TIMESTEP) -> Checkpoint:
+    """A base model with a head of random weights, whose masks mean nothing: to make examples with, for a real one.
+
+    Raises:
+        CheckpointError: as `load_base`; a timestep that the model does not have.
+    """
+    parts = load_base(base)
+    torch.manual_seed(0)
+    head = GroundingHead(HeadConfig.for_unet(parts["unet"].config)).eval().requires_grad_(False)
+    return Checkpoint(**parts, head=head, capture_timestep=capture_timestep)
 
 
 def load_checkpoint(path: str | Path, base: str | Path | None = None) -> Checkpoint:

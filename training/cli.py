@@ -8,6 +8,8 @@ from pathlib import Path
 
 from grounded_diffusion.errors import GroundedDiffusionError, UsageError
 from grounded_diffusion.files import os_error_line
+from grounded_diffusion.training.grounding.cli import COMMANDS
+from grounded_diffusion.training.grounding.cli import main as on_any_model
 
 STAGES = {
     "base": "autoencoder, then UNet and text encoder",
@@ -22,8 +24,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     listing = "\n".join(f"  {name:9} {text}" for name, text in STAGES.items())
     parser = argparse.ArgumentParser(
         prog="gd-train",
-        description=f"Train a grounded model from scratch. Stages, in this order:\n{listing}",
-        epilog="A stage that was stopped goes on where it was when the same command is given again.",
+        description=(
+            "Train a grounding head on any Stable Diffusion model (gd-train examples --help shows all of it):\n"
+            "  examples  images from the model, masks from a detector\n"
+            "  real      the same from real images with masks\n"
+            "  head      the head, into a checkpoint that gd-export takes\n"
+            f"or a grounded model from scratch, as the shipped one was. Stages, in this order:\n{listing}"
+        ),
+        epilog="A command that was stopped goes on where it was when it is given again.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("stage", choices=STAGES, metavar="STAGE", help="one of " + ", ".join(STAGES))
@@ -66,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
         for name in ("labeller", "oracle"):
             train_oracle(name, config, args.run, args.device)
     elif args.stage == "head":
-        from grounded_diffusion.training.grounding.train import train_head
+        from grounded_diffusion.training.emoji.head import train_head
 
         train_head(config, world, args.run)
     else:
@@ -75,9 +83,18 @@ def run(args: argparse.Namespace) -> None:
         evaluate(config, world, args.run)
 
 
+def is_world(argv: list[str]) -> bool:
+    """Whether a command line is a stage of a world of our own, which has a --run; the others are on any model."""
+    return any(word == "--run" or word.startswith("--run=") for word in argv) or argv[:1] not in ([n] for n in COMMANDS)
+
+
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        run(parse(argv))
+        if is_world(argv):
+            run(parse(argv))
+        else:
+            on_any_model(argv[0], argv[1:])
     except GroundedDiffusionError as error:
         print(f"gd-train: {error}", file=sys.stderr)
         return error.exit_code

@@ -24,6 +24,7 @@ class Record:
         read_image, read_labels: load uint8 [H,W,3], and uint8 [H,W] with 0 background, k where the object of label k
             lies on top, and 255 where the run has marked pixels as void.
         mask_logits: float32 [O,h',w'] before upsampling, by object; None for a record that was read from files.
+        captured_latents: float32 [4,h,w], what the network was given at that step; None likewise.
     """
 
     index: int
@@ -38,6 +39,7 @@ class Record:
     read_image: Callable[[], np.ndarray]
     read_labels: Callable[[], np.ndarray]
     mask_logits: np.ndarray | None = None
+    captured_latents: np.ndarray | None = None
 
     @property
     def id(self) -> str:
@@ -59,6 +61,7 @@ class Record:
         return cls(
             sample.index, split, sample.prompt, sample.seed, sample.draw, width, height, sample.capture_timestep,
             objects, lambda: sample.image, lambda: sample.labels, sample.mask_logits,
+            sample.captured_latents,
         )  # fmt: skip
 
 

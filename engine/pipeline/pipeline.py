@@ -237,4 +237,5 @@ def make_sample(job: Job, b: int, made: BatchResult) -> Sample:
         capture_timestep=denoised.capture_timestep,
         mask_logits=denoised.mask_logits[b, : len(objects)],
         latents=denoised.latents[b],
+        captured_latents=denoised.captured[b],
     )

@@ -134,11 +134,13 @@ class Denoised:
         latents: final latents [B,4,h,w].
         mask_logits: [B,O,h',w'], from the captured step.
         capture_timestep: timestep of the captured step.
+        captured: [B,4,h,w], what the network was given at the captured step.
     """
 
     latents: np.ndarray
     mask_logits: np.ndarray
     capture_timestep: float
+    captured: np.ndarray
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -162,5 +164,6 @@ class BatchResult:
                 np.concatenate([part.denoised.latents for part in parts]),
                 np.concatenate([part.denoised.mask_logits for part in parts]),
                 parts[0].denoised.capture_timestep,
+                np.concatenate([part.denoised.captured for part in parts]),
             ),
         )

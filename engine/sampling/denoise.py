@@ -25,7 +25,7 @@ def denoise(backend: Backend, request: BatchRequest) -> Denoised:
     latents = request.noise * np.float32(schedule.init_noise_sigma)  # [B,4,h,w]
     network_input = latents * np.float32(schedule.rows[0].input_scale)  # both halves of guidance see it
     history = np.empty((schedule.history, *latents.shape), np.float32) if schedule.history else None
-    mask_logits = np.empty(0, np.float32)  # of the captured step, to come
+    mask_logits = captured = np.empty(0, np.float32)  # of the captured step, to come
     for i, step in enumerate(steps):
         at = f"at step {i + 1} of {len(steps)}"
         inputs = {
@@ -36,7 +36,7 @@ def denoise(backend: Backend, request: BatchRequest) -> Denoised:
         if step.grounded:
             inputs |= {"queries": given.queries, "query_valid": given.query_valid}
             outputs = backend.run(UNET_GROUNDED, inputs)
-            mask_logits = outputs["mask_logits"].copy()
+            mask_logits, captured = outputs["mask_logits"].copy(), network_input.copy()
             check_finite(mask_logits, names, f"mask logits {at}")
         else:
             outputs = backend.run(UNET, inputs)
@@ -46,7 +46,7 @@ def denoise(backend: Backend, request: BatchRequest) -> Denoised:
             noise=noise, out_latents=latents, out_input=network_input,
         )  # fmt: skip
         check_finite(latents, names, f"latents {at}")
-    return Denoised(latents, mask_logits, steps[request.capture].timestep)
+    return Denoised(latents, mask_logits, steps[request.capture].timestep, captured)
 
 
 def make_batch(backend: Backend, request: BatchRequest) -> BatchResult:

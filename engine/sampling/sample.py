@@ -48,6 +48,7 @@ class Sample:
         capture_timestep: training timestep at which the grounding head read the network.
         mask_logits: float32 [O,h',w'], before upsampling.
         latents: float32 [4,h,w], what the image was decoded from.
+        captured_latents: float32 [4,h,w], what the network was given at the captured step.
     """
 
     index: int
@@ -60,6 +61,7 @@ class Sample:
     capture_timestep: float
     mask_logits: np.ndarray
     latents: np.ndarray
+    captured_latents: np.ndarray
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -27,6 +27,6 @@ def sample(index, image, masks, prompt="a", score=0.75, **changes):
     given = dict(
         index=index, prompt=prompt, objects=object_masks(masks, score), seed=7, draw=index, image=image,
         labels=label_map(masks), capture_timestep=1.0, mask_logits=np.zeros((len(masks), 5, 7), np.float32),
-        latents=np.zeros((4, 5, 7), np.float32),
+        latents=np.zeros((4, 5, 7), np.float32), captured_latents=np.zeros((4, 5, 7), np.float32),
     )  # fmt: skip
     return Sample(**(given | changes))

@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 from grounded_diffusion.errors import CheckpointError
 from grounded_diffusion.training.emoji.config import TrainConfig
+from grounded_diffusion.training.emoji.head import BaseModel, object_masks
 from grounded_diffusion.training.emoji.oracle import load_oracle, measure, reconstruct
 from grounded_diffusion.training.emoji.vae import psnr
 from grounded_diffusion.training.emoji.world import World
-from grounded_diffusion.training.grounding.train import BaseModel, object_masks
 from grounded_diffusion.training.head.head import GroundingHead, HeadConfig, upsample_logits
 from grounded_diffusion.training.head.taps import Taps
 from grounded_diffusion.training.images import save_grid

@@ -10,7 +10,7 @@ from grounded_diffusion.errors import CheckpointError
 from grounded_diffusion.training.checkpoint import Checkpoint, save_checkpoint
 from grounded_diffusion.training.emoji.config import TrainConfig
 from grounded_diffusion.training.emoji.evaluate import load_head
-from grounded_diffusion.training.grounding.train import CAPTURE_TIMESTEP, QUERY_TEMPLATE, BaseModel
+from grounded_diffusion.training.emoji.head import CAPTURE_TIMESTEP, QUERY_TEMPLATE, BaseModel
 
 CARD = """# {title}
 

@@ -119,6 +119,9 @@ class DeviceLoop:
     def _step(self, kind: Kind) -> None:
         """The network, then the kernel that turns its output into the next input."""
         at, b = self.at, self.sizes.batch
+        if kind.grounded:
+            kept = at["captured"]
+            self.device.copy(self.streams.loop, kept.pointer, at["input"].pointer, kept.nbytes)
         self._network(kind)()
         latents = at["latents"].pointer
         pointers = StepPointers(
@@ -229,7 +232,7 @@ class DeviceLoop:
         decode = slot.at["decode"]
         final = at["latents"] if decode.dtype == F32 else at["input"]  # the last step scales its next input by 1
         device.copy(stream, decode.pointer, final.pointer, decode.nbytes)
-        for name in ("latents", "mask_logits", "flags", "query_valid"):
+        for name in ("latents", "mask_logits", "captured", "flags", "query_valid"):
             device.copy(stream, slot.at[name].pointer, at[name].pointer, at[name].nbytes)
         device.record(slot.denoised, stream)
 

@@ -115,6 +115,7 @@ class Memory:
             "record": ((record,), BYTE),
             "conditional": ((b, s.tokens, s.width), context),
             "mask_logits": mask,
+            "captured": (latents, kind(UNET, "latents")),
             "image": ((b, 3, *s.image), kind(VAE_DECODER, "image")),
             "stats": ((b * s.objects * STATS_BYTES,), BYTE),
             "flags": ((FLAG_ROWS, b), BYTE),
@@ -122,6 +123,7 @@ class Memory:
         self.results = Block({
             "latents": (latents, F32),
             "mask_logits": mask,
+            "captured": (latents, kind(UNET, "latents")),
             "flags": ((FLAG_ROWS, b), BYTE),
             "pixels": ((b, *s.image, 3), BYTE),
             "labels": ((b, *s.image), BYTE),

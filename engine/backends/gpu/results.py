@@ -20,7 +20,7 @@ def unpack(request: BatchRequest, arrays: Mapping[str, np.ndarray]) -> BatchResu
     """What a device has left in host memory, without its padding, copied out.
 
     Args:
-        arrays: latents, mask_logits, pixels, labels, bits, area, box and score of a bucket of sizes.
+        arrays: latents, mask_logits, captured, pixels, labels, bits, area, box and score of a bucket of sizes.
     """
     batch, objects = request.conditioning.query_valid.shape
     width = request.size[1]
@@ -34,7 +34,8 @@ def unpack(request: BatchRequest, arrays: Mapping[str, np.ndarray]) -> BatchResu
     )
     logits = real["mask_logits"][:, :objects].astype(np.float32)
     timestep = request.schedule.rows[request.capture].timestep
-    return BatchResult(real["pixels"].copy(), masks, Denoised(real["latents"].copy(), logits, timestep))
+    denoised = Denoised(real["latents"].copy(), logits, timestep, real["captured"].astype(np.float32))
+    return BatchResult(real["pixels"].copy(), masks, denoised)
 
 
 def first_failure(request: BatchRequest, flags: np.ndarray) -> NumericsError | None:

@@ -22,9 +22,10 @@ FORMATS = {
     "hf-parquet": ("parquet", "ParquetFormat"),
     "yolo": ("yolo", "YoloFormat"),
     "yolo-seg": ("yolo", "YoloSegFormat"),
-    "null": ("null", "NullFormat"),
+    "examples": ("examples", "ExamplesFormat"),
+    "null": ("common", "NullFormat"),
 }
-WITHOUT_VOID = ("coco", "yolo", "yolo-seg", "null")
+WITHOUT_VOID = ("coco", "yolo", "yolo-seg", "examples", "null")
 
 
 def open_format(name: str, settings: Settings) -> Format:

@@ -286,3 +286,18 @@ def class_colour(k: int) -> list[int]:
     """VOC's colour of a class: bits 0, 3, 6, ... of k are the top bits of red, and so on. Every k below 2**24 has its
     own, the first 256 are VOC's palette."""
     return [sum((k >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(8)) for channel in range(3)]
+
+
+class NullFormat(Format):
+    """Writes no sample: what a run costs without its writer, and dry runs of the machinery around it."""
+
+    name = "null"
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+
+    def encode(self, record: Record) -> Encoded:
+        return Encoded({}, {**describe(record), "objects": describe_objects(record)})
+
+    def finish(self, storage: Storage, rows: Iterable[dict[str, Any]], run: Mapping[str, Any]) -> None:
+        """Nothing: the shards' records say it all."""

@@ -10,7 +10,7 @@ from grounded_diffusion.engine.dataset.formats.common import Classes, Settings
 from grounded_diffusion.engine.prompts.vocabulary import BUILT_IN, COCO_IDS, built_in, read_names
 from grounded_diffusion.errors import UsageError
 
-WITHOUT_CLASSES = ("folder", "null")  # formats whose labels count the objects of a sample
+WITHOUT_CLASSES = ("folder", "examples", "null")  # formats whose labels count the objects of a sample
 
 
 @dataclass(frozen=True, slots=True)

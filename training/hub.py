@@ -1,0 +1,5 @@
+"""Names of models on the Hugging Face hub."""
+
+import re
+
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
