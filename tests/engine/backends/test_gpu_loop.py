@@ -290,5 +290,5 @@ def test_a_machine_without_a_gpu_is_told_so(pipe, monkeypatch):
     monkeypatch.setattr(cuda.core, "Device", no_driver)
     with pytest.raises(BackendError, match=r"no CUDA device 0 .*the driver is not there.*check nvidia-smi"):
         open_backend("tensorrt-rtx", pipe.bundle)
-    with pytest.raises(UsageError, match="no backend 'openvino'; choose one of onnxruntime, cuda"):
-        open_backend("openvino", pipe.bundle)
+    with pytest.raises(UsageError, match="no backend 'directml'; choose one of onnxruntime, openvino"):
+        open_backend("directml", pipe.bundle)
