@@ -52,8 +52,8 @@ def cut_shared(model: onnx_ir.Model) -> tuple[onnx_ir.Model, onnx_ir.Model]:
     """
     passes.ShapeInferencePass()(model)
     context, time = cut(model, "context"), cut(model, "timestep")
-    for value in model.graph.inputs:
-        if value.name.startswith("timestep."):
+    for value in (*model.graph.inputs, *time.graph.inputs, *time.graph.outputs):
+        if value.name.startswith("timestep"):
             value.shape = onnx_ir.Shape([1, *value.shape[1:]])
     share_halves(model)
     return context, time
