@@ -129,8 +129,6 @@ class AttentionHead(nn.Module):
         latent_size: (h, w) the model was trained at; decides how coarse the affinity graph is.
     """
 
-    latent_multiple = 1
-
     def __init__(self, config: AttentionConfig, unet: nn.Module, template: torch.Tensor, latent_size: Sequence[int]):
         super().__init__()
         self.config = config
@@ -138,6 +136,7 @@ class AttentionHead(nn.Module):
         self.to_k = nn.ModuleList(attention.to_k for attention in attentions)
         self.heads = [attention.heads for attention in attentions]
         self.stride = 2 ** math.ceil(math.log2(max(1, max(latent_size) / GRID)))
+        self.latent_multiple = self.stride  # h and w of the latents must be multiples of it
         self.register_buffer("template", template.detach().clone())
 
     def taps(self, unet: nn.Module) -> AttentionTaps:
