@@ -132,7 +132,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    return run_command("gd-export", lambda: run(parse(argv)), interrupted="interrupted; what was finished is kept")
+    return run_command("gd-export", lambda: run(parse(argv)), {}, interrupted="interrupted; what was finished is kept")
 
 
 if __name__ == "__main__":

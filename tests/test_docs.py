@@ -35,7 +35,7 @@ PARSERS = {
     "gd-train": train.parse,
 }
 # Blocks that are no commands, by their beginning: what a page shows, and not what is typed.
-SHOWN = ("    ", "prompts ─►", "loop stream", "unet.onnx: ", "out/: stopped", "a photograph of a [")
+SHOWN = ("    ", "room      module", "loop stream", "unet.onnx: ", "out/: stopped", "a photograph of a [")
 
 
 def blocks(page):

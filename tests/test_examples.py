@@ -117,11 +117,11 @@ def python_blocks(file):
 @pytest.fixture
 def shipped(tiny_bundle, tmp_path, monkeypatch):
     """In an empty folder, where the shipped model is a small one."""
-    from grounded_diffusion.engine.pipeline import shipped
+    from grounded_diffusion.engine.pipeline import pipeline
     from grounded_diffusion.engine.runs import open as runs_open
 
-    monkeypatch.setattr(shipped, "shipped_bundle", lambda *_: tiny_bundle)
-    monkeypatch.setattr(runs_open, "shipped_bundle", lambda *_: tiny_bundle)
+    for module in (pipeline, runs_open):
+        monkeypatch.setattr(module, "shipped_bundle", lambda *_: tiny_bundle)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -48,11 +48,17 @@ def test_commands_explain_themselves(command, tmp_path):
         "models/emoji-64.toml",
         "engine/dataset/preview.html",
         "training/emoji/glyphs.png",
+        "training/things/bank/index.json",
+        "training/things/meanings.npz",
     ],
 )
 def test_data_files_are_installed(file):
     engine = importlib.import_module("grounded_diffusion.engine")
     assert (Path(engine.__file__).parents[1] / file).is_file()
+
+
+def test_a_model_whose_training_goes_on_is_not_installed():
+    assert not [file for file in metadata.files("grounded-diffusion") if "things-64" in str(file)]
 
 
 @pytest.mark.parametrize("folder", ["elsewhere", "checkout"])

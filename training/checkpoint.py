@@ -28,9 +28,7 @@ from grounded_diffusion.training.hub import HUB_NAME
 HEAD = "grounding_head"
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 SENTENCE = "a photograph of a dog and a cat"
-LEGACY_EOS = (
-    2  # what the configurations of Stable Diffusion 1.x say; transformers then takes the highest id for the end
-)
+LEGACY_EOS = 2  # in the configurations of Stable Diffusion 1.x; transformers then takes the highest id for the end
 RELEASED_TIMESTEP = 1  # the last of 50 leading-spaced DDIM steps with steps_offset 1
 RELEASED_TEMPLATE = "a photograph of a {}"
 

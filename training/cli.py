@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from grounded_diffusion.training.emoji.config import load_config
-    from grounded_diffusion.training.emoji.world import World
+    from grounded_diffusion.training.worlds import open_world
 
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
 
         pack(config, args.config, args.run, args.out)
         return
-    world = World(config.world, list(config.names), args.device)
+    world = open_world(config.world, list(config.names), args.device)
     if args.stage == "base":
         from grounded_diffusion.training.emoji.base import train_base
         from grounded_diffusion.training.emoji.vae import train_vae

@@ -20,7 +20,6 @@ from grounded_diffusion.engine.dataset.card import CARD, write_card
 from grounded_diffusion.engine.dataset.formats import FORMATS, WITHOUT_CLASSES, open_format
 from grounded_diffusion.engine.dataset.formats.options import sorted_classes
 from grounded_diffusion.engine.dataset.ours import folder_files
-from grounded_diffusion.engine.dataset.plot import plot
 from grounded_diffusion.engine.dataset.preview import PAGE, write_preview
 from grounded_diffusion.engine.dataset.reader import FolderDataset
 from grounded_diffusion.engine.dataset.runfile import CONVERT
@@ -29,7 +28,10 @@ from grounded_diffusion.engine.dataset.status import describe_status, read_statu
 from grounded_diffusion.engine.dataset.storage.base import Storage
 from grounded_diffusion.engine.dataset.storage.local import LocalStorage
 from grounded_diffusion.engine.dataset.storage.open import open_storage
-from grounded_diffusion.engine.dataset.tools import merge, split, statistics
+from grounded_diffusion.engine.dataset.tools.merge import merge
+from grounded_diffusion.engine.dataset.tools.plot import plot
+from grounded_diffusion.engine.dataset.tools.split import split
+from grounded_diffusion.engine.dataset.tools.statistics import statistics
 from grounded_diffusion.engine.dataset.verify import verify
 from grounded_diffusion.errors import UsageError
 from grounded_diffusion.files import check_target, fresh_folder, local_path, readable_errors, replace_file

@@ -53,7 +53,9 @@ def exported():
 def test_every_module_becomes_its_operator(exported):
     _, _, model = exported
     ops = [node.op_type for node in model.graph.node]
-    assert ops.count("GroupNorm") == 2 and ops.count("MultiHeadAttention") == 2 and ops.count("BiasSplitGelu") == 1
+    assert ops.count("GroupNorm") == 2
+    assert ops.count("MultiHeadAttention") == 2
+    assert ops.count("BiasSplitGelu") == 1
     assert not {"InstanceNormalization", "Softmax", "Sigmoid", "Gelu", "Split"} & set(ops)
     activations = [
         onnx.helper.get_node_attr_value(n, "activation") for n in model.graph.node if n.op_type == "GroupNorm"
@@ -82,5 +84,6 @@ def test_what_the_kernels_cannot_take_stays():
 def test_swapping_leaves_the_original(exported):
     block, _, _ = exported
     twin = swapped(block, fused)
-    assert isinstance(block.norm1, nn.GroupNorm) and twin.norm1.weight is block.norm1.weight
+    assert isinstance(block.norm1, nn.GroupNorm)
+    assert twin.norm1.weight is block.norm1.weight
     assert type(block.itself.processor) is not type(twin.itself.processor)

@@ -29,7 +29,8 @@ def test_equals_reference(size, guidance, order):
     expected = reference.cfg_step(step, output, latents, history, noise)
     out_latents, out_input = np.full(shape, np.nan, np.float32), np.full(output.shape, np.nan, np.float32)
     got = cfg_step(step, output, latents, history, noise=noise, out_latents=out_latents, out_input=out_input)
-    assert got[0] is out_latents and got[1] is out_input
+    assert got[0] is out_latents
+    assert got[1] is out_input
     for value, wanted in zip((*got, history), expected, strict=True):
         assert relative_l2(value, wanted) <= 1e-6
 
@@ -56,7 +57,8 @@ def test_oldest_value_is_read_before_its_slot_is_written():
     history = np.full((1, *shape), 5.0, np.float32)
     step = StepCoefficients(guidance_scale=None, cx=0.0, co=1.0, a=1.0, b=[10.0, 100.0])
     out, _ = cfg_step(step, np.full(shape, 2.0, np.float32), np.zeros(shape, np.float32), history)
-    assert (out == 520.0).all() and (history == 2.0).all()
+    assert (out == 520.0).all()
+    assert (history == 2.0).all()
 
 
 def test_unused_history_and_noise_are_not_read():
@@ -65,8 +67,10 @@ def test_unused_history_and_noise_are_not_read():
     step = StepCoefficients(guidance_scale=2.0, cx=0.1, co=1.0, a=1.0, b=[0.5, 0.0, 0.0], head=2)
     noise = np.full(shape, np.nan, np.float32)
     out, following = cfg_step(step, random(1, 2, *shape[1:]), random(2, *shape), history, noise=noise)
-    assert np.isfinite(out).all() and np.isfinite(following).all()
-    assert np.isnan(history[:2]).all() and np.isfinite(history[2]).all()
+    assert np.isfinite(out).all()
+    assert np.isfinite(following).all()
+    assert np.isnan(history[:2]).all()
+    assert np.isfinite(history[2]).all()
 
 
 @pytest.mark.parametrize(("guidance", "rows"), [(None, 4), (3.0, 2)])

@@ -40,7 +40,8 @@ def test_equals_reference(low, size, threshold, objects):
         np.testing.assert_array_equal(getattr(got, field), expected[field], err_msg=field)
         assert getattr(got, field).dtype == expected[field].dtype
     error = np.linalg.norm(got.score - expected["score"])
-    assert got.score.dtype == np.float32 and error <= 1e-6 * np.linalg.norm(expected["score"])
+    assert got.score.dtype == np.float32
+    assert error <= 1e-6 * np.linalg.norm(expected["score"])
 
 
 @pytest.mark.parametrize(("low", "size"), SIZES)
@@ -89,20 +90,25 @@ def test_empty_and_not_a_number():
     logits = np.full((1, 2, 3, 3), -1.0, np.float32)
     logits[0, 1] = np.nan
     got = mask_epilogue(logits, np.ones((1, 2), np.bool_), (8, 8))
-    assert not got.masks.any() and not got.labels.any()
-    assert not got.area.any() and not got.box.any() and not got.score.any()
+    assert not got.masks.any()
+    assert not got.labels.any()
+    assert not got.area.any()
+    assert not got.box.any()
+    assert not got.score.any()
 
 
 def test_no_objects():
     got = mask_epilogue(np.empty((2, 0, 4, 4), np.float32), np.empty((2, 0), np.bool_), (8, 8))
-    assert got.masks.shape == (2, 0, 8, 8) and not got.labels.any()
+    assert got.masks.shape == (2, 0, 8, 8)
+    assert not got.labels.any()
 
 
 def test_box_is_inclusive_of_both_edges():
     logits = np.full((1, 1, 6, 7), -9.0, np.float32)
     logits[0, 0, 2:5, 1:3] = 9.0
     got = mask_epilogue(logits, np.ones((1, 1), np.bool_), (6, 7))
-    assert got.box[0, 0].tolist() == [1, 2, 2, 3] and got.area[0, 0] == 6
+    assert got.box[0, 0].tolist() == [1, 2, 2, 3]
+    assert got.area[0, 0] == 6
 
 
 @pytest.mark.parametrize("width", [1, 31, 32, 33])
@@ -110,7 +116,8 @@ def test_packed_bits(width):
     masks = np.random.default_rng(0).random((2, 3, 4, width)) < 0.5
     words = reference.pack_bits(masks)
     x = np.arange(width)
-    assert words.shape == (2, 3, 4, -(-width // 32)) and words.dtype == np.uint32
+    assert words.shape == (2, 3, 4, -(-width // 32))
+    assert words.dtype == np.uint32
     np.testing.assert_array_equal((words[..., x // 32] >> (x % 32).astype(np.uint32)) & 1, masks)
 
 

@@ -37,13 +37,16 @@ def test_cache_serves_the_same_bytes_and_repairs_damage(tmp_path, monkeypatch):
     compiled = []
     original = nvrtc.compile_cubin
     monkeypatch.setattr(nvrtc, "compile_cubin", lambda *at: compiled.append(at) or original(*at))
-    assert nvrtc.cubin("image_epilogue", "sm_80", tmp_path) == code and not compiled
+    assert nvrtc.cubin("image_epilogue", "sm_80", tmp_path) == code
+    assert not compiled
     damaged = bytearray(file.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     file.write_bytes(damaged)
-    assert nvrtc.cubin("image_epilogue", "sm_80", tmp_path) == code and len(compiled) == 1
+    assert nvrtc.cubin("image_epilogue", "sm_80", tmp_path) == code
+    assert len(compiled) == 1
     nvrtc.cubin("image_epilogue", "sm_90", tmp_path)
-    assert len(compiled) == 2 and len(list(tmp_path.iterdir())) == 2
+    assert len(compiled) == 2
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_cache_key_follows_the_headers(tmp_path, monkeypatch):

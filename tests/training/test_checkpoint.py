@@ -138,7 +138,7 @@ def edit_json(file, change):
 TOKENIZERS = {
     "no file": (lambda folder: (folder / "tokenizer.json").unlink(), "knows 2 tokens, its text encoder "),
     "no merges": (
-        lambda folder: edit_json(folder / "tokenizer.json", lambda t: t["model"].update(merges=[])), "in 23 tokens",
+        lambda folder: edit_json(folder / "tokenizer.json", lambda t: t["model"].update(merges=[])), "in 24 tokens",
     ),
     "another end": (
         lambda folder: edit_json(folder / "tokenizer_config.json", lambda c: c.update(eos_token=c["bos_token"])),

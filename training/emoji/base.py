@@ -17,15 +17,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from grounded_diffusion.training.emoji.config import TrainConfig
-from grounded_diffusion.training.emoji.world import COLOURS, NAMES, World
 from grounded_diffusion.training.generator.sampling import sample_images
 from grounded_diffusion.training.images import save_grid
 from grounded_diffusion.training.loop import step_generator, train
+from grounded_diffusion.training.worlds import World, kind_of
 
 CONTEXT_LENGTH = 77  # CLIP's, kept so that whatever runs this model runs Stable Diffusion 1.x
 VOCABULARY = 2048
 EMPTY_CAPTIONS = 0.1  # Ho and Salimans, 2022: share of unconditional training
 MIN_SNR = 5.0  # Hang et al., 2023
+MEANING_SCALE = 0.1  # of word embeddings that carry a meaning: large beside what training adds
 SCHEDULER = dict(
     beta_start=0.00085,
     beta_end=0.012,
@@ -39,12 +40,16 @@ SCHEDULER = dict(
 )
 
 
-def build_tokenizer() -> CLIPTokenizer:
-    """A tokenizer for the world's words, and for others by the Unicode names of all emoji."""
-    words = [*NAMES, *COLOURS, *(kind for _, kind in NAMES.values())]
-    words += "a photograph painting picture of and next to kind on background the with in an".split()  # noqa: SIM905
+def build_tokenizer(words: tuple[str, ...]) -> CLIPTokenizer:
+    """A tokenizer that knows the world's words whole, and others by the Unicode names of all emoji."""
+    common = "a photograph painting picture of and next to kind on background the with in an".split()  # noqa: SIM905
     emoji = [unicodedata.name(chr(code), "").lower() for code in range(0x1F300, 0x1FB00)]
-    return train_tokenizer([" ".join(words)] * 50 + emoji, VOCABULARY)
+    return train_tokenizer([" ".join([*words, *common])] * 50 + emoji, VOCABULARY)
+
+
+def knows_whole(tokenizer: CLIPTokenizer, words: tuple[str, ...]) -> bool:
+    """Whether each of these words is one token."""
+    return all(len(tokenizer(word).input_ids) == 3 for word in " ".join(words).split())
 
 
 def train_tokenizer(corpus: list[str], size: int) -> CLIPTokenizer:
@@ -68,6 +73,23 @@ def build_text_encoder(config: TrainConfig, tokenizer: CLIPTokenizer) -> CLIPTex
     sizes |= dict(projection_dim=128, hidden_act="quick_gelu", max_position_embeddings=CONTEXT_LENGTH) | config.text
     ids = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
     return CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **ids, **sizes))
+
+
+def place_by_meaning(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, meanings: dict[str, torch.Tensor]) -> None:
+    """Start the embedding of every known word from what it means, so that like words begin alike.
+
+    Args:
+        meanings: word -> vector [d], shorter than the encoder is wide; the rest of an embedding tells words apart.
+    """
+    table = text_encoder.get_input_embeddings().weight.data
+    table.mul_(MEANING_SCALE / table.std())
+    words = [word for word in meanings if len(tokenizer(word).input_ids) == 3]
+    ids = torch.tensor([tokenizer(word).input_ids[1] for word in words])
+    vectors = torch.stack([meanings[word] for word in words])
+    vectors = (vectors - vectors.mean(0)) / vectors.std(0)
+    width = vectors.shape[1]
+    table[ids, :width] = vectors * MEANING_SCALE * (table.shape[1] / width / 2) ** 0.5
+    table[ids, width:] *= (table.shape[1] / (table.shape[1] - width) / 2) ** 0.5
 
 
 def build_unet(config: TrainConfig, latent_size: int, text_width: int) -> UNet2DConditionModel:
@@ -136,18 +158,37 @@ def denoising_loss(model, scheduler: DDIMScheduler, latents, ids, generator: tor
     return (weight * (output.float() - target).square().mean(dim=(1, 2, 3))).mean() / weight.mean()
 
 
+def start_models(config: TrainConfig, vae: AutoencoderKL, folder: Path):
+    """Tokenizer, text encoder and UNet as training finds them: those of `config.init`, or fresh ones.
+
+    A UNet can go on under another tokenizer; a text encoder cannot, so it is kept only where its tokenizer knows every
+    word of the world. The tokenizer is then fixed in `folder/tokenizer`.
+    """
+    kind, given, saved = kind_of(config.world), config.init.get("unet"), folder / "tokenizer"
+    old = CLIPTokenizer.from_pretrained(given, subfolder="tokenizer") if given else None
+    keep = bool(old) and knows_whole(old, kind.words)
+    if not saved.is_dir():  # ties between rare merges fall differently every time it is learnt
+        (old if keep else build_tokenizer(kind.words)).save_pretrained(saved)
+    tokenizer = CLIPTokenizer.from_pretrained(saved)
+    if keep:
+        text_encoder = CLIPTextModel.from_pretrained(given, subfolder="text_encoder").float()
+    else:
+        text_encoder = build_text_encoder(config, tokenizer)
+        if kind.meanings:
+            place_by_meaning(text_encoder, tokenizer, kind.meanings())
+    if given:
+        return tokenizer, text_encoder, UNet2DConditionModel.from_pretrained(given, subfolder="unet").float()
+    latent_size = config.world.size // 2 ** (len(vae.config.block_out_channels) - 1)
+    return tokenizer, text_encoder, build_unet(config, latent_size, text_encoder.config.hidden_size)
+
+
 def train_base(config: TrainConfig, world: World, folder: Path) -> None:
     """Train on the autoencoder in `folder/vae` and write `folder/{unet,text_encoder,tokenizer,scheduler}`."""
     stage, device = config.stages["unet"], world.bank.device
     torch.manual_seed(stage.seed)
     vae = AutoencoderKL.from_pretrained(folder / "vae").to(device, memory_format=torch.channels_last).eval()
-    if not (folder / "tokenizer").is_dir():  # ties between rare merges fall differently every time it is learnt
-        build_tokenizer().save_pretrained(folder / "tokenizer")
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer, text_encoder, unet = start_models(config, vae, folder)
     scheduler = DDIMScheduler(**SCHEDULER | config.scheduler)
-    text_encoder = build_text_encoder(config, tokenizer)
-    latent_size = config.world.size // 2 ** (len(vae.config.block_out_channels) - 1)
-    unet = build_unet(config, latent_size, text_encoder.config.hidden_size)
     model = TextToImage(unet, text_encoder).to(device, memory_format=torch.channels_last)
     latents, ids = encode_scenes(vae, world, tokenizer, config.latents, folder / "latents.pt")
     empty = tokenize(tokenizer, [""]).to(device)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from grounded_diffusion.errors import UsageError
-from grounded_diffusion.training.emoji.world import NAMES, UNSEEN, WorldConfig
+from grounded_diffusion.training.emoji.world import WorldConfig as EmojiConfig
+from grounded_diffusion.training.worlds import WorldConfig, kind_named, kind_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +62,14 @@ class TrainConfig:
     """A whole run: the world, the sizes of the models, and each stage's pace.
 
     Attributes:
-        world: how images are drawn.
-        names: vocabulary of the base model.
+        world: which world, and how its images are drawn.
+        names: vocabulary of the base model; empty for all of the world's.
         unseen: names kept from the head and from the oracle that labels its training images.
         vae, text, unet: keyword arguments of diffusers' AutoencoderKL, transformers' CLIPTextConfig and
             diffusers' UNet2DConditionModel.
         scheduler: keyword arguments of diffusers' DDIMScheduler.
+        init: checkpoint directories whose weights training starts from: "vae" for the autoencoder, "unet" for UNet and
+            text encoder. Without one a part starts from scratch; an autoencoder without a stage is taken as it is.
         head: keyword arguments of HeadConfig.
         latents: images encoded once and drawn from while the UNet trains.
         examples: generated images on which the head is trained.
@@ -79,13 +82,14 @@ class TrainConfig:
         stages: pace of the stages "vae", "unet", "oracle", "labeller" and "head".
     """
 
-    world: WorldConfig = field(default_factory=WorldConfig)
-    names: tuple[str, ...] = tuple(NAMES)
-    unseen: tuple[str, ...] = UNSEEN
+    world: WorldConfig = field(default_factory=EmojiConfig)
+    names: tuple[str, ...] = ()
+    unseen: tuple[str, ...] | None = None
     vae: dict[str, Any] = field(default_factory=dict)
     text: dict[str, Any] = field(default_factory=dict)
     unet: dict[str, Any] = field(default_factory=dict)
     scheduler: dict[str, Any] = field(default_factory=dict)
+    init: dict[str, str] = field(default_factory=dict)
     head: dict[str, Any] = field(default_factory=dict)
     latents: int = 100_000
     examples: int = 4096
@@ -95,8 +99,18 @@ class TrainConfig:
     stages: dict[str, StageConfig] = field(default_factory=dict)
 
     def __post_init__(self):
-        if missing := [name for name in (*self.names, *self.unseen) if name not in NAMES]:
-            raise UsageError(f"no glyph is known for {', '.join(missing)}; known names: {', '.join(NAMES)}")
+        kind = kind_of(self.world)
+        object.__setattr__(self, "names", self.names or kind.names)
+        object.__setattr__(self, "unseen", kind.unseen if self.unseen is None else self.unseen)
+        if missing := [name for name in (*self.names, *self.unseen) if name not in kind.names]:
+            raise UsageError(
+                f"no {kind.picture} is known for {', '.join(missing)}; known names: {', '.join(kind.names)}"
+            )
+        if unknown := sorted(self.init.keys() - {"vae", "unet"}):
+            raise UsageError(f"unknown part {', '.join(unknown)} in [init]; known: vae, unet")
+        for part, folder in self.init.items():
+            if not Path(folder, part).is_dir():
+                raise UsageError(f"init.{part} is {folder}, which holds no {part}; name a checkpoint directory")
         if not 0 <= self.rendered_share <= 1:
             raise UsageError(f"rendered_share is {self.rendered_share}; it must lie in [0, 1]")
         if self.absent_weight < 0 or not 1 <= self.capture_range < 1000:
@@ -123,6 +137,7 @@ def load_config(path: str | Path) -> TrainConfig:
         raise UsageError(f"cannot read the configuration {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not TOML: {error}") from None
-    raw["world"] = _build(WorldConfig, raw.get("world", {}), "world")
+    world = raw.get("world", {})
+    raw["world"] = _build(kind_named(world.pop("kind", "emoji")).config, world, "world")
     raw["stages"] = {k: _build(StageConfig, v, f"stages.{k}") for k, v in raw.get("stages", {}).items()}
     return _build(TrainConfig, raw, str(path))

@@ -17,8 +17,9 @@ from torch.nn import functional as F
 
 from grounded_diffusion.errors import CheckpointError
 from grounded_diffusion.training.emoji.config import TrainConfig
-from grounded_diffusion.training.emoji.world import Scene, World
+from grounded_diffusion.training.emoji.world import Scene
 from grounded_diffusion.training.loop import step_generator, train
+from grounded_diffusion.training.worlds import World, open_world
 
 WIDTHS = (16, 32, 64, 128)
 
@@ -102,7 +103,7 @@ def train_oracle(name: str, config: TrainConfig, folder: Path, device: str = "cp
     """Train the stage `oracle` (all names) or `labeller` (seen names) and save `folder/<name>.pt`."""
     stage = config.stages[name]
     torch.manual_seed(stage.seed)
-    world = World(config.world, list(config.names if name == "oracle" else config.seen), device)
+    world = open_world(config.world, list(config.names if name == "oracle" else config.seen), device)
     vae = AutoencoderKL.from_pretrained(folder / "vae").to(device, memory_format=torch.channels_last).eval()
     segmenter = Segmenter(world.names).to(device, memory_format=torch.channels_last)
 

@@ -9,9 +9,9 @@ import torch
 from diffusers import AutoencoderKL
 
 from grounded_diffusion.training.emoji.config import TrainConfig
-from grounded_diffusion.training.emoji.world import World
 from grounded_diffusion.training.images import save_grid
 from grounded_diffusion.training.loop import step_generator, train
+from grounded_diffusion.training.worlds import World
 
 KL_WEIGHT = 1e-6  # Rombach et al., 2022, section 4: a slight penalty only
 
@@ -40,9 +40,13 @@ def measure_latents(vae: AutoencoderKL, world: World, seed: int) -> float:
 
 def train_vae(config: TrainConfig, world: World, folder: Path) -> AutoencoderKL:
     """Train and save `folder/vae`; goes on from `folder/vae.state.pt` where there is one."""
+    start = AutoencoderKL.from_pretrained(config.init["vae"], subfolder="vae").float() if "vae" in config.init else None
+    if start and "vae" not in config.stages:
+        start.save_pretrained(folder / "vae")
+        return start
     stage = config.stages["vae"]
     torch.manual_seed(stage.seed)
-    vae = build_vae(config).to(world.bank.device, memory_format=torch.channels_last)
+    vae = (start or build_vae(config)).to(world.bank.device, memory_format=torch.channels_last)
     device = world.bank.device.type
     held_out = world.render(64, step_generator(stage.seed + 1, 0), captions=False).images
 

@@ -11,13 +11,12 @@ MODULE = "grounded_diffusion.engine.backends.calibrate"
 
 def test_small_ones_first_and_memory_in_bounds():
     tried = list(candidates(Options(), 16 * 16, threads=4))
-    assert (
-        tried[0] == BatchAndLanes(16, 1)
-        and {t.lanes for t in tried} == {1, 2, 4}
-        and {t.batch for t in tried} == {8, 16, 32}
-    )
+    assert tried[0] == BatchAndLanes(16, 1)
+    assert {t.lanes for t in tried} == {1, 2, 4}
+    assert {t.batch for t in tried} == {8, 16, 32}
     large = list(candidates(Options(), 64 * 64, threads=64))
-    assert large[0] == BatchAndLanes(1, 1) and all(t.lanes * t.batch <= 16 for t in large)
+    assert large[0] == BatchAndLanes(1, 1)
+    assert all(t.lanes * t.batch <= 16 for t in large)
     assert {t.batch for t in candidates(Options(batch=3), 16 * 16, threads=2)} == {3}
 
 
@@ -32,7 +31,9 @@ def test_measured_once_and_remembered(tiny_bundle, tmp_path, monkeypatch):
     monkeypatch.setattr(f"{MODULE}.TIMED", 0.05)
     bundle, lines = open_bundle(tiny_bundle), []
     first = calibrate(bundle, Options(), threads=2, report=lines.append)
-    assert first.lanes in (1, 2) and len(lines) >= 2 and "guided calls" in lines[0]
+    assert first.lanes in (1, 2)
+    assert len(lines) >= 2
+    assert "guided calls" in lines[0]
     monkeypatch.setattr(f"{MODULE}.measure", lambda *_: pytest.fail("measured again"))
     assert calibrate(bundle, Options(), threads=2) == first
     with pytest.raises(pytest.fail.Exception):

@@ -10,7 +10,7 @@ import pytest
 
 from grounded_diffusion.engine.cli.dataset import main
 from grounded_diffusion.engine.dataset.reader import FolderDataset
-from grounded_diffusion.engine.dataset.tools import in_val
+from grounded_diffusion.engine.dataset.tools.split import in_val
 from grounded_diffusion.errors import UsageError
 
 
@@ -22,7 +22,8 @@ def refused(capsys, *arguments):
     """The one line of a refusal."""
     assert run(*arguments) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and error.startswith("gd-dataset: ")
+    assert error.count("\n") == 1
+    assert error.startswith("gd-dataset: ")
     return error
 
 
@@ -42,18 +43,22 @@ def test_stats(blobs, data, capsys):
         areas = [sample.object(name).area / (40 * 56) for sample in samples if name in sample.names]
         seen, entry = [area for area in areas if area], result["classes"][name]
         assert (entry["images"], entry["empty"]) == (len(areas), len(areas) - len(seen))
-        assert entry["mean_area"] == pytest.approx(np.mean(seen)) and entry["mean_score"] == 0.75
+        assert entry["mean_area"] == pytest.approx(np.mean(seen))
+        assert entry["mean_score"] == 0.75
         assert (entry["min_area"], entry["max_area"]) == (min(seen), max(seen))
     pair = next(pair for pair in result["overlaps"] if pair["classes"] == ["cat", "dog"])
     both = [(sample.masks["cat"], sample.masks["dog"]) for sample in samples[::2]]
     ious = [(a & b).sum() / (a | b).sum() for a, b in both]
-    assert (pair["images"], pair["overlapping"]) == (5, 5) and pair["mean_iou"] == pytest.approx(np.mean(ious))
+    assert (pair["images"], pair["overlapping"]) == (5, 5)
+    assert pair["mean_iou"] == pytest.approx(np.mean(ious))
     assert run("stats", data) == 0
     assert sum(result["classes"]["cat"]["areas"]) == sum(
         1 for sample in samples if sample.masks.get("cat", np.False_).any()
     )
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("9 images") and lines[3].startswith("cat ") and "tv monitor" in lines[5]
+    assert lines[0].startswith("9 images")
+    assert lines[3].startswith("cat ")
+    assert "tv monitor" in lines[5]
 
 
 def test_stats_as_a_picture(data, tmp_path, capsys):
@@ -63,7 +68,8 @@ def test_stats_as_a_picture(data, tmp_path, capsys):
     rectangles = ElementTree.parse(file).getroot().findall("{*}rect")
     told = [rectangle.findtext("{*}title") for rectangle in rectangles[1:]]
     cat = result["classes"]["cat"]
-    assert f"{cat['images']} images" in told and f"{cat['images'] - cat['empty']} with a mask" in told
+    assert f"{cat['images']} images" in told
+    assert f"{cat['images'] - cat['empty']} with a mask" in told
     assert all(f"{k * 10}-{k * 10 + 10}%: {count}" in told for k, count in enumerate(cat["areas"]))
     assert max(float(rectangle.get("width")) for rectangle in rectangles[1:]) == 220
     assert "cannot write" in refused(capsys, "stats", data, "--plot", tmp_path / "nowhere" / "stats.svg")
@@ -105,7 +111,8 @@ def test_merge(blobs, tmp_path, capsys):
     assert [record.id for record in merged] == [f"{index:06d}" for index in range(5)]
     for record, index in zip(merged, [0, 1, 2, 5, 7], strict=True):
         sample = blobs.sample(index)
-        assert (record.prompt, record.draw) == (sample.prompt, index) and np.array_equal(record.image, sample.image)
+        assert (record.prompt, record.draw) == (sample.prompt, index)
+        assert np.array_equal(record.image, sample.image)
         assert all(np.array_equal(thing.mask, sample.masks[thing.name]) for thing in record.objects)
     assert json.loads((out / "run.json").read_text())["settings"]["merged"] == [{"seed": 7}] * 2
     assert json.loads((out / "shards/000000.json").read_text())["accepted"] == 5
@@ -167,7 +174,8 @@ def test_two_objects_of_one_class(data, tmp_path, capsys):
     edit_metadata(data, 1, lambda row: row["objects"][0].update(name="tvmonitor"))
     (tmp_path / "names").write_text("cat\ndog\ntv monitor\n")
     arguments = ("convert", data, "--format", "coco", "--out", tmp_path / "out", "--names", tmp_path / "names")
-    assert "000001" in (said := refused(capsys, *arguments)) and "two objects of one class" in said
+    assert "000001" in (said := refused(capsys, *arguments))
+    assert "two objects of one class" in said
 
 
 @pytest.mark.parametrize("format", ["voc", "coco", "webdataset", "hf-parquet"])
@@ -184,7 +192,8 @@ def test_a_failure_keeps_what_was_there(data, tmp_path, capsys):
     (data / "images/000/000007.png").write_bytes(b"broken")
     before = sorted(out.rglob("*"))
     refused(capsys, "convert", data, "--format", "voc", "--out", out, "--overwrite")
-    assert sorted(out.rglob("*")) == before and {p.name for p in tmp_path.iterdir()} == {"data", "out"}
+    assert sorted(out.rglob("*")) == before
+    assert {p.name for p in tmp_path.iterdir()} == {"data", "out"}
 
 
 def test_overwrite_replaces_only_our_own(data, tmp_path, capsys):
@@ -199,7 +208,8 @@ def test_overwrite_replaces_only_our_own(data, tmp_path, capsys):
     foreign.mkdir()
     (foreign / "thesis.txt").write_text("mine")
     said = refused(capsys, "convert", data, "--format", "voc", "--out", foreign, "--overwrite")
-    assert "not written by this command" in said and (foreign / "thesis.txt").read_text() == "mine"
+    assert "not written by this command" in said
+    assert (foreign / "thesis.txt").read_text() == "mine"
 
 
 def test_out_is_a_file_or_lies_in_the_source(data, tmp_path, capsys):
@@ -236,7 +246,8 @@ def test_a_damaged_line_is_named(data, capsys, change, said):
 def test_parquet_without_pyarrow(data, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)  # makes the import fail, as where it is not installed
     said = refused(capsys, "convert", data, "--format", "hf-parquet", "--out", tmp_path / "out")
-    assert "grounded-diffusion[parquet]" in said and not (tmp_path / "out").exists()
+    assert "grounded-diffusion[parquet]" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_missing_mask_is_an_error_of_the_library(data):

@@ -35,12 +35,14 @@ def modules_of(module, *arguments):
 @pytest.mark.parametrize("command", ["prompts", "dataset"])
 def test_help(command):
     status, loaded = modules_of(command, "--help")
-    assert status == 0 and not set(HEAVY) & set(loaded)
+    assert status == 0
+    assert not set(HEAVY) & set(loaded)
 
 
 def test_status(blobs):
     status, loaded = modules_of("dataset", "status", blobs.path)
-    assert status == 0 and not set(HEAVY) & set(loaded)
+    assert status == 0
+    assert not set(HEAVY) & set(loaded)
 
 
 def test_the_check_sees_what_is_heavy():

@@ -31,7 +31,8 @@ def refused(capsys, *options):
     """The one line of a refusal."""
     assert main([str(option) for option in options]) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and error.startswith("gd-prompts: ")
+    assert error.count("\n") == 1
+    assert error.startswith("gd-prompts: ")
     return error
 
 
@@ -50,22 +51,27 @@ def test_the_papers_counts(tmp_path, capsys):
     assert {objects[0]: n for objects, n in images.items() if len(objects) == 1} == dict.fromkeys(VOC_NAMES, 500)
     assert {objects: n for objects, n in images.items() if len(objects) == 2} == dict.fromkeys(VOC_PAIRS, 71)
     assert len(list_jobs(prompts, Options())) == 20_082
-    assert prompts[0].text == "a photograph of a aeroplane" and prompts[0].seed is None
+    assert prompts[0].text == "a photograph of a aeroplane"
+    assert prompts[0].seed is None
     assert prompts[20].text == "a photograph of a aeroplane and a bicycle"
 
 
 def test_vocs_pairs_are_pairs_of_its_names_in_order():
-    assert len(VOC_PAIRS) == len(set(VOC_PAIRS)) == 142 and set(VOC_PAIRS) <= set(combinations(VOC_NAMES, 2))
+    assert len(VOC_PAIRS) == len(set(VOC_PAIRS)) == 142
+    assert set(VOC_PAIRS) <= set(combinations(VOC_NAMES, 2))
     assert sum("person" in pair for pair in VOC_PAIRS) == 19
 
 
 def test_cocos_names_and_ids(tmp_path, capsys):
-    assert len(set(COCO_NAMES)) == len(set(COCO_IDS)) == 80 and list(COCO_IDS) == sorted(COCO_IDS)
+    assert len(set(COCO_NAMES)) == len(set(COCO_IDS)) == 80
+    assert list(COCO_IDS) == sorted(COCO_IDS)
     assert set(range(1, 91)) - set(COCO_IDS) == {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}  # COCO's gaps
     ids = dict(zip(COCO_NAMES, COCO_IDS, strict=True))
     assert (ids["person"], ids["stop sign"], ids["dining table"], ids["toothbrush"]) == (1, 13, 67, 90)
-    assert set(COCO_PAIRS) <= set(combinations(COCO_NAMES, 2)) and ("person", "toothbrush") in COCO_PAIRS
-    assert ("cup", "pizza") in COCO_PAIRS and ("elephant", "microwave") not in COCO_PAIRS
+    assert set(COCO_PAIRS) <= set(combinations(COCO_NAMES, 2))
+    assert ("person", "toothbrush") in COCO_PAIRS
+    assert ("cup", "pizza") in COCO_PAIRS
+    assert ("elephant", "microwave") not in COCO_PAIRS
     make(tmp_path, "--names", "coco", "--per-name", 2, "--per-pair", 1)
     assert f"160 images of 80 names and {len(COCO_PAIRS)} of {len(COCO_PAIRS)} pairs" in capsys.readouterr().out
 
@@ -85,7 +91,8 @@ def test_shuffled_prompts_are_the_same_images_in_another_order(tmp_path):
     other = make(tmp_path, *counts, "--shuffle-seed", 6, out="other")
     assert mixed.read_bytes() == again.read_bytes() != other.read_bytes()
     prompts = read_prompts(mixed)
-    assert all(prompt.count == 1 for prompt in prompts) and len(prompts) == 3 * 20 + 2 * 142
+    assert all(prompt.count == 1 for prompt in prompts)
+    assert len(prompts) == 3 * 20 + 2 * 142
     assert Counter(p.text for p in prompts) == {p.text: p.count for p in ordered}
     assert [p.text for p in prompts] != sorted((p.text for p in prompts), key=[p.text for p in ordered].index)
 
@@ -105,7 +112,8 @@ def test_own_names_pairs_and_templates(tmp_path):
         ("lamp, oil on canvas", ["lamp"], 2),
         ("a lamp beside a teapot", ["lamp", "teapot"], 2),
     ]
-    assert all("seed" not in line for line in lines) and len(read_prompts(out)) == 7
+    assert all("seed" not in line for line in lines)
+    assert len(read_prompts(out)) == 7
 
 
 def test_names_without_pairs(tmp_path):

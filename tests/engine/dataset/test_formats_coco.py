@@ -52,7 +52,8 @@ def test_contours_tell_holes_from_outlines():
     ring = np.ones((5, 5), bool)
     ring[2, 2] = False
     outer, holes = contours(ring)
-    assert outer == [[(0, 0), (5, 0), (5, 5), (0, 5)]] and len(holes) == 1
+    assert outer == [[(0, 0), (5, 0), (5, 5), (0, 5)]]
+    assert len(holes) == 1
     assert sorted(holes[0]) == [(2, 2), (2, 3), (3, 2), (3, 3)]
     corners = np.eye(2, dtype=bool)
     assert len(contours(corners)[0]) == 2
@@ -72,7 +73,8 @@ def test_coco(blobs, tmp_path, options):
         for image in coco.loadImgs(coco.getImgIds()):
             index = int(image["file_name"].split(".")[0])
             sample, file = blobs.sample(index), out / "images" / split / image["file_name"]
-            assert split == blobs.split(index) and Image.open(file).size == (image["width"], image["height"])
+            assert split == blobs.split(index)
+            assert Image.open(file).size == (image["width"], image["height"])
             if options == ["--png"]:
                 assert np.array_equal(np.asarray(Image.open(file)), sample.image)
             annotations = coco.loadAnns(coco.getAnnIds(image["id"]))
@@ -91,7 +93,8 @@ def test_coco(blobs, tmp_path, options):
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
-            assert evaluation.stats[0] == pytest.approx(1.0) and evaluation.stats[1] == pytest.approx(1.0)
+            assert evaluation.stats[0] == pytest.approx(1.0)
+            assert evaluation.stats[1] == pytest.approx(1.0)
     assert sorted(seen) == list(range(1, len(seen) + 1))  # unique over both files, from 1
 
 
@@ -102,7 +105,8 @@ def test_coco_in_supervision(blobs, tmp_path):
     data = supervision.DetectionDataset.from_coco(
         str(out / "images" / "train"), str(out / "annotations" / "instances_train.json"), force_masks=True
     )
-    assert data.classes == list(blobs.names) and len(data) == 6
+    assert data.classes == list(blobs.names)
+    assert len(data) == 6
     for path, image, detections in data:
         sample = blobs.sample(int(path[-10:-4]))
         assert np.array_equal(image[..., ::-1], sample.image)  # OpenCV's order
@@ -115,9 +119,8 @@ def test_panoptic(blobs, tmp_path):
     for split in ("train", "val"):
         table = json.loads((out / "annotations" / f"panoptic_{split}.json").read_text())
         categories = {category["id"]: category for category in table["categories"]}
-        assert [c["name"] for c in categories.values()] == list(blobs.names) and all(
-            c["isthing"] == 1 for c in categories.values()
-        )
+        assert [c["name"] for c in categories.values()] == list(blobs.names)
+        assert all(c["isthing"] == 1 for c in categories.values())
         assert [a["image_id"] for a in table["annotations"]] == [i["id"] for i in table["images"]]
         for annotation in table["annotations"]:
             index = int(annotation["file_name"][:6])
@@ -151,14 +154,16 @@ def test_cocos_own_ids(blobs, tmp_path):
     ids = {"cat": 17, "dog": 18, "tv monitor": 72}
     coco = COCO(tmp_path / "coco" / "annotations" / "instances_train.json")
     categories = {category["id"]: category for category in coco.loadCats(coco.getCatIds())}
-    assert sorted(categories) == sorted(COCO_IDS) and categories[72]["supercategory"] == "electronic"
+    assert sorted(categories) == sorted(COCO_IDS)
+    assert categories[72]["supercategory"] == "electronic"
     for annotation in coco.loadAnns(coco.getAnnIds()):
         sample = blobs.sample(annotation["image_id"] - 1)
         name = next(name for name, k in ids.items() if k == annotation["category_id"])
         assert np.array_equal(coco.annToMask(annotation), sample.masks[name])
     table = json.loads((tmp_path / "coco-panoptic/annotations/panoptic_val.json").read_text())
     used = {segment["category_id"] for a in table["annotations"] for segment in a["segments_info"]}
-    assert used == set(ids.values()) and len(table["categories"]) == 80
+    assert used == set(ids.values())
+    assert len(table["categories"]) == 80
     labels = np.asarray(Image.open(tmp_path / "mmseg/ann_dir/train/000001.png"))
     assert np.array_equal(labels, np.array([0, 17, 18, 72], np.uint8)[blobs.class_map(1)])
     names = (tmp_path / "mmseg/classes.txt").read_text().split("\n")
@@ -172,7 +177,8 @@ def test_void_leaves_panoptic_segments(blobs, tmp_path):
         index = int(annotation["file_name"][:6])
         rgb = np.asarray(Image.open(out / "annotations/panoptic_train" / annotation["file_name"]))
         labels = with_void(blobs.sample(index).labels, 1)
-        assert np.array_equal(rgb.any(-1), (labels > 0) & (labels < 255)) and (labels == 255).any()
+        assert np.array_equal(rgb.any(-1), (labels > 0) & (labels < 255))
+        assert (labels == 255).any()
         ids = rgb.astype(int) @ [1, 256, 65536]
         assert {s["id"]: s["area"] for s in annotation["segments_info"]} == {
             int(k): int((ids == k).sum()) for k in np.unique(ids) if k
@@ -223,4 +229,5 @@ def test_an_empty_data_set_has_its_tables(tmp_path):
             storage.put(path, content)
     table = json.loads((tmp_path / "annotations/instances_train.json").read_text())
     assert (table["images"], table["annotations"], len(table["categories"])) == ([], [], 1)
-    assert (tmp_path / "train-000000.tar").is_file() and (tmp_path / "data/train-00000-of-00001.parquet").is_file()
+    assert (tmp_path / "train-000000.tar").is_file()
+    assert (tmp_path / "data/train-00000-of-00001.parquet").is_file()

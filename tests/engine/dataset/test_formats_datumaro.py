@@ -69,12 +69,14 @@ def of_kind(item, kind):
 
 def test_voc(blobs, tmp_path, read):
     labels, items = read("voc_segmentation", blobs.convert(tmp_path / "out", "voc") / "VOCdevkit" / "VOC2012")
-    assert labels == ["background", *blobs.names] and len(items) == 2 * blobs.count  # trainval lists all again
+    assert labels == ["background", *blobs.names]
+    assert len(items) == 2 * blobs.count  # trainval lists all again
     for (id, split), sample in samples(blobs):
         for item in (items[id, split], items[id, "trainval"]):
             masks = of_kind(item, "mask")
             on_top = {name: sample.labels == k for k, name in enumerate(sample.names, 1)}
-            assert masks.keys() == {name for name, mask in on_top.items() if mask.any()} and item["size"] == [40, 56]
+            assert masks.keys() == {name for name, mask in on_top.items() if mask.any()}
+            assert item["size"] == [40, 56]
             assert all(np.array_equal(masks[name]["mask"], on_top[name]) for name in masks)
 
 
@@ -110,7 +112,8 @@ def convert_known(blobs, tmp_path, format, *options):
 
 def test_coco_panoptic(blobs, tmp_path, read):
     labels, items = read("coco_panoptic", blobs.convert(tmp_path / "out", "coco-panoptic"))
-    assert labels == list(blobs.names) and len(items) == blobs.count
+    assert labels == list(blobs.names)
+    assert len(items) == blobs.count
     for key, sample in samples(blobs):
         masks = of_kind(items[key], "mask")
         for k, name in enumerate(sample.names, 1):
@@ -123,7 +126,8 @@ def test_coco_panoptic(blobs, tmp_path, read):
 def test_yolo_boxes(blobs, tmp_path, read):
     """Of YOLO's two label files, datumaro knows the one with boxes."""
     labels, items = read("yolo", blobs.convert(tmp_path / "out", "yolo"))
-    assert labels == list(blobs.names) and len(items) == blobs.count
+    assert labels == list(blobs.names)
+    assert len(items) == blobs.count
     for key, sample in samples(blobs):
         boxes = of_kind(items[key], "box")
         assert boxes.keys() == {name for name in sample.names if sample.object(name).area}

@@ -61,11 +61,14 @@ def test_running(run, capsys):
     assert status["shards"] == {"total": 5, "finished": 3, "in_hand": 1, "missing": 1, "damaged": []}
     assert status["samples"] == {"total": 18, "accepted": 8, "rejected": 3, "quarantined": 1, "missing": 6}
     assert status["reasons"] == {"rejected": {"no mask": 3}, "quarantined": {"NaN": 1}}
-    assert status["rate"] == pytest.approx(0.4) and status["left"] == pytest.approx(15)
+    assert status["rate"] == pytest.approx(0.4)
+    assert status["left"] == pytest.approx(15)
     (holder,) = status["holders"]
     assert (holder["shard"], holder["pid"], holder["alive"]) == (3, process.pid, True)
     text = capsys.readouterr().out
-    assert "running" in text and "3 of 5 finished, 1 in hand, 1 missing" in text and "0.40 images/s, 0:15 left" in text
+    assert "running" in text
+    assert "3 of 5 finished, 1 in hand, 1 missing" in text
+    assert "0.40 images/s, 0:15 left" in text
     assert f"shard 3 by process {process.pid}" in text
 
 
@@ -74,12 +77,15 @@ def test_killed(run, capsys):
     process.kill()
     process.wait()
     status = read_status(run.root)
-    assert status["state"] == "stopped" and status["left"] is None
-    assert status["shards"]["in_hand"] == 0 and status["shards"]["missing"] == 2
+    assert status["state"] == "stopped"
+    assert status["left"] is None
+    assert status["shards"]["in_hand"] == 0
+    assert status["shards"]["missing"] == 2
     assert [(holder["pid"], holder["alive"]) for holder in status["holders"]] == [(process.pid, False)]
     assert main(["status", run.root]) == 0
     text = capsys.readouterr().out
-    assert "which is gone" in text and "give the same gd-infer command again" in text
+    assert "which is gone" in text
+    assert "give the same gd-infer command again" in text
 
 
 def test_finished(run, capsys):
@@ -89,20 +95,25 @@ def test_finished(run, capsys):
     with run.claim(FINISH) as mine:
         assert mine
         status = read_status(run.root)
-        assert status["state"] == "running" and status["shards"]["in_hand"] == 0
+        assert status["state"] == "running"
+        assert status["shards"]["in_hand"] == 0
         assert "the lists by process" in describe_holder(status["holders"][0])
     run.put("summary.json", b"{}")
     assert main(["status", run.root, "--json"]) == 0
     status = json.loads(capsys.readouterr().out)
-    assert status["state"] == "finished" and status["samples"]["missing"] == 0 and not status["holders"]
+    assert status["state"] == "finished"
+    assert status["samples"]["missing"] == 0
+    assert not status["holders"]
     assert status["next"].startswith("gd-dataset verify")
 
 
 def test_damaged_record(run, capsys):
     (run.folder / record_path(1)).write_bytes(b'{"shard": 1, "rejec')
     status = read_status(run.root)
-    assert status["shards"]["damaged"] == [1] and status["shards"]["missing"] == 3
-    assert status["samples"]["missing"] == 10 and "damaged" in status["next"]
+    assert status["shards"]["damaged"] == [1]
+    assert status["shards"]["missing"] == 3
+    assert status["samples"]["missing"] == 10
+    assert "damaged" in status["next"]
     assert main(["status", run.root]) == 0
     assert "1 records: shard 1" in capsys.readouterr().out
 
@@ -121,14 +132,17 @@ def test_just_begun(run):
     for number in range(3):
         run.remove(record_path(number))
     status = read_status(run.root)
-    assert status["rate"] is None and status["samples"]["missing"] == 18 and status["state"] == "stopped"
+    assert status["rate"] is None
+    assert status["samples"]["missing"] == 18
+    assert status["state"] == "stopped"
 
 
 def test_a_merged_data_set_is_finished(blobs, tmp_path):
     other = blobs.write(tmp_path / "other", range(20, 22))
     assert main(["merge", str(blobs.path), str(other), "--out", str(tmp_path / "both")]) == 0
     status = read_status(tmp_path / "both")
-    assert status["state"] == "finished" and status["samples"]["accepted"] == 11
+    assert status["state"] == "finished"
+    assert status["samples"]["accepted"] == 11
 
 
 def test_not_a_run(tmp_path, capsys):
@@ -147,4 +161,6 @@ def test_remote(run):
     for path in ("run.json", *(f"shards/{name}" for name in run.list("shards"))):
         files.pipe(f"/status/{path}", run.read(path))
     status, here = read_status("memory://status"), read_status(run.root)
-    assert status["samples"] == here["samples"] and status["reasons"] == here["reasons"] and status["rate"] is None
+    assert status["samples"] == here["samples"]
+    assert status["reasons"] == here["reasons"]
+    assert status["rate"] is None

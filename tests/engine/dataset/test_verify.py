@@ -124,7 +124,8 @@ def test_verify_shows_twenty_problems(data, capsys):
     shutil.rmtree(data / "objects")
     shutil.rmtree(data / "images")
     lines = problems(capsys, data)
-    assert len(lines) == 21 and lines[-1] == f"and {files - 20} more"
+    assert len(lines) == 21
+    assert lines[-1] == f"and {files - 20} more"
 
 
 @pytest.mark.parametrize("format", ["voc", "coco-panoptic", "webdataset", "hf-parquet", "yolo-seg"])

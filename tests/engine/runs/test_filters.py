@@ -82,7 +82,8 @@ def test_the_hash_is_that_of_exact_cell_means():
     assert difference_hash(image) == expected
     assert difference_hash(np.full((64, 64, 3), 200, np.uint8)) == 0
     ramp = np.broadcast_to(np.arange(72, dtype=np.uint8)[:, None], (64, 72, 3))
-    assert difference_hash(ramp) == 2**64 - 1 and difference_hash(255 - ramp) == 0
+    assert difference_hash(ramp) == 2**64 - 1
+    assert difference_hash(255 - ramp) == 0
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,9 @@ def test_the_files_are_those_of_the_command(tiny_bundle, tmp_path, monkeypatch, 
         options=Options(steps=2, batch=2, images_per_prompt=3), **fields,
     ))  # fmt: skip
     assert tree(tmp_path / "python") == tree(tmp_path / "command")
-    assert result.finished and result.path == "python" and result.samples == 7
+    assert result.finished
+    assert result.path == "python"
+    assert result.samples == 7
     assert result.accepted + result.rejected + result.quarantined == 7
     assert status == (0 if result.accepted == 7 else 3)
 
@@ -77,9 +79,12 @@ def test_progress_is_told_in_the_callers_thread(tiny_bundle, tmp_path, null, cap
     )
     assert {thread for _, thread in told} == {threading.get_ident()}
     steps = [step for step, _ in told]
-    assert len(steps) == 6 + 1 and [step.done for step in steps] == sorted(step.done for step in steps)
-    assert (steps[-1].done, steps[-1].total, steps[-1].accepted) == (12, 12, 12) and steps[-1].seconds_left == 0
-    assert result.accepted == 12 and capsys.readouterr() == ("", "")
+    assert len(steps) == 6 + 1
+    assert [step.done for step in steps] == sorted(step.done for step in steps)
+    assert (steps[-1].done, steps[-1].total, steps[-1].accepted) == (12, 12, 12)
+    assert steps[-1].seconds_left == 0
+    assert result.accepted == 12
+    assert capsys.readouterr() == ("", "")
 
 
 def test_what_a_callback_raises_ends_the_run_which_goes_on_later(tiny_bundle, tmp_path, null):
@@ -92,11 +97,13 @@ def test_what_a_callback_raises_ends_the_run_which_goes_on_later(tiny_bundle, tm
     config = small(tiny_bundle, tmp_path / "out", log=tmp_path / "log")
     with pytest.raises(KeyboardInterrupt):
         make_dataset(config, on_progress=stop)
-    assert not open_storage(tmp_path / "out").claims() and not (tmp_path / "out" / "summary.json").exists()
+    assert not open_storage(tmp_path / "out").claims()
+    assert not (tmp_path / "out" / "summary.json").exists()
     assert json.loads((tmp_path / "log").read_text().splitlines()[-1])["status"] == "interrupted"
     begun = []
     assert make_dataset(config, on_progress=begun.append).finished
-    assert tree(tmp_path / "out") == tree(tmp_path / "whole") and begun[0].done > 2
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+    assert begun[0].done > 2
     with pytest.raises(UsageError, match="seed was 7, now 8; give the same command to go on, or `overwrite`"):
         make_dataset(small(tiny_bundle, tmp_path / "out", options=Options(steps=2, images_per_prompt=12, seed=8)))
 
@@ -104,7 +111,8 @@ def test_what_a_callback_raises_ends_the_run_which_goes_on_later(tiny_bundle, tm
 def test_shares_make_one_data_set(tiny_bundle, tmp_path, null):
     make_dataset(small(tiny_bundle, tmp_path / "whole"))
     first = make_dataset(small(tiny_bundle, tmp_path / "out", shard="0/2"))
-    assert not first.finished and (first.samples, first.accepted, first.masks) == (8, 8, 16)
+    assert not first.finished
+    assert (first.samples, first.accepted, first.masks) == (8, 8, 16)
     assert make_dataset(small(tiny_bundle, tmp_path / "out", shard="1/2")).finished
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
@@ -112,14 +120,16 @@ def test_shares_make_one_data_set(tiny_bundle, tmp_path, null):
 def test_what_is_lost_is_counted(tiny_bundle, tmp_path, monkeypatch):
     monkeypatch.setitem(BACKENDS, DEFAULT_BACKEND, backend_of(FailingBackend))
     result = make_dataset(small(tiny_bundle, tmp_path / "out", attempts=1))
-    assert result.quarantined > 0 and result.accepted == 12 - result.quarantined
+    assert result.quarantined > 0
+    assert result.accepted == 12 - result.quarantined
     assert result.reasons == {"the latents at step 1 of 2 are not finite": result.quarantined}
 
 
 def test_a_bar_where_there_is_a_terminal(tiny_bundle, tmp_path, null, capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     make_dataset(small(tiny_bundle, tmp_path / "out"))
-    assert "generating" in (said := capsys.readouterr().err) and "12/12" in said
+    assert "generating" in (said := capsys.readouterr().err)
+    assert "12/12" in said
 
 
 def test_lines_for_the_log_where_there_is_none(tiny_bundle, tmp_path, null, caplog, capsys, monkeypatch):

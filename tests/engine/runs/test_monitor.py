@@ -84,7 +84,8 @@ def test_reasons_without_end_share_a_label():
         watch.rejected("no mask on " + chr(0x4E00 + k))
     samples, _ = parse(watch.render())
     values = {labels: value for (name, labels), value in samples.items() if name == "images_rejected_total"}
-    assert len(values) == monitor.REASONS + 1 and sum(values.values()) == 100
+    assert len(values) == monitor.REASONS + 1
+    assert sum(values.values()) == 100
 
 
 def test_metrics_file_is_replaced_whole(tmp_path):
@@ -119,7 +120,8 @@ def test_a_metrics_file_that_vanishes_does_not_end_the_run(tmp_path):
     (folder / "gd.prom").unlink()
     folder.rmdir()
     watch.close()
-    assert len(said) == 1 and str(folder) in said[0]
+    assert len(said) == 1
+    assert str(folder) in said[0]
 
 
 def test_endpoint():
@@ -182,8 +184,11 @@ def test_plain_lines_elsewhere(monkeypatch):
     work(watch)
     watch.elsewhere(1)
     watch.close()
-    assert said[0].startswith("3 of 10 images, ") and "images/s" in said[0] and "left" in said[0]
-    assert said[-1].startswith("10 of 10 images, ") and said[-1].endswith("2 rejected, 1 quarantined")
+    assert said[0].startswith("3 of 10 images, ")
+    assert "images/s" in said[0]
+    assert "left" in said[0]
+    assert said[-1].startswith("10 of 10 images, ")
+    assert said[-1].endswith("2 rejected, 1 quarantined")
     assert watch.summary() == "4 accepted, 2 rejected (area 2), 1 quarantined (NaN 1)"
 
 

@@ -43,7 +43,8 @@ def test_shards_hold_every_sample_once(file, texts, shard_size):
     expected = all_jobs(
         read_prompts(file) + (as_prompts(texts) if texts else []), Options(seed=11, images_per_prompt=3)
     )
-    assert len(expected) == plan.samples and prompts.prompts > 5 * STRIDE
+    assert len(expected) == plan.samples
+    assert prompts.prompts > 5 * STRIDE
     shards = range(plan.shards) if shard_size > 1 else range(0, plan.shards, 37)
     found = {shard: plan.jobs(shard) for shard in reversed(shards)}
     for shard in shards:
@@ -65,7 +66,8 @@ def test_the_digest_is_of_what_counts(file, tmp_path):
     digest = PromptFile(file).digest
     other = tmp_path / "other.jsonl"
     other.write_bytes(b"\xef\xbb\xbf# a byte order mark\r\n" + file.read_bytes().replace(b"\n", b"  \r\n\r\n"))
-    assert PromptFile(other).digest == digest and PromptFile(other).samples == PromptFile(file).samples
+    assert PromptFile(other).digest == digest
+    assert PromptFile(other).samples == PromptFile(file).samples
     for changed in (file.read_text() + "\na [dog]", file.read_text().replace("number 17", "number 71")):
         other.write_text(changed)
         assert PromptFile(other).digest != digest
@@ -120,11 +122,13 @@ def test_a_long_file_takes_no_memory(tmp_path):
     (last,) = prompts.between(99_999, 100_000)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert last[1].text.endswith("number 99999") and peak < 500_000
+    assert last[1].text.endswith("number 99999")
+    assert peak < 500_000
 
 
 def test_default_shards():
-    assert default_shard_size(200, 16) == 256 and default_shard_size(200, 1) == 16
+    assert default_shard_size(200, 16) == 256
+    assert default_shard_size(200, 1) == 16
     assert default_shard_size(10_000_000, 16) == 1008  # 9,921 shards of 63 batches
     assert -(-10_000_000 // default_shard_size(10_000_000, 1)) <= 10_000
 
@@ -135,7 +139,9 @@ def test_attempts_have_noise_of_their_own(file):
     again = next_attempt(job)
     assert (again.index, again.prompt, again.seed, again.draw) == (job.index, job.prompt, job.seed, job.draw + RETRY)
     first, second, third = (normal(j.seed, j.draw, (4, 8, 8)) for j in (job, again, next_attempt(again)))
-    assert abs((first * second).mean()) < 0.3 and abs((second * third).mean()) < 0.3 and (second != third).all()
+    assert abs((first * second).mean()) < 0.3
+    assert abs((second * third).mean()) < 0.3
+    assert (second != third).all()
 
 
 def test_shard_sizes_are_checked(file):

@@ -120,7 +120,8 @@ def test_a_silent_config_takes_the_class_defaults(sampler):
 
 def test_capture_is_by_noise_level():
     ddim = build_schedule(STABLE_DIFFUSION, "ddim", 50)
-    assert ddim.capture_index(1) == 49 and ddim.rows[49].timestep == 1
+    assert ddim.capture_index(1) == 49
+    assert ddim.rows[49].timestep == 1
     assert ddim.rows[ddim.capture_index(85)].timestep == 81
     for sampler, steps in itertools.product(SAMPLERS, (4, 20)):
         schedule = build_schedule(STABLE_DIFFUSION, sampler, steps)

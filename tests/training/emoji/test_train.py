@@ -17,6 +17,7 @@ from grounded_diffusion.training.emoji.world import COLOURS, NAMES
 from grounded_diffusion.training.grounding.loss import grounding_loss
 from grounded_diffusion.training.loop import step_generator, train
 from grounded_diffusion.training.optim import orthogonalise
+from grounded_diffusion.training.worlds import KINDS
 
 TINY = """
 latents = 64
@@ -110,7 +111,7 @@ def test_configurations_are_checked(tmp_path):
 
 
 def test_every_word_of_the_world_is_one_token():
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(KINDS["emoji"].words)
     for word in [*" ".join(NAMES).split(), *COLOURS, "photograph", "background"]:
         assert len(tokenizer(word).input_ids) == 3, word
     assert tokenizer.decode(tokenizer("a zebra, naïve").input_ids, skip_special_tokens=True) == "a zebra , naïve"

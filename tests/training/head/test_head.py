@@ -152,7 +152,8 @@ def test_taps_of_other_unets_have_the_channels_and_sizes_promised(widths, attent
     config = HeadConfig.for_unet(unet.config, embed_dim=16, ffn_dim=16)
     assert config.channels == tuple(feature.shape[1] for feature in features)
     logits = GroundingHead(config)(features, torch.randn(2, 3, 16), torch.ones(2, 3, dtype=torch.bool))
-    assert logits.shape == (2, 3, 32, 32) and logits.isfinite().all()
+    assert logits.shape == (2, 3, 32, 32)
+    assert logits.isfinite().all()
 
 
 def test_taps_refuse_an_unknown_block():
@@ -242,7 +243,8 @@ def test_padded_queries_influence_nothing():
         plain, with_padding = head(arranged, queries, valid), head(arranged, padded, mask)
         nothing = head(arranged, padded, torch.zeros_like(mask))
     assert torch.allclose(with_padding[:, :2], plain, atol=1e-5, rtol=1e-5)
-    assert with_padding.isfinite().all() and nothing.isfinite().all()
+    assert with_padding.isfinite().all()
+    assert nothing.isfinite().all()
 
 
 def test_training_moves_spectral_norm_and_statistics_and_learns():
@@ -280,7 +282,8 @@ def test_released_file_round_trip_and_missing_keys(tmp_path):
     with pytest.raises(CheckpointError) as error:
         load_released(tmp_path / "broken.pth", config)
     message = str(error.value)
-    assert "missing keys: to_k.weight, to_q.weight" in message and "unknown keys: extra" in message
+    assert "missing keys: to_k.weight, to_q.weight" in message
+    assert "unknown keys: extra" in message
     assert re.search(r"mlp\.layers\.2\.bias is \(3,\) instead of \(36,\)", message)
 
 
@@ -310,7 +313,8 @@ def test_a_file_that_is_no_checkpoint_gives_one_line(tmp_path, content):
         file.write_bytes(content)
     with pytest.raises(CheckpointError) as error:
         load_released(file, small_config())
-    assert str(file) in str(error.value) and "\n" not in str(error.value)
+    assert str(file) in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_configuration_is_checked():

@@ -12,7 +12,7 @@ SHOWN_PAIRS = 40  # those that overlap most often
 
 
 def plot(result: dict[str, Any]) -> str:
-    """An SVG of `dataset_tools.statistics`."""
+    """An SVG of `statistics`."""
     classes = sorted(result["classes"].items(), key=lambda item: (-item[1]["images"], item[0]))
     pairs = sorted(result["overlaps"], key=lambda pair: (-pair["overlapping"], pair["classes"]))[:SHOWN_PAIRS]
     parts = class_lines(1, f"{result['images']} images, {result['objects']} objects", classes)

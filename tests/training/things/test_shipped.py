@@ -1,0 +1,30 @@
+"""What is checked in of the things model is what its card says."""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+
+from grounded_diffusion.training.emoji.config import load_config
+from grounded_diffusion.training.emoji.vae import psnr
+from grounded_diffusion.training.loop import step_generator
+from grounded_diffusion.training.things.world import ThingsConfig, ThingsWorld
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_its_configuration_goes_on_from_weights_that_are_there(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = load_config("models/things-64.toml")
+    assert config.init == {"vae": "models/things-64", "unet": "models/emoji-64"}
+    assert "vae" not in config.stages
+    assert set(config.unseen) < set(config.names)
+
+
+def test_its_autoencoder_keeps_what_it_never_saw():
+    """Three quarters of the names, and these models of the others, were not in its training."""
+    scenes = ThingsWorld(ThingsConfig(), held_out=True).render(32, step_generator(13, 0), captions=False).images
+    vae = AutoencoderKL.from_pretrained(ROOT / "models/things-64", subfolder="vae").float()
+    with torch.no_grad():
+        decoded = vae.decode(vae.encode(scenes).latent_dist.mode()).sample.clamp(-1, 1)
+    assert psnr(decoded, scenes) > 29.5

@@ -1,0 +1,1 @@
+"""The things world: renders of textured 3D models on photographic backgrounds."""
