@@ -37,14 +37,16 @@ def model(base):
     return FrozenBase(base)
 
 
-def train(model, examples, folder, iterations, **changes):
-    """(trainer, losses) of a training on one process."""
+def train(model, examples, folder, iterations, most=None, **changes):
+    """(trainer, losses) of a training on one process, on at most so many examples."""
     from accelerate import Accelerator
 
     losses = []
     config = HeadTraining(**{**SMALL, "iterations": iterations, **changes})
     log = lambda step, values: losses.append(values.get("loss"))
-    trainer = HeadTrainer(model, Pool([ExampleSet(examples)]), config, folder, None, Accelerator(cpu=True), log=log)
+    pool = Pool([ExampleSet(examples)])
+    pool.places = pool.places[:most]
+    trainer = HeadTrainer(model, pool, config, folder, None, Accelerator(cpu=True), log=log)
     trainer.run()
     return trainer, losses
 
@@ -64,9 +66,9 @@ def test_a_resumed_training_equals_an_uninterrupted_one(model, examples, tmp_pat
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_it_learns_and_moves_nothing_but_the_head(model, examples, tmp_path, variant, precision):
     before = model.unet.conv_in.weight.clone()
-    changes = dict(lr=3e-3, head={**SIZES, "variant": variant}, precision=precision, zero_masks="trust")
-    trainer, losses = train(model, examples, tmp_path / "run", 30, **changes)
-    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
+    changes = dict(lr=3e-3, batch=2, save_every=1000, head={**SIZES, "variant": variant}, precision=precision, zero_masks="trust")
+    trainer, losses = train(model, examples, tmp_path / "run", 30, most=2, **changes)
+    assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
     assert torch.equal(model.unet.conv_in.weight, before)
     assert all(p.grad is None for p in model.unet.parameters())
     assert trainer.head.config.variant == variant
