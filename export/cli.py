@@ -11,31 +11,42 @@ from pathlib import Path
 
 from grounded_diffusion.engine.cli.common import run_command
 from grounded_diffusion.export import engine_cli
+from grounded_diffusion.families import FAMILIES
 from grounded_diffusion.files import local_path
 
 DESCRIPTION = "Export a grounded checkpoint as a bundle that gd-infer runs without torch, and verify it."
 BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-EPILOG = f"example: gd-export --ckpt grounding_module.pth --base {BASE} --out bundle"
+EPILOG = f"""examples:
+  gd-export --base model.safetensors --out bundle                          any model: masks from its own attention
+  gd-export --base model.safetensors --lora style.safetensors:0.8 --out bundle
+  gd-export --ckpt grounding_module.pth --base {BASE} --out bundle"""
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser("gd-export", description=DESCRIPTION, epilog=EPILOG)
+    parser = argparse.ArgumentParser(
+        "gd-export", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--ckpt", type=Path, help="a checkpoint directory, or the paper's grounding_module.pth")
     source.add_argument("--bundle", type=Path, help="a bundle made before, to build --engine into")
     parser.add_argument(
-        "--base", help="for a .pth: its Stable Diffusion 1.x model, a diffusers-format directory or a hub name"
+        "--base",
+        help="a model: one .safetensors or .ckpt file, a diffusers-format directory or a hub name; alone, or with the "
+        ".pth that belongs to it",
     )
     parser.add_argument(
         "--head",
-        choices=["untrained"],
-        help="with --base alone: a head of random weights, whose masks mean nothing, for gd-train examples",
+        choices=["attention", "untrained"],
+        help="attention: masks from the model's own attention, without training (default where there is no --ckpt); "
+        "untrained: with --base alone, a head of random weights, whose masks mean nothing, for gd-train examples",
     )
     parser.add_argument(
         "--capture-timestep", type=int, default=1, metavar="T",
-        help="with --head: training timestep at which the head is to read the network (default: 1, the released one's)",
+        help="with --head untrained: training timestep at which the head is to read the network (default: 1, the "
+        "released one's)",
     )  # fmt: skip
+    model_options(parser)
     parser.add_argument("--out", type=local_path, help="the bundle's directory, made by this command")
     parser.add_argument(
         "--precision",
@@ -59,18 +70,50 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--overwrite", action="store_true", help="replace the bundle at --out")
     engine_cli.add_options(parser)
     args = parser.parse_args(argv)
-    if args.head and (args.ckpt or args.bundle or not args.base):
+    if args.head == "untrained" and (args.ckpt or args.bundle or not args.base):
         parser.error("--head untrained goes with --base MODEL, and with neither --ckpt nor --bundle")
-    if not (args.ckpt or args.bundle or args.head):
-        parser.error("give --ckpt CHECKPOINT, --bundle BUNDLE, or --base MODEL --head untrained")
+    if args.statistics and (args.head or not args.ckpt):
+        parser.error("--statistics is for the trained head of a --ckpt")
     if args.bundle and not args.engine:
         parser.error("--bundle needs --engine: an exported bundle is only ever given engines")
     if args.fused and args.precision != "fp16":
         parser.error("--fused needs --precision fp16")
+    if not (args.ckpt or args.base or args.bundle):
+        parser.error("give --base MODEL, --ckpt CHECKPOINT, or --bundle BUNDLE")
+    if args.bundle and (args.base or args.lora or args.vae):
+        parser.error("--base, --lora and --vae are for exporting a model; a --bundle has its weights already")
     if not args.bundle and not args.out:
         parser.error(f"{'--ckpt' if args.ckpt else '--base'} needs --out, the bundle's directory")
     engine_cli.check(parser, args)
     return args
+
+
+def model_options(parser: argparse.ArgumentParser) -> None:
+    """What else a model is made of."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--family", choices=FAMILIES, metavar="NAME",
+        help=f"what a single file is, where its tensors fit several: {', '.join(FAMILIES)}",
+    )  # fmt: skip
+    group.add_argument(
+        "--tokenizer", metavar="PLACE",
+        help="for a single file, which has none: a tokenizer's folder, or CLIP's bpe_simple_vocab_16e6.txt.gz "
+        "(default: what this machine has)",
+    )  # fmt: skip
+    group.add_argument("--vae", metavar="PLACE", help="another autoencoder: a file, or a folder in diffusers' format")
+    group.add_argument(
+        "--lora", type=lora, action="append", default=[], metavar="FILE[:SCALE]",
+        help="add a LoRA to the weights, SCALE times (default: 1); may be repeated",
+    )  # fmt: skip
+
+
+def lora(text: str) -> tuple[str, float]:
+    """ "file" or "file:0.8" -> (file, scale)."""
+    file, colon, scale = text.rpartition(":")
+    try:
+        return (file, float(scale)) if file and colon else (text, 1.0)
+    except ValueError:
+        return text, 1.0
 
 
 def quiet_libraries() -> None:
@@ -95,12 +138,12 @@ def export(args: argparse.Namespace, report: Callable[[str], None]) -> None:
     from grounded_diffusion.export.verify import verify_bundle
     from grounded_diffusion.training.checkpoint import load_checkpoint, untrained_checkpoint, with_statistics
 
-    if args.head:
-        report(f"loading {args.base}")
-        checkpoint = untrained_checkpoint(args.base, args.capture_timestep)
+    report("loading " + " on ".join(str(place) for place in (args.ckpt, args.base) if place))
+    model = dict(family=args.family, tokenizer=args.tokenizer, vae=args.vae, loras=args.lora)
+    if args.head == "untrained":
+        checkpoint = untrained_checkpoint(args.base, args.capture_timestep, **model)
     else:
-        report(f"loading {args.ckpt}" + (f" on {args.base}" if args.base else ""))
-        checkpoint = load_checkpoint(args.ckpt, args.base)
+        checkpoint = load_checkpoint(args.ckpt, args.base, head=args.head, report=report, **model)
     if args.statistics:
         checkpoint = with_statistics(checkpoint, args.statistics)
     verify = None if args.no_verify else (lambda c, folder: verify_bundle(c, folder, report))

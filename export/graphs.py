@@ -28,7 +28,6 @@ from grounded_diffusion.export.rewrites.fused import fuse_silu, fused
 from grounded_diffusion.export.rewrites.half import to_half
 from grounded_diffusion.training.checkpoint import Checkpoint
 from grounded_diffusion.training.head.folded import fold
-from grounded_diffusion.training.head.taps import Taps
 
 OPSET = 20
 EXAMPLE_BATCH, EXAMPLE_OBJECTS = 2, 3  # not 1, which the tracer would take for a constant
@@ -37,14 +36,14 @@ MAX_TRACED_BATCH = 31  # diffusers copies a tensor first from 64 rows on; the tr
 
 
 class TextEncoder(nn.Module):
-    """input_ids [B,77] int64 -> context [B,77,D]: the last hidden state after the final layer norm."""
+    """input_ids [B,77] int64 -> context [B,L,D]."""
 
     def __init__(self, checkpoint: Checkpoint):
         super().__init__()
-        self.text_encoder = checkpoint.text_encoder
+        self.tower = checkpoint.tower
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.text_encoder(input_ids=input_ids).last_hidden_state
+        return self.tower(input_ids)
 
 
 class GroundedUNet(nn.Module):
@@ -52,11 +51,12 @@ class GroundedUNet(nn.Module):
 
     def __init__(self, checkpoint: Checkpoint):
         super().__init__()
-        self.unet, self.head = checkpoint.unet, fold(checkpoint.head)
+        self.denoiser, self.head = checkpoint.denoiser, fold(checkpoint.head)
+        self.taps = lambda: checkpoint.head.taps(self.denoiser.unet)
 
     def forward(self, latents, timestep, context, queries, query_valid):
-        with Taps(self.unet) as taps:
-            model_output = self.unet(latents, timestep, context, return_dict=False)[0]
+        with self.taps() as taps:
+            model_output = self.denoiser(latents, timestep, context)
             return model_output, self.head(taps.raw(), queries, query_valid)
 
 
@@ -65,10 +65,10 @@ class PlainUNet(nn.Module):
 
     def __init__(self, checkpoint: Checkpoint):
         super().__init__()
-        self.unet = checkpoint.unet
+        self.denoiser = checkpoint.denoiser
 
     def forward(self, latents, timestep, context):
-        return self.unet(latents, timestep, context, return_dict=False)[0]
+        return self.denoiser(latents, timestep, context)
 
 
 class Decoder(nn.Module):
@@ -134,10 +134,8 @@ class Sizes:
 
 
 def latent_multiple(checkpoint: Checkpoint) -> int:
-    """h and w must be multiples of this: of the UNet's down-sampling and of the head's patch."""
-    head = checkpoint.head.config
-    patch = head.patch if head.variant == "released" else 1
-    return math.lcm(2 ** (len(checkpoint.unet.config.block_out_channels) - 1), patch)
+    """h and w must be multiples of this: of the UNet's down-sampling and of the head's."""
+    return math.lcm(2 ** (len(checkpoint.unet.config.block_out_channels) - 1), checkpoint.head.latent_multiple)
 
 
 def random_ids(checkpoint: Checkpoint, count: int, generator: torch.Generator) -> torch.Tensor:
@@ -164,7 +162,7 @@ def example_inputs(checkpoint: Checkpoint, graph: str, sizes: Sizes, seed: int =
     latents = torch.randn(b, checkpoint.unet.config.in_channels, sizes.height, sizes.width, generator=g)
     if graph == VAE_DECODER:
         return {"latents": latents}
-    embed = lambda n: checkpoint.text_encoder(random_ids(checkpoint, n, g)).last_hidden_state  # [n,77,D]
+    embed = lambda n: checkpoint.tower(random_ids(checkpoint, n, g))  # [n,L,D]
     valid = torch.ones(b, o, dtype=torch.bool)
     valid[-1, -1] = o == 1
     inputs = {

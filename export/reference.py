@@ -9,8 +9,8 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 
 from grounded_diffusion.training.checkpoint import Checkpoint
+from grounded_diffusion.training.generator.text import object_queries
 from grounded_diffusion.training.head.head import upsample_logits
-from grounded_diffusion.training.head.taps import Taps
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,23 +19,6 @@ class Reference:
 
     images: torch.Tensor
     masks: torch.Tensor
-
-
-def object_queries(checkpoint: Checkpoint, names: list[str]) -> torch.Tensor:
-    """[O,D]: the mean last hidden state over the sub-tokens of each name, in the query template."""
-    rows, start = [], checkpoint.query_template.index("{}")
-    for name in names:
-        coded = checkpoint.tokenizer(
-            checkpoint.query_template.format(name),
-            padding="max_length",
-            max_length=checkpoint.tokenizer.model_max_length,
-            return_offsets_mapping=True,
-            return_tensors="pt",
-        )
-        hidden = checkpoint.text_encoder(coded.input_ids).last_hidden_state[0]  # [77,D]
-        low, high = coded.offset_mapping[0].unbind(-1)
-        rows.append(hidden[(high > low) & (low < start + len(name)) & (high > start)].mean(0))
-    return torch.stack(rows)
 
 
 def reference_pipeline(checkpoint: Checkpoint) -> StableDiffusionPipeline:
@@ -70,11 +53,11 @@ def generate(
     height, width = (side * scale for side in noise.shape[2:])
     captured = []
 
-    with Taps(checkpoint.unet) as taps:
+    with checkpoint.head.taps(checkpoint.unet) as taps:
 
         def keep(_pipeline, _step, timestep, _tensors):
             if float(timestep) == capture_timestep:
-                captured[:] = taps.features()
+                captured[:] = [taps.features()]
             return {}
 
         pixels = pipeline(
@@ -87,8 +70,9 @@ def generate(
             output_type="np",
             callback_on_step_end=keep,
         ).images
-    queries = object_queries(checkpoint, names).expand(len(prompts), -1, -1)
-    logits = checkpoint.head(captured, queries, torch.ones(queries.shape[:2], dtype=torch.bool))
+    queries = object_queries(checkpoint.tower, checkpoint.tokenizer, checkpoint.query_template, names)
+    queries = queries.expand(len(prompts), -1, -1)
+    logits = checkpoint.head(captured[0], queries, torch.ones(queries.shape[:2], dtype=torch.bool))
     return Reference(
         (torch.from_numpy(pixels) * 255).round().to(torch.uint8), upsample_logits(logits, (height, width)) > 0
     )

@@ -3,32 +3,35 @@
     CHECKPOINT/{model_index.json,unet/,vae/,text_encoder/,tokenizer/,scheduler/}   what diffusers itself loads
     CHECKPOINT/grounding_head/{config.json,model.safetensors}                      what this project adds
 
-The other form people have is a plain Stable Diffusion 1.x model and the paper's `grounding_module.pth`.
+The other forms people have are a plain model (see training/generator/model.py) and the paper's `grounding_module.pth`
+for it, or no head at all.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from grounded_diffusion.errors import CheckpointError, UsageError
+from grounded_diffusion.families import FAMILIES
+from grounded_diffusion.training.generator.attention import NOUNS, attention_head
+from grounded_diffusion.training.generator.denoiser import Denoiser
+from grounded_diffusion.training.generator.model import PARTS, first_line, load_base
+from grounded_diffusion.training.generator.text import TextTower
+from grounded_diffusion.training.head.attention import CAPTURE_TIMESTEP, AttentionHead
 from grounded_diffusion.training.head.head import GroundingHead, HeadConfig, load_released, load_state
-from grounded_diffusion.training.hub import HUB_NAME
 
 HEAD = "grounding_head"
-PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-SENTENCE = "a photograph of a dog and a cat"
-LEGACY_EOS = 2  # in the configurations of Stable Diffusion 1.x; transformers then takes the highest id for the end
 RELEASED_TIMESTEP = 1  # the last of 50 leading-spaced DDIM steps with steps_offset 1
 RELEASED_TEMPLATE = "a photograph of a {}"
 
@@ -44,6 +47,8 @@ class Checkpoint:
         capture_timestep: training timestep at which the head reads the UNet's features.
         query_template: text whose sub-tokens at "{}" make an object's query.
         names: object names, such as {"seen": [...], "unseen": [...]}; empty where unknown.
+        text_encoder_2: of a family with two.
+        family: one of FAMILIES.
     """
 
     unet: UNet2DConditionModel
@@ -51,10 +56,12 @@ class Checkpoint:
     text_encoder: CLIPTextModel
     tokenizer: CLIPTokenizer
     scheduler: Any
-    head: GroundingHead
+    head: GroundingHead | AttentionHead
     capture_timestep: int = RELEASED_TIMESTEP
     query_template: str = RELEASED_TEMPLATE
     names: dict[str, list[str]] = field(default_factory=dict)
+    text_encoder_2: CLIPTextModelWithProjection | None = None
+    family: str = "sd1"
 
     def __post_init__(self):
         steps = self.scheduler.config.num_train_timesteps
@@ -62,6 +69,17 @@ class Checkpoint:
             raise CheckpointError(f"capture_timestep is {self.capture_timestep}; the scheduler has 0 to {steps - 1}")
         if self.query_template.count("{}") != 1:
             raise CheckpointError(f"query_template {self.query_template!r} must hold {{}} once, for the object's name")
+
+    @property
+    def tower(self) -> TextTower:
+        """All that makes a context of a text."""
+        zero = FAMILIES[self.family].zero_negative
+        return TextTower(self.text_encoder, self.text_encoder_2, self.tokenizer.eos_token_id, zero).eval()
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """The UNet behind one call, whatever its family wants besides the context."""
+        return Denoiser(self.unet, self.vae_scale_factor).eval()
 
     @property
     def vae_scale_factor(self) -> int:
@@ -117,102 +135,6 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint, dtype: torch.dtype
     (path / HEAD / "config.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
-
-
-def _load_module(kind: type, source: str | Path, part: str) -> torch.nn.Module:
-    """One module of a model in float32. Nothing in a file is ever run as code. Raises CheckpointError."""
-    try:
-        # As it is without accelerate, whose other way of loading words its errors differently.
-        plain = {} if kind is CLIPTextModel else {"low_cpu_mem_usage": False}
-        module, report = kind.from_pretrained(source, subfolder=part, output_loading_info=True, **plain)
-    except Exception as error:  # the two libraries raise a dozen kinds for unreadable files
-        raise CheckpointError(f"cannot load {part} of {source}: {_first_line(error)}") from None
-    if missing := sorted(report["missing_keys"]):
-        raise CheckpointError(f"{part} of {source} lacks {len(missing)} tensors: {', '.join(missing)}")
-    if wrong := report["mismatched_keys"]:
-        names = ", ".join(sorted(str(entry[0]) for entry in wrong))
-        raise CheckpointError(f"{part} of {source} has tensors of other shapes than its config says: {names}")
-    return module.float().eval().requires_grad_(False)
-
-
-def _load_scheduler(source: str | Path) -> Any:
-    """The scheduler a model names in its own configuration."""
-    try:
-        config = diffusers.DDIMScheduler.load_config(source, subfolder="scheduler")
-        kind = getattr(diffusers, config["_class_name"])
-        return kind.from_config(config)
-    except Exception as error:
-        raise CheckpointError(f"cannot load scheduler of {source}: {_first_line(error)}") from None
-
-
-def load_base(source: str | Path) -> dict[str, Any]:
-    """Modules of a Stable Diffusion 1.x model in diffusers format, by part.
-
-    Args:
-        source: a directory, or the name of a model on the Hugging Face hub ("owner/name").
-
-    Raises:
-        CheckpointError: not such a model, unreadable, or with missing tensors, which are listed.
-    """
-    if Path(source).exists() or not HUB_NAME.fullmatch(str(source)):
-        if not (Path(source) / "model_index.json").is_file():
-            raise CheckpointError(
-                f"{source} is not a checkpoint: it has no model_index.json; give a diffusers-format directory"
-            )
-        if absent := [part for part in PARTS if not (Path(source) / part).is_dir()]:
-            raise CheckpointError(f"{source} is not a whole checkpoint: it has no {', '.join(absent)}")
-    kinds = dict(unet=UNet2DConditionModel, vae=AutoencoderKL, text_encoder=CLIPTextModel)
-    parts: dict[str, Any] = {part: _load_module(kind, source, part) for part, kind in kinds.items()}
-    try:
-        parts["tokenizer"] = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer")
-    except Exception as error:
-        raise CheckpointError(f"cannot load tokenizer of {source}: {_first_line(error)}") from None
-    check_tokenizer(source, parts["tokenizer"], parts["text_encoder"].config)
-    parts["scheduler"] = _load_scheduler(source)
-    check_family(source, parts["unet"], parts["vae"], parts["text_encoder"])
-    return parts
-
-
-def check_tokenizer(source: str | Path, tokenizer: CLIPTokenizer, config: Any) -> None:
-    """Raise CheckpointError unless the tokenizer is the one that the text encoder was trained with.
-
-    A tokenizer that lacks its files loads all the same, and turns every prompt into the same tokens.
-    """
-    if len(tokenizer) != config.vocab_size:
-        told = f"knows {len(tokenizer)} tokens, its text encoder {config.vocab_size}"
-    elif (found := special_tokens(tokenizer, config))[0] != found[1]:
-        told = f"begins and ends a text with the tokens {found[0]}, its text encoder with {found[1]}"
-    else:
-        ids = tokenizer(SENTENCE, add_special_tokens=False)["input_ids"]
-        if tokenizer.decode(ids).split() == SENTENCE.split() and len(ids) < len(SENTENCE.replace(" ", "")):
-            return
-        told = f"reads {SENTENCE!r} as {tokenizer.decode(ids)!r} in {len(ids)} tokens"
-    raise CheckpointError(f"the tokenizer of {source} {told}; restore the files in its folder tokenizer/")
-
-
-def special_tokens(tokenizer: CLIPTokenizer, config: Any) -> tuple[tuple[int, int], tuple[int, int]]:
-    """(begin, end) of the tokenizer, and of its text encoder."""
-    own = tokenizer.bos_token_id, tokenizer.eos_token_id
-    if config.eos_token_id == LEGACY_EOS:  # then the begin is not to be trusted either
-        return own, (config.vocab_size - 2, config.vocab_size - 1)
-    return own, (config.bos_token_id, config.eos_token_id)
-
-
-def check_family(source: str | Path, unet, vae, text_encoder) -> None:
-    """Raise CheckpointError unless the parts fit one another as a Stable Diffusion 1.x model's do."""
-    extra = [key for key in ("class_embed_type", "addition_embed_type", "time_cond_proj_dim") if unet.config.get(key)]
-    if extra or unet.config.encoder_hid_dim:
-        what = ", ".join([*extra, *(["encoder_hid_dim"] if unet.config.encoder_hid_dim else [])])
-        raise CheckpointError(f"{source} is not a Stable Diffusion 1.x model: its UNet takes more inputs ({what})")
-    width, latent = text_encoder.config.hidden_size, vae.config.latent_channels
-    if unet.config.cross_attention_dim != width:
-        raise CheckpointError(f"{source}: the UNet reads text of width {unet.config.cross_attention_dim}, not {width}")
-    if (unet.config.in_channels, unet.config.out_channels) != (latent, latent):
-        raise CheckpointError(f"{source}: UNet and autoencoder disagree on the latent's channels")
-
-
 def _load_head(folder: Path) -> tuple[GroundingHead, dict[str, Any]]:
     """The head in `folder` and what its configuration says besides."""
     try:
@@ -221,35 +143,50 @@ def _load_head(folder: Path) -> tuple[GroundingHead, dict[str, Any]]:
         state = load_file(folder / "model.safetensors")
         config = HeadConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in head_config.items()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, UsageError) as error:
-        raise CheckpointError(f"cannot load the grounding head {folder}: {_first_line(error)}") from None
+        raise CheckpointError(f"cannot load the grounding head {folder}: {first_line(error)}") from None
     head = GroundingHead(config)
     load_state(head, state, folder / "model.safetensors")
     return head.eval().requires_grad_(False), about
 
 
-def untrained_checkpoint(base: str | Path, capture_timestep: int = RELEASED_TIMESTEP) -> Checkpoint:
+def untrained_checkpoint(base: str | Path, capture_timestep: int = RELEASED_TIMESTEP, **model: Any) -> Checkpoint:
     """A base model with a head of random weights, whose masks mean nothing: to make examples with, for a real one.
 
+    Args:
+        base, model: what `load_base` takes.
+
     Raises:
-        CheckpointError: as `load_base`; a timestep that the model does not have.
+        CheckpointError: as `load_base`, whose further arguments `model` are; a timestep that the model does not have.
     """
-    parts = load_base(base)
+    parts = load_base(base, **model)
     torch.manual_seed(0)
     head = GroundingHead(HeadConfig.for_unet(parts["unet"].config)).eval().requires_grad_(False)
     return Checkpoint(**parts, head=head, capture_timestep=capture_timestep)
 
 
-def load_checkpoint(path: str | Path, base: str | Path | None = None) -> Checkpoint:
-    """A checkpoint directory, or with `base` the paper's `grounding_module.pth` on a Stable Diffusion 1.x model.
+def load_checkpoint(
+    path: str | Path | None,
+    base: str | Path | None = None,
+    *,
+    head: str | None = None,
+    report: Callable[[str], None] = lambda line: None,
+    **model: Any,
+) -> Checkpoint:
+    """A checkpoint directory; with `base` the paper's `grounding_module.pth` on a model, or a model without a head.
 
     Args:
-        path: a directory with grounding_head/, or a .pth file.
-        base: for a .pth file, the model it belongs to: a diffusers-format directory, or a hub name when online.
+        path: a directory with grounding_head/, a .pth file, or None.
+        base: what `load_base` takes; the model that a .pth file belongs to, or one that gets the attention head.
+        head: "attention" for the head that needs no training, also where there is a trained one.
+        report: told what is going on.
+        model: further arguments of `load_base`.
 
     Raises:
         UsageError: `path` and `base` do not go together.
         CheckpointError: not a checkpoint, keys missing (listed), parts that do not fit, code in a pickle.
     """
+    if path is None:
+        return with_attention(load_base(base, **model), report=report)
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"there is no checkpoint at {path}")
@@ -258,20 +195,49 @@ def load_checkpoint(path: str | Path, base: str | Path | None = None) -> Checkpo
             raise UsageError(f"{path} is a whole checkpoint; leave out --base, which goes with a grounding_module.pth")
         if (path / "model_index.json").is_file() and not (path / HEAD).is_dir():
             raise CheckpointError(
-                f"{path} has no {HEAD}/; to add the paper's head, give it as --base and grounding_module.pth as --ckpt"
+                f"{path} has no {HEAD}/; give it as --base, for masks without training or with a "
+                "grounding_module.pth as --ckpt"
             )
-        parts = load_base(path)
-        head, about = _load_head(path / HEAD)
+        parts = load_base(path, **model)
+        trained, about = _load_head(path / HEAD)
         expected = HeadConfig.for_unet(parts["unet"].config).tap_channels
-        if head.config.tap_channels != expected or head.config.text_dim != parts["unet"].config.cross_attention_dim:
+        if trained.config.tap_channels != expected or trained.config.text_dim != context_width(parts):
             raise CheckpointError(f"the grounding head of {path} was made for another UNet than the one beside it")
+        if head == "attention":
+            kept = {name: about[name] for name in ("names", "query_template") if name in about}
+            return with_attention(parts, report=report, **kept)
         try:
-            return Checkpoint(**parts, head=head, **about)
+            return Checkpoint(**parts, head=trained, **about)
         except TypeError as error:
             raise CheckpointError(f"{path / HEAD / 'config.json'} has an unknown entry ({error})") from None
     if base is None:
         raise UsageError(f"{path} is only a grounding module; name its Stable Diffusion 1.x model with --base")
-    parts = load_base(base)
+    if head == "attention":
+        raise UsageError(f"{path} is a trained head; leave out --ckpt for masks without training, or --head attention")
+    parts = load_base(base, **model)
     scale = 2 ** (len(parts["vae"].config.block_out_channels) - 1)
     config = HeadConfig.for_unet(parts["unet"].config, image_scale=scale)
     return Checkpoint(**parts, head=load_released(path, config))
+
+
+def context_width(parts: dict[str, Any]) -> int:
+    """Width of the text states that a model's UNet reads."""
+    return parts["unet"].config.cross_attention_dim
+
+
+def with_attention(
+    parts: dict[str, Any],
+    *,
+    names: dict[str, list[str]] | None = None,
+    query_template: str = RELEASED_TEMPLATE,
+    report: Callable[[str], None] = lambda line: None,
+) -> Checkpoint:
+    """A model with the head that needs no training; its layers are chosen by what the model draws."""
+    names = names or {}
+    bare = Checkpoint(**parts, head=None, capture_timestep=CAPTURE_TIMESTEP, query_template=query_template, names=names)
+    head = attention_head(
+        bare.unet, bare.tower, bare.tokenizer, bare.scheduler, query_template,
+        latent_size=bare.latent_size, vae_scale_factor=bare.vae_scale_factor,
+        nouns=[name for group in names.values() for name in group] or NOUNS, report=report,
+    )  # fmt: skip
+    return replace(bare, head=head.eval().requires_grad_(False))

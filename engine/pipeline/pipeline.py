@@ -60,8 +60,8 @@ class GroundedPipeline:
         Args:
             bundle: directory that gd-export wrote; None takes the model that ships with the package, exported into
                 the user's cache at first use (which needs the `export` extra).
-            backend: one of backends.open.BACKENDS: "onnxruntime" for the CPU; "cuda", "tensorrt" or "tensorrt-rtx" for
-                an NVIDIA GPU.
+            backend: one of backends.open.BACKENDS: for the CPU "onnxruntime", "openvino", or in the chip's own
+                precision "openvino-bf16"; for an NVIDIA GPU "cuda", "tensorrt" or "tensorrt-rtx".
             threads: CPU threads; None takes all cores.
             lanes: batches at once on the CPU, each on its share of the threads: slower for one, faster for many.
 
@@ -121,8 +121,9 @@ class GroundedPipeline:
         if noise is not None and noise.shape != (len(jobs), *shape):
             raise UsageError(f"noise must have shape {[len(jobs), *shape]} for these prompts, not {list(noise.shape)}")
         for prompt in dict.fromkeys(job.prompt for job in jobs):
-            if cut := self.tokenizer.what_is_cut(prompt.text):
-                warnings.warn(cut, stacklevel=2)
+            for text in (prompt.text, prompt.negative_prompt or options.negative_prompt or ""):
+                if cut := self.tokenizer.what_is_cut(text):
+                    warnings.warn(cut, stacklevel=2)
             for name in prompt.objects:
                 self.tokenizer.encode_query(name)  # raises for a name without tokens
         jobs = [job for job in jobs if job.index not in skip]
@@ -178,7 +179,7 @@ class GroundedPipeline:
         keys = [(job.seed, job.draw) for job in jobs]
         return BatchRequest(
             schedule,
-            self.condition([job.prompt for job in jobs]),
+            self.condition([job.prompt for job in jobs], options.negative_prompt),
             batch_normal(keys, shape) if noise is None else noise[[job.index for job in jobs]].astype(np.float32),
             size=options.image_size(self.bundle.manifest),
             guidance_scale=options.guidance_scale,
@@ -204,10 +205,11 @@ class GroundedPipeline:
         futures = [self.backend.submit(part) for _, part in alone]
         return [self._results(*given, future)[0] for given, future in zip(alone, futures, strict=True)]
 
-    def condition(self, prompts: list[Prompt]) -> Conditioning:
-        """Encode the prompts and object queries of a batch."""
+    def condition(self, prompts: list[Prompt], negative_prompt: str | None = None) -> Conditioning:
+        """Encode the prompts and object queries of a batch; `negative_prompt` is of prompts that have none."""
         conditional = self.text_encoder.contexts(prompt.text for prompt in prompts)  # [B,L,D]
-        unconditional = np.broadcast_to(self.text_encoder.unconditional(), conditional.shape)
+        own = (prompt.negative_prompt for prompt in prompts)
+        unconditional = self.text_encoder.contexts((negative_prompt or "") if text is None else text for text in own)
         queries, valid = self.text_encoder.queries([prompt.objects for prompt in prompts])
         return Conditioning(np.concatenate([unconditional, conditional]), queries, valid)
 

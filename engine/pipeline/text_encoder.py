@@ -13,7 +13,6 @@ from grounded_diffusion.engine.sampling.backend import Backend
 
 CHUNK = 32  # texts to one call of the text encoder
 REMEMBERED = 1024  # contexts kept: 240 MB at the sizes of Stable Diffusion 1.x
-UNCONDITIONAL = ""
 
 
 class TextEncoder:
@@ -41,10 +40,6 @@ class TextEncoder:
         while len(self._contexts) > REMEMBERED:
             self._contexts.popitem(last=False)
         return np.stack([known[text] for text in texts])
-
-    def unconditional(self) -> np.ndarray:
-        """Embedding [L,D] of the empty prompt."""
-        return self.contexts([UNCONDITIONAL])[0]
 
     def queries(self, objects: list[tuple[str, ...]]) -> tuple[np.ndarray, np.ndarray]:
         """Object queries of a batch, padded to its largest number of objects.

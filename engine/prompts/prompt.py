@@ -2,7 +2,7 @@
 
     # a comment
     a photograph of a [dog] and a [cat]
-    {"prompt": "a busy street", "objects": ["car", "traffic light"], "seed": 3, "count": 4}
+    {"prompt": "a busy street", "objects": ["car", "traffic light"], "seed": 3, "count": 4, "negative_prompt": "snow"}
 
 Everything is checked before anything is generated; every error names the file and the line (`file.PromptFile`).
 """
@@ -22,6 +22,7 @@ MAX_NAME = 64  # characters of an object's name; it becomes part of file names
 MAX_OBJECTS = 254  # labels are bytes; 0 is the background, 255 void
 MAX_COUNT = 1_000_000
 FORBIDDEN = '/\\:*?"<>|'  # what some file system cannot have in a name
+JSON_FIELDS = ("prompt", "objects", "seed", "count", "negative_prompt")  # the last three as Prompt has them
 HOW_TO_MARK = "mark objects with brackets, as in: a photograph of a [dog] and a [cat]"
 
 
@@ -34,6 +35,7 @@ class Prompt:
         objects: names to mask, in order; they need not occur in the text.
         seed: seed of this prompt's images instead of the data set's; None takes the data set's.
         count: images of this prompt; None takes the run's images per prompt.
+        negative_prompt: what not to draw; None takes the run's, "" has none.
 
     Raises:
         UsageError: a field that cannot be used, at construction.
@@ -43,6 +45,7 @@ class Prompt:
     objects: tuple[str, ...]
     seed: int | None = None
     count: int | None = None
+    negative_prompt: str | None = None
 
     def __post_init__(self):
         if not isinstance(self.text, str) or not self.text.strip():
@@ -50,6 +53,7 @@ class Prompt:
         if isinstance(self.objects, str) or not all(isinstance(name, str) for name in self.objects):
             raise UsageError(f"objects must be a list of names, not {self.objects!r}")
         object.__setattr__(self, "text", clean(self.text, "the prompt"))
+        object.__setattr__(self, "negative_prompt", clean_negative(self.negative_prompt))
         object.__setattr__(self, "objects", tuple(check_name(name) for name in self.objects))
         if not self.objects:
             raise UsageError(f"the prompt names no objects; {HOW_TO_MARK}")
@@ -73,6 +77,13 @@ def clean(text: str, what: str) -> str:
         if unicodedata.category(character) in ("Cc", "Cs"):
             raise UsageError(f"{what} contains the control character U+{ord(character):04X}; remove it")
     return text
+
+
+def clean_negative(text: object) -> str | None:
+    """A negative prompt with single spaces. Raises UsageError where it is no text."""
+    if text is not None and not isinstance(text, str):
+        raise UsageError(f"negative_prompt must be a text, not {text!r}")
+    return text if text is None else clean(text, "the negative prompt")
 
 
 def check_name(name: str) -> str:
@@ -109,7 +120,7 @@ def split_brackets(text: str) -> tuple[str, tuple[str, ...]]:
 
 
 def parse_json(line: str) -> Prompt:
-    """A prompt from a JSON object with `prompt`, and optionally `objects`, `seed` and `count`."""
+    """A prompt from a JSON object with `prompt`, and optionally `objects`, `seed`, `count`, `negative_prompt`."""
     try:
         fields = json.loads(line)
     except RecursionError:
@@ -117,15 +128,15 @@ def parse_json(line: str) -> Prompt:
     except ValueError as error:
         where = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
         raise UsageError(f"invalid JSON{where}: {getattr(error, 'msg', error)}") from None
-    if unknown := sorted(fields.keys() - {"prompt", "objects", "seed", "count"}):
-        raise UsageError(f"unknown field {', '.join(unknown)}; known are prompt, objects, seed, count")
+    if unknown := sorted(fields.keys() - set(JSON_FIELDS)):
+        raise UsageError(f"unknown field {', '.join(unknown)}; known are {', '.join(JSON_FIELDS)}")
     text, objects = fields.get("prompt"), fields.get("objects", [])
     if not isinstance(text, str):
         raise UsageError('the JSON line has no "prompt" with a text')
     if not isinstance(objects, list) or not all(isinstance(name, str) for name in objects):
         raise UsageError(f'"objects" must be a list of names, not {objects!r}')
     text, marked = split_brackets(text)
-    return Prompt(text, (*marked, *objects), fields.get("seed"), fields.get("count"))
+    return Prompt(text, (*marked, *objects), *(fields.get(name) for name in JSON_FIELDS[2:]))
 
 
 def parse_prompt(line: str) -> Prompt:
@@ -150,7 +161,8 @@ def to_line(prompt: Prompt) -> str:
     """A prompt as a JSON line that `parse_prompt` reads back. Raises UsageError where its text has brackets."""
     if set(prompt.text) & set("[]"):
         raise UsageError(f"the prompt {prompt.text!r} has brackets, which would mark objects; leave them out")
-    fields = {"prompt": prompt.text, "objects": list(prompt.objects), "seed": prompt.seed, "count": prompt.count}
+    values = (prompt.text, list(prompt.objects), prompt.seed, prompt.count, prompt.negative_prompt)
+    fields = dict(zip(JSON_FIELDS, values, strict=True))
     return json.dumps({name: value for name, value in fields.items() if value is not None}, ensure_ascii=False)
 
 

@@ -29,6 +29,7 @@ class Options:
         batch: images to one call of the network; None takes what the backend is best at.
         threshold: a pixel is inside a mask where its probability is above this.
         size: (height, width) in pixels, or one number for both; None takes the model's own.
+        negative_prompt: what not to draw, for prompts that do not say it themselves.
 
     Raises:
         UsageError: an option outside its range, at construction.
@@ -43,6 +44,7 @@ class Options:
     batch: int | None = None
     threshold: float = 0.5
     size: tuple[int, int] | int | None = None
+    negative_prompt: str | None = None
 
     def __post_init__(self):
         check_int(self.steps, "steps", 1, 1000)
@@ -58,6 +60,8 @@ class Options:
         if self.batch is not None:
             check_int(self.batch, "batch", 1, MAX_BATCH)
         check_float(self.threshold, "threshold", 0.001, 0.999)
+        if self.negative_prompt is not None and not isinstance(self.negative_prompt, str):
+            raise UsageError(f"negative_prompt must be a text, not {self.negative_prompt!r}")
         if isinstance(self.size, int):
             object.__setattr__(self, "size", (self.size, self.size))
         if self.size is not None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import singledispatch
 
 import torch
 from torch import nn
@@ -147,6 +148,12 @@ class FoldedHead(nn.Module):
         return (embeddings @ fused.flatten(2)).unflatten(2, fused.shape[2:])
 
 
-def fold(head: GroundingHead) -> FoldedHead:
-    """The head's inference form, in evaluation mode."""
+@singledispatch
+def fold(head: nn.Module) -> nn.Module:
+    """A head's inference form, in evaluation mode: it takes what the `raw` of the head's taps gives."""
+    raise TypeError(f"{type(head).__name__} is no grounding head")
+
+
+@fold.register
+def _(head: GroundingHead) -> FoldedHead:
     return FoldedHead(head).eval().requires_grad_(False)

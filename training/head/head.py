@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from grounded_diffusion.errors import CheckpointError, UsageError
 from grounded_diffusion.training.head.layers import Decoder, MixConv, Mlp
-from grounded_diffusion.training.head.taps import level_taps
+from grounded_diffusion.training.head.taps import Taps, level_taps
 
 MASKED = -3e4  # added to the score of a padded key: its weight underflows to exactly 0, and FP16 can hold it
 HIGHEST_CHANNELS = 128  # reduced channels at the highest level; each lower level has half (16, 32, 64, 128)
@@ -144,6 +144,21 @@ class GroundingHead(nn.Module):
         self.mlp = Mlp(config.embed_dim, config.fused_channels)
         self.to_k = nn.Linear(config.fused_channels * config.patch**2, config.embed_dim, bias=False)
         self.to_q = nn.Linear(config.text_dim, config.embed_dim, bias=False)
+
+    @property
+    def latent_multiple(self) -> int:
+        """h and w of the latents must be multiples of this."""
+        return self.config.patch if self.config.variant == "released" else 1
+
+    def taps(self, unet: nn.Module) -> Taps:
+        """What captures this head's inputs."""
+        return Taps(unet)
+
+    def about(self) -> dict[str, Any]:
+        """What a bundle's manifest says of the head."""
+        cfg = self.config
+        sizes = dict(reduced_channels=list(cfg.reduced_channels), embed_dim=cfg.embed_dim, layers=cfg.layers)
+        return dict(variant=cfg.variant, statistics=cfg.statistics, **sizes, patch=cfg.patch)
 
     def encode(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
         """The visual encoder: features [B,2 sum(C),h,w] a level, lowest first -> fused map F [B,D,h',w'].

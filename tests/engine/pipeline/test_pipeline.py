@@ -67,6 +67,42 @@ def test_a_mixed_batch_equals_single_runs(pipe, guidance_scale):
             assert_same(got, expected)
 
 
+def test_a_negative_prompt_takes_the_place_of_the_empty_one(pipe):
+    """The run's for prompts that have none of their own; "" of a line stands for none."""
+    own = [Prompt("a dog", ("dog",), negative_prompt=text) for text in (None, "the sea", "")]
+    rows = pipe.condition(own, "a red cat").context[:3]
+    expected = pipe.text_encoder.contexts(["a red cat", "the sea", ""])
+    assert np.array_equal(rows, expected)
+    assert relative_l2(rows[0], rows[2]) > 0.1
+    assert np.array_equal(pipe.condition(own[:1]).context[:1], expected[2:])
+
+
+def test_images_with_a_negative_prompt_are_those_of_diffusers(pipe, tiny_checkpoint):
+    """Steered away from something: PSNR of 50 dB to diffusers' own pipeline, and far from the image without."""
+    torch = pytest.importorskip("torch")
+    from grounded_diffusion.export.reference import reference_pipeline
+    from grounded_diffusion.export.verify import psnr
+    from grounded_diffusion.training.checkpoint import load_checkpoint
+
+    noise = batch_normal([(7, 0)], (4, 16, 16))
+    options = Options(steps=6, sampler="ddim", guidance_interval=(0.0, 1.0))
+    plain, steered = (
+        next(pipe.generate("a photograph of a [dog]", options, noise=noise, negative_prompt=text)).image
+        for text in (None, "a rocket over the sea")
+    )
+    expected = reference_pipeline(load_checkpoint(tiny_checkpoint))(
+        "a photograph of a dog", negative_prompt="a rocket over the sea", latents=torch.from_numpy(noise),
+        num_inference_steps=6, guidance_scale=7.5, height=64, width=64, output_type="np",
+    ).images[0]  # fmt: skip
+    assert psnr(steered, (expected * 255).round()) >= 50
+    assert psnr(steered, plain) < 40
+
+
+def test_a_negative_prompt_that_is_too_long_is_told(pipe):
+    with pytest.warns(UserWarning, match="the model does not see its end"):
+        pipe.generate("a [dog]", negative_prompt="sea " * 100)
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_runs_and_batches_alike(pipe, sampler):
     single = list(pipe.generate(MIXED[:3], steps=4, sampler=sampler, batch=1))

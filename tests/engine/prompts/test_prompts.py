@@ -3,7 +3,7 @@
 import pytest
 
 from grounded_diffusion.engine.prompts.file import read_prompts
-from grounded_diffusion.engine.prompts.prompt import Prompt, as_prompts
+from grounded_diffusion.engine.prompts.prompt import Prompt, as_prompts, parse_prompt, to_line
 from grounded_diffusion.errors import UsageError
 
 
@@ -25,6 +25,17 @@ def test_both_forms(tmp_path):
         Prompt("a street with a car", ("car", "bus", "tree"), 0, 3),
         Prompt("a lake", ("canoë",)),
     ]
+
+
+def test_a_negative_prompt_of_a_line(tmp_path):
+    path = write(
+        tmp_path,
+        '{"prompt": "a [dog]", "negative_prompt": " blurred,   grey "}\n'
+        '{"prompt": "a [dog]", "negative_prompt": ""}\na [dog]',
+    )
+    given = read_prompts(path)
+    assert [prompt.negative_prompt for prompt in given] == ["blurred, grey", "", None]
+    assert [parse_prompt(to_line(prompt)) for prompt in given] == given
 
 
 def test_callers_may_mix_strings_and_prompts():
@@ -50,6 +61,7 @@ BAD = {
     "JSON unknown field": ('{"prompt": "a [dog]", "sede": 3}', "unknown field sede"),
     "JSON objects not a list": ('{"prompt": "a dog", "objects": "dog"}', '"objects" must be a list'),
     "JSON objects not names": ('{"prompt": "a dog", "objects": [1]}', '"objects" must be a list'),
+    "JSON negative prompt not text": ('{"prompt": "a [dog]", "negative_prompt": 3}', "negative_prompt must be a text"),
     "JSON negative seed": ('{"prompt": "a [dog]", "seed": -1}', "seed must be a whole number"),
     "JSON true seed": ('{"prompt": "a [dog]", "seed": true}', "seed must be a whole number"),
     "JSON zero count": ('{"prompt": "a [dog]", "count": 0}', "count must be a whole number"),

@@ -1,0 +1,71 @@
+"""From one file, with a LoRA, to a bundle whose images with a negative prompt are those of diffusers."""
+
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from helpers.families import pipeline_of, save_tiny
+from helpers.original_layout import kohya_lora
+
+from grounded_diffusion.engine import GroundedPipeline, Options
+from grounded_diffusion.errors import UsageError
+from grounded_diffusion.export.bundle import export_bundle
+from grounded_diffusion.export.verify import check_graphs, check_loop, psnr, table
+from grounded_diffusion.training.checkpoint import load_checkpoint
+from grounded_diffusion.training.head.attention import AttentionHead
+
+SIZE = 32  # pixels a side, of images
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2"])
+def test_images_from_a_file_are_those_of_diffusers(family, tmp_path):
+    torch.set_num_threads(1)
+    parts, folder, file = save_tiny(tmp_path, family)
+    kohya_lora(tmp_path / "lora.safetensors", parts)
+    loras = [(tmp_path / "lora.safetensors", 0.7)]
+    export_bundle(load_checkpoint(None, file, tokenizer=folder, loras=loras), tmp_path / "bundle")
+
+    pipe = GroundedPipeline.open(tmp_path / "bundle", threads=1)
+    noise = np.random.default_rng(0).standard_normal((1, 4, SIZE // 2, SIZE // 2)).astype(np.float32)
+    options = Options(steps=6, sampler="ddim", guidance_interval=(0.0, 1.0), size=SIZE, negative_prompt="the sea")
+    sample = next(pipe.generate("a photograph of a [dog]", options, noise=noise))
+    without = next(pipe.generate("a photograph of a [dog]", replace(options, negative_prompt=None), noise=noise))
+
+    parts["scheduler"] = DDIMScheduler.from_config(parts["scheduler"].config)
+    reference = pipeline_of(parts)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        reference.load_lora_weights(tmp_path / "lora.safetensors")
+    reference.fuse_lora(lora_scale=0.7)
+    expected = reference(
+        "a photograph of a dog", negative_prompt="the sea", latents=torch.from_numpy(noise), height=SIZE, width=SIZE,
+        num_inference_steps=6, guidance_scale=7.5, output_type="np",
+    ).images[0]  # fmt: skip
+    assert psnr(sample.image, (expected * 255).round()) >= 50
+    assert psnr(sample.image, without.image) < 50
+
+
+def test_the_attention_head_is_exported_as_it_is(tiny_checkpoint, tmp_path):
+    """Its graphs and its masks, with thresholds under which a random model has masks."""
+    checkpoint = load_checkpoint(tiny_checkpoint, head="attention")
+    head = checkpoint.head
+    config = replace(head.config, presence=0.0, floor=0.0, relative=0.9)
+    head = AttentionHead(config, checkpoint.unet, head.template, checkpoint.latent_size).eval().requires_grad_(False)
+    checkpoint = replace(checkpoint, head=head)
+    export_bundle(checkpoint, tmp_path / "bundle")
+    rows = [*check_graphs(checkpoint, tmp_path / "bundle"), *check_loop(checkpoint, tmp_path / "bundle")]
+    assert all(row.passed for row in rows), "\n".join(table(rows))
+    pipe = GroundedPipeline.open(tmp_path / "bundle", threads=1)
+    assert pipe.bundle.manifest.head["layers"] == dict(config.layers)
+    sample = next(pipe.generate("a photograph of a [dog]", steps=3))
+    assert sample.masks["dog"].any()
+
+
+def test_a_model_of_two_text_encoders_is_refused(tmp_path):
+    _, folder, file = save_tiny(tmp_path, "sdxl")
+    with pytest.raises(UsageError, match="SDXL cannot be exported yet"):
+        export_bundle(load_checkpoint(None, file, tokenizer=folder), tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
