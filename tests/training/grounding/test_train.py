@@ -66,7 +66,9 @@ def test_a_resumed_training_equals_an_uninterrupted_one(model, examples, tmp_pat
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_it_learns_and_moves_nothing_but_the_head(model, examples, tmp_path, variant, precision):
     before = model.unet.conv_in.weight.clone()
-    changes = dict(lr=3e-3, batch=2, save_every=1000, head={**SIZES, "variant": variant}, precision=precision, zero_masks="trust")
+    changes = dict(
+        lr=3e-3, batch=2, save_every=1000, head={**SIZES, "variant": variant}, precision=precision, zero_masks="trust"
+    )
     trainer, losses = train(model, examples, tmp_path / "run", 30, most=2, **changes)
     assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
     assert torch.equal(model.unet.conv_in.weight, before)
