@@ -52,7 +52,7 @@ class FailingBackend(NullBackend):
 
 def backend_of(kind):
     """An entry of the table of backends."""
-    return BackendEntry("cpu", lambda bundle, threads, lanes, _: kind(bundle, threads, lanes))
+    return BackendEntry("cpu", "fp32", lambda bundle, threads, lanes, *_: kind(bundle, threads, lanes))
 
 
 def main(argv, backend=NullBackend):
