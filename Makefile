@@ -45,11 +45,24 @@ format: $(READY) ## repair style
 bench: $(READY) ## measure this machine's CPU against what one would use instead: under 10 minutes
 	$(BIN)/gd-bench speed --out bench/results
 
-gpu-test: $(READY) ## check the CUDA kernels against the host's; says so where there is no GPU
-	$(BIN)/python -P tests/gpu/run.py
+# A GPU machine has an environment of its own: its ONNX Runtime is another. TensorRT in full is not on PyPI everywhere.
+GPU_VENV := .venv-gpu
+GPU_READY := $(GPU_VENV)/.ready
 
-gpu-bench: $(READY) ## the same on a GPU; says so where there is none
-	$(BIN)/gd-bench speed --backend cuda --out bench/results
+$(GPU_READY): $(SOURCES)
+	$(PYTHON) -m venv $(GPU_VENV)
+	$(GPU_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt '.[test,cuda,rtx]'
+	$(GPU_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt '.[tensorrt]' || \
+		echo "without TensorRT, which pip did not find"
+	@touch $@
+
+gpu-test: ## on a machine with an NVIDIA GPU: install its backends and run the GPU tests; says so where there is none
+	@if nvidia-smi -L >/dev/null 2>&1; then $(MAKE) $(GPU_READY) && $(GPU_VENV)/bin/python -P tests/gpu/run.py; \
+	else echo "skipped: no NVIDIA GPU (nvidia-smi lists none)"; fi
+
+gpu-bench: ## the same on an NVIDIA GPU; says so where there is none
+	@if nvidia-smi -L >/dev/null 2>&1; then $(MAKE) $(GPU_READY) && $(GPU_VENV)/bin/gd-bench speed --backend cuda \
+		--out bench/results; else echo "skipped: no NVIDIA GPU (nvidia-smi lists none)"; fi
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV) build out
+	rm -rf $(VENV) $(GPU_VENV) build out

@@ -9,7 +9,6 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,11 @@ from grounded_diffusion.bench.report import (
     write_results,
 )
 from grounded_diffusion.bench.systems import PEERS, missing_packages
-from grounded_diffusion.bench.work import EVERY_STEP
+from grounded_diffusion.bench.work import EVERY_STEP, EngineForm, PeerForm, Plan
 from grounded_diffusion.bundle import open_bundle
 from grounded_diffusion.engine import GroundedPipeline, Options
 from grounded_diffusion.engine.backends.calibrate import calibrate
-from grounded_diffusion.engine.backends.open import BACKENDS, DEFAULT_BACKEND, backend_entry
+from grounded_diffusion.engine.backends.open import BACKENDS, DEFAULT_BACKEND, backend_entry, cpu_backends
 from grounded_diffusion.engine.checks import usable_cores
 from grounded_diffusion.engine.cli.common import run_command
 from grounded_diffusion.engine.pipeline.shipped import shipped_bundle, shipped_checkpoint
@@ -54,9 +53,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
     speed = kinds.add_parser("speed", parents=[common], help="stages, and systems end to end, taking turns")
     speed.add_argument(
-        "--backend", choices=BACKENDS, default=DEFAULT_BACKEND, help="of the engine; all but the first: GPU"
-    )
-    speed.add_argument("--peers", default=",".join(PEERS), help=f"of {', '.join(PEERS)} (default: all); '' for none")
+        "--backend", choices=BACKENDS, action="append", metavar="NAME",
+        help="of the engine, %(choices)s; repeatable (default: the fastest on this CPU in every precision)",
+    )  # fmt: skip
+    known = f"of {', '.join(PEERS['cpu'])}, or on a GPU {', '.join(PEERS['cuda'])}"
+    speed.add_argument("--peers", help=f"{known} (default: all of the device); '' for none")
     speed.add_argument("--sampler", default=DEFAULT_SAMPLER)
     speed.add_argument("--steps", type=int, default=DEFAULT_STEPS)
     speed.add_argument("--guidance-scale", type=float, default=7.5)
@@ -93,9 +94,21 @@ def open_model(
         return GroundedPipeline.open(model, **chosen), args.batch or GPU_BATCH
     batch, lanes = args.batch, args.lanes
     if not (batch and lanes):
-        found = calibrate(open_bundle(model), options, args.threads, say)
+        found = calibrate(open_bundle(model), options, args.threads, say, backend)
         batch, lanes = batch or found.batch, lanes or found.lanes
     return GroundedPipeline.open(model, **chosen, lanes=lanes), batch
+
+
+def open_engines(
+    args: argparse.Namespace, options: Options
+) -> tuple[dict[str, GroundedPipeline], dict[str, EngineForm]]:
+    """The engine in every precision of the backends asked for, the coarsest first."""
+    pipes, forms = {}, {}
+    for backend in args.backend or [name for name in reversed(cpu_backends()) if name != "openvino"]:
+        pipe, batch = open_model(args, options, backend)
+        precision = backend_entry(backend).precision or pipe.bundle.manifest.precision
+        pipes[precision], forms[precision] = pipe, EngineForm(backend, batch, pipe.backend.lanes)
+    return pipes, forms
 
 
 def checkpoint_of(args: argparse.Namespace) -> Path | None:
@@ -113,36 +126,43 @@ def emit(args: argparse.Namespace, stem: str, record: Any, lines: list[str], cha
 
 def run_speed(args: argparse.Namespace) -> None:
     """gd-bench speed."""
-    from grounded_diffusion.bench.speed import Plan, measure_speed
+    from grounded_diffusion.bench.speed import measure_speed
 
-    device = backend_entry(args.backend).device
+    devices = {backend_entry(name).device for name in args.backend or [DEFAULT_BACKEND]}
+    device = devices.pop()
+    if devices:
+        raise UsageError("backends of a CPU and of a GPU are not measured together; give --backend for one device")
     if device == "cuda" and not has_gpu():
         print("skipped: no NVIDIA GPU")
         return
-    peers = tuple(peer for peer in args.peers.split(",") if peer)
-    if unknown := [peer for peer in peers if peer not in PEERS]:
-        raise UsageError(f"there is no peer {unknown[0]!r}; choose from {', '.join(PEERS)}")
+    peers = PEERS[device] if args.peers is None else tuple(peer for peer in args.peers.split(",") if peer)
+    if unknown := [peer for peer in peers if peer not in PEERS[device]]:
+        raise UsageError(f"there is no peer {unknown[0]!r}; choose from {', '.join(PEERS[device])}")
     options = Options(
         sampler=args.sampler, steps=args.steps, guidance_scale=args.guidance_scale, guidance_interval=EVERY_STEP,
         batch=args.batch,
     )  # fmt: skip
-    pipe, batch = open_model(args, options, args.backend)
-    options = replace(options, batch=batch)
-    checkpoint, peer_batch = checkpoint_of(args), args.peer_batch or batch
+    pipes, engines = open_engines(args, options)
+    pipe, checkpoint = next(iter(pipes.values())), checkpoint_of(args)
+    usual = max(form.batch for form in engines.values())
+    forms = {peer.split()[1]: PeerForm(args.peer_batch or usual) for peer in peers}
     if not args.peer_batch and peers and checkpoint and not missing_packages("eager"):
-        from grounded_diffusion.bench.peers import fastest_batch
+        from grounded_diffusion.bench.peers import fastest_form
 
-        tries = sorted({max(1, batch // 2), batch, 2 * batch})
-        peer_batch = fastest_batch(checkpoint, pipe.latent_shape(options), tries, device, args.threads)
-    together = math.lcm(batch * pipe.backend.lanes, peer_batch)
+        tries = sorted({max(1, usual // 2), usual, 2 * usual})
+        shape = pipe.latent_shape(options)
+        forms = {name: fastest_form(checkpoint, shape, name, tries, device, args.threads) for name in forms}
+    together = math.lcm(*(form.batch * form.lanes for form in engines.values()), *(f.batch for f in forms.values()))
     with tempfile.TemporaryDirectory() as folder:
         plan = Plan(
-            options=options, threads=args.threads, peers=peers, peer_batch=peer_batch,
+            options=options, threads=args.threads, engines=engines, peers=peers, peer_forms=forms,
             images=-(-args.images // together) * together, rounds=args.rounds, repeats=args.repeats,
-            backend=args.backend, checkpoint=checkpoint, folder=Path(folder), memory=not args.no_memory,
+            checkpoint=checkpoint, folder=Path(folder), memory=not args.no_memory,
         )  # fmt: skip
-        result = measure_speed(pipe, plan, say)
-    stem = "speed-cpu" if device == "cpu" else f"speed-{args.backend}"
+        result = measure_speed(pipes, plan, say)
+    for pipe in pipes.values():
+        pipe.close()
+    stem = "speed-cpu" if device == "cpu" else f"speed-{args.backend[0]}"
     emit(args, stem, result, speed_report(result), speed_chart(result))
 
 
@@ -159,11 +179,16 @@ def run_quality(args: argparse.Namespace) -> None:
     checkpoint = checkpoint_of(args)
     if checkpoint is None:
         raise UsageError("--model needs --ckpt, the checkpoint it was exported from")
-    pipe, batch = open_model(args, Options(batch=args.batch))
+    wanted = {setting.get("precision", "fp32") for setting in settings or DEFAULT}
+    args.backend = [name for name in cpu_backends() if name != "openvino" and backend_entry(name).precision in wanted]
+    pipes, forms = open_engines(args, Options(batch=args.batch))
+    settings = settings or [setting for setting in DEFAULT if setting.get("precision", "fp32") in pipes]
+    turn = math.lcm(*(form.batch * form.lanes for form in forms.values()))
     results = measure_quality(
-        pipe, checkpoint, args.oracle or checkpoint / "oracle.pt", settings or DEFAULT, images=args.images, batch=batch,
-        turn=batch * pipe.backend.lanes, objects=args.objects, report=say,
+        pipes, checkpoint, args.oracle or checkpoint / "oracle.pt", settings, images=args.images,
+        batch=max(form.batch for form in forms.values()), turn=turn, objects=args.objects, report=say,
     )  # fmt: skip
+    pipe = next(iter(pipes.values()))
     about = environment(pipe.bundle, args.threads)
     lines = quality_table(results)
     lines += ["", f"{args.images} images each. Measured on {environment_line(about)}."]

@@ -18,7 +18,9 @@ from grounded_diffusion.bundle import MANIFEST, Bundle, sha256
 from grounded_diffusion.engine.checks import usable_cores
 from grounded_diffusion.kernels.cuda.device import gpu_name
 
-PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "torch", "diffusers", "transformers", "onnx", "tensorrt")
+PACKAGES = (
+    "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "torch", "diffusers", "transformers", "onnx", "tensorrt",
+)  # fmt: skip
 CPU_MATRIX = 2048  # side of the product that tells a CPU's rate: 17 GFLOP, 48 MB
 GPU_MATRIX = 8192
 
@@ -72,20 +74,21 @@ def has_gpu() -> bool:
     return gpu_name() is not None or gpu_record() is not None
 
 
-def cpu_bound(repeats: int = 5) -> dict[str, float]:
-    """FP32 operations a second of a large matrix product and a large convolution: NumPy's and, if there, torch's."""
+def cpu_bound(precision: str = "fp32", repeats: int = 5) -> dict[str, float]:
+    """Operations a second of a large matrix product and a large convolution: torch's in "fp32" or "bf16", NumPy's."""
     rng, side = np.random.default_rng(0), CPU_MATRIX
     a, b = (rng.standard_normal((side, side), dtype=np.float32) for _ in range(2))
-    rates = {"numpy matmul": 2 * side**3 / min(repeat(lambda: a @ b, repeats).seconds)}
+    rates = {"numpy fp32 matmul": 2 * side**3 / min(repeat(lambda: a @ b, repeats).seconds)}
     try:
         import torch
     except ImportError:
         return rates
-    x, y = torch.from_numpy(a), torch.from_numpy(b)
-    rates["torch matmul"] = 2 * side**3 / min(repeat(lambda: x @ y, repeats).seconds)
-    image, weight = torch.randn(8, 256, 64, 64), torch.randn(256, 256, 3, 3)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    x, y = torch.from_numpy(a).to(dtype), torch.from_numpy(b).to(dtype)
+    rates[f"torch {precision} matmul"] = 2 * side**3 / min(repeat(lambda: x @ y, repeats).seconds)
+    image, weight = torch.randn(8, 256, 64, 64, dtype=dtype), torch.randn(256, 256, 3, 3, dtype=dtype)
     run = lambda: torch.nn.functional.conv2d(image, weight, padding=1)
-    rates["torch convolution"] = 2 * image.numel() * 256 * 9 / min(repeat(run, repeats).seconds)
+    rates[f"torch {precision} convolution"] = 2 * image.numel() * 256 * 9 / min(repeat(run, repeats).seconds)
     return rates
 
 

@@ -3,17 +3,19 @@
 - `eager`: diffusers' pipeline; at the captured step the UNet's full features are concatenated and go through the plain
   head, as the released program does it.
 - `compile`: the same, with UNet, head and decoder through torch.compile.
-- `onnxruntime`: the same, with UNet, head and decoder exported by torch.onnx.export at the very size and run by ONNX
-  Runtime with its default session options.
 
-All are spared what the engine is spared: object queries are encoded beforehand, and the head runs at one step only.
+Those whose parts are exported first are in `peers_onnx`. Each runs in the precision it is asked for, and torch in the
+memory layout that is faster there. All are spared what the engine is spared: object queries are encoded beforehand, and
+the head runs at one step only.
 """
 
 from __future__ import annotations
 
 import copy
+import queue
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,9 +26,9 @@ import torch
 from torch import nn
 
 from grounded_diffusion.bench.timing import repeat
-from grounded_diffusion.bench.work import EVERY_STEP, Output, Work
+from grounded_diffusion.bench.work import EVERY_STEP, Output, PeerForm, Work
 from grounded_diffusion.engine import Options, Prompt
-from grounded_diffusion.errors import BackendError, UsageError
+from grounded_diffusion.errors import UsageError
 from grounded_diffusion.export.reference import object_queries, reference_pipeline
 from grounded_diffusion.training.checkpoint import Checkpoint, load_checkpoint
 from grounded_diffusion.training.head.head import GroundingHead, upsample_logits
@@ -38,7 +40,14 @@ SCHEDULERS = {  # the engine's samplers that draw no noise of their own, by diff
     "euler": "EulerDiscreteScheduler",
     "dpmpp-2m": "DPMSolverMultistepScheduler",
 }
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Part = Callable[..., Any]
+
+
+def put(module: nn.Module, precision: str, form: PeerForm, device: str) -> nn.Module:
+    """A copy of a module as a peer runs it."""
+    layout = torch.channels_last if form.channels_last else torch.contiguous_format
+    return copy.deepcopy(module).to(device, DTYPES[precision], memory_format=layout)
 
 
 class PlainGrounding(nn.Module):
@@ -109,37 +118,51 @@ class Peer:
         checkpoint: the torch model.
         options: sampler, steps, guidance.
         capture: index of the UNet call at which the head reads.
-        batch: images to a call.
-        device: "cpu", in FP32, or "cuda", in FP16.
+        precision: "fp32", "bf16" or "fp16"; weights and images are cast to it.
+        form: batch and layout.
+        device: "cpu" or "cuda".
 
     Raises:
         UsageError: settings that diffusers' own pipeline cannot be given.
     """
 
-    name = "eager"
+    kind = "eager"
+    lanes = 1  # batches at once
 
-    def __init__(self, checkpoint: Checkpoint, options: Options, capture: int, batch: int, device: str = "cpu"):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        options: Options,
+        capture: int,
+        precision: str,
+        form: PeerForm,
+        device: str = "cpu",
+    ):
         if options.sampler not in SCHEDULERS or options.guidance_scale == 1 or options.guidance_interval != EVERY_STEP:
             raise UsageError(f"peers sample with {', '.join(SCHEDULERS)} and guidance at every step, not as asked")
         if options.threshold != 0.5 or options.size is not None:
             raise UsageError("peers make images of the model's own size and masks at threshold 0.5, not as asked")
-        self.checkpoint, self.options, self.batch, self.device = checkpoint, options, batch, device
-        self.dtype = torch.float16 if device == "cuda" else torch.float32
-        self.pipeline = reference_pipeline(checkpoint)
-        unet, vae, head = checkpoint.unet, checkpoint.vae, checkpoint.head
-        if device == "cuda":
-            unet, vae, text = (
-                copy.deepcopy(module).to(device, self.dtype) for module in (unet, vae, checkpoint.text_encoder)
-            )
-            head = copy.deepcopy(head).to(device)  # reads float32 features, as the released program does
-            self.pipeline.text_encoder = text
-        plain, grounded, decode = self.prepare(PlainUNet(unet), PlainGrounding(unet, head), Decode(vae))
-        self.pipeline.unet = Switch(unet, plain, grounded, capture)
-        self.pipeline.scheduler = make_scheduler(checkpoint, options.sampler)
-        self.pipeline.vae = copy.copy(vae)  # its weights are shared, its decode is not
-        self.pipeline.vae.decode = lambda latents, **_: (decode(latents),)
-        self.pipeline.set_progress_bar_config(disable=True)
+        self.checkpoint, self.options, self.form, self.device = checkpoint, options, form, device
+        self.name, self.dtype = f"{self.kind} {precision}", DTYPES[precision]
+        given = checkpoint.unet, checkpoint.vae, checkpoint.text_encoder
+        unet, vae, self.text = (put(module, precision, form, device) for module in given)
+        head = copy.deepcopy(checkpoint.head).to(device)  # reads float32 features, as the released program does
+        parts = self.prepare(PlainUNet(unet), PlainGrounding(unet, head), Decode(vae))
+        self._free: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        for _ in range(self.lanes):
+            self._free.put(self._pipeline(unet, vae, capture, *parts))
         self._queries: dict[str, torch.Tensor] = {}
+
+    def _pipeline(self, unet: nn.Module, vae: nn.Module, capture: int, plain: Part, grounded: Part, decode: Part):
+        """diffusers' pipeline with the parts in their places."""
+        pipeline = reference_pipeline(self.checkpoint)
+        pipeline.text_encoder = self.text
+        pipeline.unet = Switch(unet, plain, grounded, capture)
+        pipeline.scheduler = make_scheduler(self.checkpoint, self.options.sampler)
+        pipeline.vae = copy.copy(vae)  # its weights are shared, its decode is not
+        pipeline.vae.decode = lambda latents, **_: (decode(latents),)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
 
     def prepare(self, plain: nn.Module, grounded: nn.Module, decode: nn.Module) -> tuple[Part, Part, Part]:
         """The three parts in the form in which they are run."""
@@ -154,15 +177,22 @@ class Peer:
         return torch.stack([torch.stack([self._queries[name] for name in p.objects]) for p in prompts]).to(self.device)
 
     def run(self, work: Work) -> Output:
-        """Make the images and masks of a round, batch by batch."""
-        starts = range(0, len(work.prompts), self.batch)
-        parts = [self._batch(work.prompts[i : i + self.batch], work.noise[i : i + self.batch]) for i in starts]
+        """Make the images and masks of a round, batch by batch, as many at once as there are lanes."""
+        batch = self.form.batch
+        cuts = [slice(start, start + batch) for start in range(0, len(work.prompts), batch)]
+        make = lambda cut: self._batch(work.prompts[cut], work.noise[cut])
+        if self.lanes == 1:
+            parts = [make(cut) for cut in cuts]
+        else:
+            with ThreadPoolExecutor(self.lanes) as pool:
+                parts = list(pool.map(make, cuts))
         return Output(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
     def _batch(self, prompts: Sequence[Prompt], noise: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         height, width = (side * self.checkpoint.vae_scale_factor for side in noise.shape[2:])
-        self.pipeline.unet.start(self.queries(prompts))
-        pixels = self.pipeline(
+        pipeline = self._free.get()
+        pipeline.unet.start(self.queries(prompts))
+        pixels = pipeline(
             [prompt.text for prompt in prompts],
             height=height,
             width=width,
@@ -171,14 +201,15 @@ class Peer:
             latents=torch.from_numpy(noise).to(self.device, self.dtype),
             output_type="np",
         ).images
-        masks = upsample_logits(self.pipeline.unet.mask_logits.float(), (height, width)) > 0
+        masks = upsample_logits(pipeline.unet.mask_logits.float(), (height, width)) > 0
+        self._free.put(pipeline)
         return np.round(pixels * 255).astype(np.uint8), masks.cpu().numpy()
 
 
 class CompiledPeer(Peer):
     """torch.compile of the three parts; the first batch of a size pays for it."""
 
-    name = "compile"
+    kind = "compile"
 
     def prepare(self, plain, grounded, decode):
         plain, compiled, decode = (torch.compile(part) for part in (plain, grounded, decode))
@@ -193,71 +224,6 @@ class CompiledPeer(Peer):
         return plain, run, decode
 
 
-class OnnxPeer(Peer):
-    """The three parts as ONNX Runtime sessions; the text encoder stays in torch.
-
-    Args:
-        folder: where the exported graphs are kept; those that are there are used.
-        objects, size: O and (h, w) that they are exported for.
-        threads: of the sessions; 0 is ONNX Runtime's own choice, all cores.
-
-    Raises:
-        BackendError: ONNX Runtime has no provider for the device.
-    """
-
-    name = "onnxruntime"
-
-    def __init__(self, *args, folder: Path, objects: int, size: tuple[int, int], threads: int = 0, **kwargs):
-        self.folder, self.objects, self.size, self.threads = folder, objects, size, threads
-        super().__init__(*args, **kwargs)
-
-    def prepare(self, plain, grounded, decode):
-        batch, (height, width), text = self.batch, self.size, self.checkpoint.text_encoder.config
-        channels = self.checkpoint.unet.config.in_channels
-        tensor = lambda *shape: torch.randn(shape, device=self.device, dtype=self.dtype)
-        unet = dict(
-            latents=tensor(2 * batch, channels, height, width),
-            timestep=torch.ones(2 * batch, device=self.device),
-            context=tensor(2 * batch, text.max_position_embeddings, text.hidden_size),
-        )
-        queries = dict(
-            queries=tensor(batch, self.objects, text.hidden_size).float(),
-            query_valid=torch.ones(batch, self.objects, dtype=torch.bool, device=self.device),
-        )
-        latents = dict(latents=tensor(batch, channels, height, width))
-        given = dict(plain=(plain, unet), grounded=(grounded, unet | queries), decode=(decode, latents))
-        return tuple(self._session(name, module, inputs) for name, (module, inputs) in given.items())
-
-    def _session(self, name: str, module: nn.Module, inputs: dict[str, torch.Tensor]) -> Part:
-        """A module's ONNX session as a function of tensors."""
-        import onnxruntime
-
-        from grounded_diffusion.export.graphs import quiet
-
-        path = self.folder / f"{name}.onnx"
-        if not path.is_file():
-            with torch.no_grad(), quiet():
-                torch.onnx.export(module.eval(), kwargs=inputs, dynamo=True, verbose=False).save(path)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = self.threads
-        options.log_severity_level = 3
-        providers = ["CUDAExecutionProvider"] if self.device == "cuda" else ["CPUExecutionProvider"]
-        session = onnxruntime.InferenceSession(path, options, providers=providers)
-        if session.get_providers()[0] != providers[0]:  # it falls back by itself
-            raise BackendError(f"this onnxruntime cannot open {providers[0]}")
-        names = [value.name for value in session.get_inputs()]
-
-        def run(*tensors: torch.Tensor) -> Any:
-            given = {n: t.contiguous().cpu().numpy() for n, t in zip(names, tensors, strict=True)}
-            outputs = [torch.from_numpy(array).to(self.device) for array in session.run(None, given)]
-            return outputs[0] if len(outputs) == 1 else tuple(outputs)
-
-        return run
-
-
-KINDS = {kind.name: kind for kind in (Peer, CompiledPeer, OnnxPeer)}
-
-
 def make_scheduler(checkpoint: Checkpoint, sampler: str) -> Any:
     """diffusers' scheduler of one of our samplers, on the checkpoint's noise levels."""
     config = dict(checkpoint.scheduler.config) | {"skip_prk_steps": True}
@@ -266,23 +232,26 @@ def make_scheduler(checkpoint: Checkpoint, sampler: str) -> Any:
         return getattr(diffusers, SCHEDULERS[sampler]).from_config(config)
 
 
-def fastest_batch(checkpoint: Path, shape: tuple[int, ...], tries: Sequence[int], device: str, threads: int) -> int:
-    """Of some batch sizes the one at which eager torch's guided UNet calls give the most images a second.
+def fastest_form(
+    checkpoint: Path, shape: tuple[int, ...], precision: str, tries: Sequence[int], device: str, threads: int
+) -> PeerForm:
+    """Of some batch sizes and both layouts those at which eager torch's guided UNet calls are fastest, image for image.
 
     The peers are to run at their best, as the engine is.
     """
     torch.set_num_threads(threads)
-    model = load_checkpoint(checkpoint)
-    text, dtype = model.text_encoder.config, torch.float16 if device == "cuda" else torch.float32
-    unet, rates = model.unet.to(device, dtype), {}
-    for batch in tries:
-        latents = torch.randn(2 * batch, *shape, device=device, dtype=dtype)
-        context = torch.randn(2 * batch, text.max_position_embeddings, text.hidden_size, device=device, dtype=dtype)
-        timestep = torch.ones(2 * batch, device=device)
+    model, rates, dtype = load_checkpoint(checkpoint), {}, DTYPES[precision]
+    text = model.text_encoder.config
+    for channels_last in (True, False):
+        unet = put(model.unet, precision, PeerForm(0, channels_last), device)
+        for batch in tries:
+            latents = torch.randn(2 * batch, *shape, device=device, dtype=dtype)
+            context = torch.randn(2 * batch, text.max_position_embeddings, text.hidden_size, device=device, dtype=dtype)
+            timestep = torch.ones(2 * batch, device=device)
 
-        @torch.no_grad()
-        def call(latents=latents, timestep=timestep, context=context) -> None:
-            unet(latents, timestep, context, return_dict=False)[0].sum().item()  # waits for a GPU, too
+            @torch.no_grad()
+            def call(unet=unet, latents=latents, timestep=timestep, context=context) -> None:
+                unet(latents, timestep, context, return_dict=False)[0].sum().item()  # waits for a GPU, too
 
-        rates[batch] = batch / min(repeat(call, 3).seconds)
+            rates[PeerForm(batch, channels_last)] = batch / min(repeat(call, 2).seconds)
     return max(rates, key=rates.get)

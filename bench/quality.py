@@ -21,7 +21,7 @@ import torch
 
 from grounded_diffusion.bench.systems import Engine, open_peer, psnr
 from grounded_diffusion.bench.timing import Timing
-from grounded_diffusion.bench.work import EVERY_STEP, Output, System, Work
+from grounded_diffusion.bench.work import EVERY_STEP, Output, PeerForm, System, Work
 from grounded_diffusion.engine import GroundedPipeline, Options, Prompt
 from grounded_diffusion.engine.sampling.noise import batch_normal
 from grounded_diffusion.errors import UsageError
@@ -30,17 +30,21 @@ from grounded_diffusion.training.emoji.head import object_masks
 from grounded_diffusion.training.emoji.oracle import Segmenter, load_oracle
 
 SEED = 41
-SYSTEMS = ("engine", "eager", "compile")
+SYSTEMS, PRECISIONS = ("engine", "eager", "compile"), ("fp32", "bf16")
 OPTIONS = tuple(field.name for field in fields(Options))
 ALWAYS = {"guidance_interval": EVERY_STEP}
 RECIPE = {"name": "released recipe", "system": "eager", "sampler": "ddim", "steps": 50} | ALWAYS
+BF16 = {"precision": "bf16"}
 DEFAULT = (  # the recipe in diffusers, the same in the engine, and what is faster
     RECIPE,
+    RECIPE | BF16 | {"name": "released recipe, bf16"},
     {"name": "the same, engine", "sampler": "ddim", "steps": 50} | ALWAYS,
     {"name": "ddim, 25 steps", "sampler": "ddim", "steps": 25} | ALWAYS,
     {"name": "dpmpp-2m, 20 steps", "sampler": "dpmpp-2m", "steps": 20} | ALWAYS,
     {"name": "the default"},
-    {"name": "the default, 15 steps", "steps": 15},
+    {"name": "the default, bf16"} | BF16,
+    {"name": "20 steps, bf16", "steps": 20} | BF16,
+    {"name": "8 steps, bf16", "steps": 8} | BF16,
 )
 
 
@@ -53,12 +57,14 @@ class Setting:
         system: one of SYSTEMS.
         options: of the run.
         capture: training timestep at which the head reads; None for the model's own.
+        precision: "fp32" or "bf16".
     """
 
     name: str
     system: str
     options: Options
     capture: int | None = None
+    precision: str = "fp32"
 
 
 def parse_setting(text: str) -> dict[str, Any]:
@@ -76,8 +82,8 @@ def parse_setting(text: str) -> dict[str, Any]:
 
 
 def make_setting(given: Mapping[str, Any], batch: int) -> Setting:
-    """A setting of a dict whose keys are Options' fields, name, system and capture. Raises UsageError."""
-    own = {"name", "system", "capture"}
+    """A setting of a dict whose keys are Options' fields, name, system, capture and precision. Raises UsageError."""
+    own = {"name", "system", "capture", "precision"}
     if unknown := sorted(given.keys() - own - set(OPTIONS)):
         raise UsageError(f"unknown key {unknown[0]} in a setting; known: {', '.join((*sorted(own), *OPTIONS))}")
     chosen = {key: value for key, value in given.items() if key not in own}
@@ -86,8 +92,11 @@ def make_setting(given: Mapping[str, Any], batch: int) -> Setting:
     system = given.get("system", "engine")
     if system not in SYSTEMS:
         raise UsageError(f"there is no system {system!r} in a setting; choose from {', '.join(SYSTEMS)}")
+    precision = given.get("precision", "fp32")
+    if precision not in PRECISIONS:
+        raise UsageError(f"there is no precision {precision!r} in a setting; choose from {', '.join(PRECISIONS)}")
     base = {"batch": batch} | ({} if system == "engine" else ALWAYS)  # peers know no interval
-    return Setting(str(given.get("name", told)), system, Options(**base | chosen), given.get("capture"))
+    return Setting(str(given.get("name", told)), system, Options(**base | chosen), given.get("capture"), precision)
 
 
 def with_capture(pipe: GroundedPipeline, capture: int | None) -> GroundedPipeline:
@@ -98,13 +107,16 @@ def with_capture(pipe: GroundedPipeline, capture: int | None) -> GroundedPipelin
     return GroundedPipeline(replace(pipe.bundle, manifest=manifest), pipe.backend)
 
 
-def open_setting(setting: Setting, pipe: GroundedPipeline, checkpoint: Path) -> System:
-    """What runs a setting. Raises UsageError for a sampler, step count or system that does not exist."""
-    pipe = with_capture(pipe, setting.capture)
+def open_setting(setting: Setting, pipes: Mapping[str, GroundedPipeline], checkpoint: Path) -> System:
+    """What runs a setting. Raises UsageError for what does not exist, or not on this machine."""
+    if setting.precision not in pipes:
+        raise UsageError(f"this machine cannot run {setting.name!r}: there is no engine in {setting.precision} here")
+    pipe = with_capture(pipes[setting.precision], setting.capture)
     capture = pipe.schedule(setting.options).capture_index(pipe.bundle.manifest.capture_timestep)
     if setting.system == "engine":
         return Engine(pipe, setting.options)
-    return open_peer(setting.system, checkpoint, setting.options, capture, setting.options.batch)
+    form = PeerForm(setting.options.batch, channels_last=setting.precision == "fp32")
+    return open_peer(f"{setting.system} {setting.precision}", checkpoint, setting.options, capture, form)
 
 
 class Judge:
@@ -179,7 +191,7 @@ def make_work(names: Sequence[str], shape: tuple[int, ...], count: int, objects:
 
 
 def measure_quality(
-    pipe: GroundedPipeline,
+    pipes: Mapping[str, GroundedPipeline],
     checkpoint: Path,
     oracle_file: Path,
     settings: Sequence[Mapping[str, Any]],
@@ -193,6 +205,7 @@ def measure_quality(
     """Run every setting on the same `images` prompts and noises and judge them.
 
     Args:
+        pipes: the engine by precision.
         batch: images to a call of the network, unless a setting says otherwise.
         turn: images that a setting makes before the next one's turn: as many as the engine's lanes need.
 
@@ -204,7 +217,8 @@ def measure_quality(
         raise UsageError(f"{images} images are fewer than the {turn} of a turn; ask for more, or for a smaller batch")
     oracle = load_oracle(oracle_file)
     chosen = [make_setting(setting, batch) for setting in settings]
-    systems = [open_setting(setting, pipe, checkpoint) for setting in chosen]
+    systems = [open_setting(setting, pipes, checkpoint) for setting in chosen]
+    pipe = next(iter(pipes.values()))
     work, rows = make_work(oracle.names, pipe.latent_shape(chosen[0].options), images, objects)
     cut = lambda low, high: Work(work.prompts[low:high], work.noise[low:high])
     judges = [Judge(oracle) for _ in chosen]
@@ -225,6 +239,7 @@ def measure_quality(
         result |= {
             "name": setting.name,
             "system": setting.system,
+            "precision": setting.precision,
             "options": {name: getattr(setting.options, name) for name in OPTIONS},
             "capture": setting.capture,
             "images_per_s": turn / Timing(tuple(result["seconds"][: images // turn])).median,  # of whole turns

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
-from grounded_diffusion.bench.systems import ENGINE, FOLDER
+from grounded_diffusion.bench.systems import ENGINE, EXPORTED
 from grounded_diffusion.bench.timing import Timing
 
 BARS, ROW, LETTER = 400, 34, 8  # pixels: the longest bar, a row, a letter's width
@@ -32,18 +32,22 @@ def gigabytes(count: int | None) -> str:
 
 
 def speed_table(result: Mapping[str, Any]) -> list[str]:
-    """End to end, all systems."""
-    engine = next(row for row in result["systems"] if row["name"] == ENGINE)
+    """End to end, all systems; each against the engine in its own precision, and against the engine at its fastest."""
+    rows = result["systems"]
+    ours = {row["precision"]: row for row in reversed(rows) if row["name"].startswith(ENGINE)}
     lines = [
-        "| system | images with masks a second | spread (IQR) | engine is faster by | peak memory, GB |",
-        "|---|--:|--:|--:|--:|",
+        "| system | images with masks a second | spread (IQR) | engine is faster by | in the same precision by "
+        "| peak memory, GB |",
+        "|---|--:|--:|--:|--:|--:|",
     ]
-    for row in result["systems"]:
-        spread = Timing(tuple(row["seconds"])).spread
-        ours = row["name"] in (ENGINE, FOLDER)
-        factor = "" if ours else f"{engine['images_per_s'] / row['images_per_s']:.2f}×"
+    for row in rows:
+        spread, factors = Timing(tuple(row["seconds"])).spread, ["", ""]
+        if not row["name"].startswith(ENGINE):
+            against = rows[0], ours.get(row["precision"])
+            factors = [(engine and f"{engine['images_per_s'] / row['images_per_s']:.2f}×") or "" for engine in against]
         lines.append(
-            f"| {row['name']} | {row['images_per_s']:.2f} | {spread:.1%} | {factor} | {gigabytes(row['peak_memory'])} |"
+            f"| {row['name']} | {row['images_per_s']:.2f} | {spread:.1%} | {' | '.join(factors)} "
+            f"| {gigabytes(row['peak_memory'])} |"
         )
     return lines
 
@@ -65,16 +69,30 @@ def stage_table(result: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def engine_form(item: tuple[str, Mapping[str, Any]]) -> str:
+    """How the engine ran in a precision."""
+    precision, form = item
+    return f"{ENGINE} {precision} {form['batch']} × {form['lanes']} at once by {form['backend']}"
+
+
+def peer_form(item: tuple[str, Mapping[str, Any]]) -> str:
+    """How a peer ran."""
+    name, form = item
+    layout = " channels last" if form["channels_last"] and not name.startswith(tuple(EXPORTED)) else ""
+    return f"{name} {form['batch']}{layout}"
+
+
 def speed_report(result: Mapping[str, Any]) -> list[str]:
     """The whole of a speed measurement in Markdown."""
     setting, bound = result["setting"], result["bound"]
+    batches = [*map(engine_form, setting["engines"].items()), *map(peer_form, setting["peer_forms"].items())]
     rates = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in bound["rates"].items())
     lines = [
         *speed_table(result),
         "",
         f"{setting['sampler']}, {setting['steps']} steps, guidance {setting['guidance_scale']:g}; "
         f"{setting['images']} images a turn, {setting['rounds']} turns each, in one process. "
-        f"Batches: engine {setting['batch']} × {setting['lanes']} at once, others {setting['peer_batch']}.",
+        f"Batches: {', '.join(batches)}.",
         f"UNet: {result['unet_share']:.1%} of the engine's time.",
         *(f"{name}: {seconds:.0f} s to prepare." for name, seconds in result["prepare_s"].items()),
         *(f"{name}: left out, {reason}." for name, reason in result["omitted"].items()),
@@ -122,7 +140,7 @@ def speed_chart(result: Mapping[str, Any]) -> str:
     bars = [(row["name"], row["images_per_s"], f"{row['images_per_s']:.2f}") for row in rows]
     setting = result["setting"]
     title = f"images with masks a second, {setting['sampler']}, {setting['steps']} steps"
-    return bar_chart(bars, title, (ENGINE, FOLDER))
+    return bar_chart(bars, title, [row["name"] for row in rows if row["name"].startswith(ENGINE)])
 
 
 def quality_chart(results: Sequence[Mapping[str, Any]]) -> str:

@@ -13,13 +13,13 @@ import numpy as np
 from grounded_diffusion.bench.flops import axis_sizes, count_flops
 from grounded_diffusion.bench.timing import Timing, repeat
 from grounded_diffusion.bench.work import OBJECTS, Work
-from grounded_diffusion.bundle import CPU, TEXT_ENCODER, UNET, UNET_GROUNDED, VAE_DECODER
+from grounded_diffusion.bundle import CPU, OPENVINO, TEXT_ENCODER, UNET, UNET_GROUNDED, VAE_DECODER
 from grounded_diffusion.engine import GroundedPipeline, Options
-from grounded_diffusion.engine.backends.onnxruntime_cpu import OnnxRuntimeBackend
 from grounded_diffusion.engine.dataset.formats import Settings, open_format
 from grounded_diffusion.engine.dataset.record import Record
 from grounded_diffusion.kernels import image_epilogue, mask_epilogue
 
+VARIANTS = {"onnxruntime-cpu": CPU, "openvino": OPENVINO}  # graphs that backends on a CPU run
 PLAIN, GROUNDED, HEAD = "UNet, plain", "UNet, grounded", "head (grounded - plain)"
 
 
@@ -78,8 +78,8 @@ def measure_graphs(pipe: GroundedPipeline, work: Work, timestep: float, repeats:
     """The four graphs, taking turns, as many calls at once as the engine makes; and the head, as a difference."""
     lanes, (_, height, width) = pipe.backend.lanes, work.noise.shape[1:]
     sizes, inputs = axis_sizes(len(work.prompts), OBJECTS, height, width), graph_inputs(pipe, work, timestep)
-    on_cpu = isinstance(pipe.backend, OnnxRuntimeBackend)
-    files = {graph: pipe.bundle.variant(CPU, graph) if on_cpu else pipe.bundle.file(graph) for graph in inputs}
+    variant = next((prefix for name, prefix in VARIANTS.items() if pipe.backend.name.startswith(name)), "")
+    files = {graph: pipe.bundle.variant(variant, graph) for graph in inputs}
     flops = {graph: lanes * sum(count_flops(file, sizes).values()) for graph, file in files.items()}
     seconds: dict[str, list[float]] = {graph: [] for graph in inputs}
     with ThreadPoolExecutor(lanes) as pool:

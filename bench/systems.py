@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from grounded_diffusion.bench.work import OBJECTS, Output, System, Work
+from grounded_diffusion.bench.work import OBJECTS, Output, PeerForm, System, Work
 from grounded_diffusion.bundle import UNET, UNET_GROUNDED, Manifest
 from grounded_diffusion.engine import GroundedPipeline, Options, Prompt
 from grounded_diffusion.engine.backends.host import HostBackend
@@ -26,12 +26,22 @@ from grounded_diffusion.engine.sampling.backend import Backend
 from grounded_diffusion.engine.sampling.noise import batch_normal
 from grounded_diffusion.errors import UsageError
 
-ENGINE, FOLDER = "engine", "engine, folder writer"
-PEERS = ("eager", "compile", "onnxruntime")
+ENGINE, FOLDER = "engine", ", folder writer"
+CPU_KINDS = ("openvino", "compile", "eager")
+PEERS = {  # by device, the kind and the precision of each
+    "cpu": (*(f"{kind} {name}" for name in ("bf16", "fp32") for kind in CPU_KINDS), "onnxruntime fp32"),
+    "cuda": ("eager fp16", "compile fp16", "onnxruntime fp16"),
+}
 NEEDED = ("torch", "diffusers", "transformers")
+EXPORTED = {"onnxruntime": ("onnxscript",), "openvino": ("onnxscript", "openvino")}  # needed beside those
 FALLBACK_NAMES = ("dog", "cat")
 SEED = 31
 WRITER_THREADS = 2
+
+
+def precision_of(system: str) -> str:
+    """A system's precision, the second word of its name."""
+    return system.replace(",", "").split()[1]
 
 
 def psnr(images: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -57,10 +67,8 @@ def make_work(manifest: Manifest, shape: tuple[int, ...], count: int, number: in
 class Engine:
     """Our own engine; samples are dropped as they come."""
 
-    name = ENGINE
-
-    def __init__(self, pipe: GroundedPipeline, options: Options):
-        self.pipe, self.options = pipe, options
+    def __init__(self, pipe: GroundedPipeline, options: Options, name: str = ENGINE):
+        self.pipe, self.options, self.name = pipe, options, name
 
     def run(self, work: Work) -> Output:
         samples = list(self.pipe.generate(work.prompts, self.options, noise=work.noise))
@@ -74,10 +82,8 @@ class FolderEngine:
     Samples are encoded in threads while the next are made, as a run's are.
     """
 
-    name = FOLDER
-
-    def __init__(self, pipe: GroundedPipeline, options: Options, out: Path):
-        self.pipe, self.options = pipe, options
+    def __init__(self, pipe: GroundedPipeline, options: Options, out: Path, name: str = ENGINE + FOLDER):
+        self.pipe, self.options, self.name = pipe, options, name
         self.storage, self.format, self._rounds = open_storage(out), open_format("folder", Settings()), 0
 
     def run(self, work: Work) -> None:
@@ -124,27 +130,29 @@ def unet_share(pipe: GroundedPipeline, options: Options, work: Work) -> float:
 
 def missing_packages(peer: str) -> list[str]:
     """Packages a peer needs that are not installed."""
-    needed = (*NEEDED, "onnxscript") if peer == "onnxruntime" else NEEDED
+    needed = (*NEEDED, *EXPORTED.get(peer.partition(" ")[0], ()))
     return [name for name in needed if importlib.util.find_spec(name) is None]
 
 
-def open_peer(name: str, checkpoint: Path, options: Options, capture: int, batch: int, **more: Any) -> System:
+def open_peer(name: str, checkpoint: Path, options: Options, capture: int, form: PeerForm, **more: Any) -> System:
     """A peer on a checkpoint directory.
 
     Args:
-        name: one of PEERS.
+        name: its kind and precision, as in PEERS.
         capture: index of the UNet call at which the head reads.
-        more: `device`; and for onnxruntime `folder`, `objects`, `size` and `threads`.
+        form: batch and layout at which it is fastest.
+        more: `device`; and for exported ones `folder`, `objects`, `size` and `threads`.
 
     Raises:
         UsageError: an unknown name, or settings that peers do not have.
         CheckpointError: the checkpoint cannot be loaded.
     """
-    if name not in PEERS:
-        raise UsageError(f"there is no peer {name!r}; choose from {', '.join(PEERS)}")
-    from grounded_diffusion.bench.peers import KINDS
+    if name not in {peer for peers in PEERS.values() for peer in peers}:
+        raise UsageError(f"there is no peer {name!r}; choose from {', '.join(map(', '.join, PEERS.values()))}")
+    from grounded_diffusion.bench.peers_onnx import KINDS
     from grounded_diffusion.training.checkpoint import load_checkpoint
 
-    if name != "onnxruntime":
+    kind, precision = name.split()
+    if kind not in EXPORTED:
         more = {key: value for key, value in more.items() if key == "device"}
-    return KINDS[name](load_checkpoint(checkpoint), options, capture, batch, **more)
+    return KINDS[kind](load_checkpoint(checkpoint), options, capture, precision, form, **more)

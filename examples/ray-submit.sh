@@ -4,4 +4,4 @@
 set -euo pipefail
 
 ray job submit --no-wait -- \
-    gd-infer --ray auto --workers 8 --model /shared/models/bundle --prompts /shared/prompts.jsonl --out /shared/dataset
+    gd-infer --ray auto --workers 8 --backend cuda --model /shared/models/bundle --prompts /shared/prompts.jsonl --out /shared/dataset

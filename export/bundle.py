@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +14,9 @@ from grounded_diffusion.bundle import (
     CONTEXT,
     CPU,
     CUDA,
+    OPENVINO,
     TEXT_ENCODER,
+    TIME,
     TOKENIZER,
     UNET,
     UNET_GROUNDED,
@@ -24,8 +26,9 @@ from grounded_diffusion.bundle import (
     write_manifest,
 )
 from grounded_diffusion.errors import UsageError
-from grounded_diffusion.export.cpu import cut_context, for_cpu, share_halves
+from grounded_diffusion.export.cpu import cut, for_cpu, share_halves
 from grounded_diffusion.export.graphs import latent_multiple, trace, without_grounding
+from grounded_diffusion.export.openvino import cut_shared, decoder_for_openvino, for_openvino
 from grounded_diffusion.export.rewrites.winograd import LARGEST, winograd
 from grounded_diffusion.export.staging import check_output, staged
 from grounded_diffusion.export.weights import WeightStore
@@ -74,38 +77,54 @@ def write_bundle(checkpoint: Checkpoint, folder: Path, precision: str, fused: bo
     store, written = WeightStore(folder), []
 
     def write(model: onnx_ir.Model, name: str) -> None:
+        if name in written:  # what both UNets need of the context and the timestep
+            return
         store.move(model)
         (folder / name).parent.mkdir(exist_ok=True)
         onnx_ir.save(model, folder / name)
         written.append(name)
 
     traces = [(graph, "") for graph in (TEXT_ENCODER, VAE_DECODER, UNET_GROUNDED)]
-    traces += [(graph, f"{CUDA}/") for graph in (VAE_DECODER, UNET_GROUNDED) if fused]
+    traces += [(graph, CUDA) for graph in (VAE_DECODER, UNET_GROUNDED) if fused]
     for graph, place in traces:
         report(f"tracing {place}{graph}")
         model = trace(checkpoint, graph, precision, cuda=bool(place))
         write(model, f"{place}{graph}")
         if graph == VAE_DECODER and precision == "fp32":
-            write(for_cpu(model), f"{CPU}/{graph}")
+            write(for_cpu(model), f"{CPU}{graph}")
+            write(decoder_for_openvino(model), f"{OPENVINO}{graph}")
         if graph == UNET_GROUNDED:
             plain = without_grounding(model)
             write(plain, f"{place}{UNET}")
             if precision == "fp32":
+                small = max(checkpoint.latent_size) <= LARGEST
                 for name, unet in ((UNET_GROUNDED, model), (UNET, plain)):
-                    own = for_cpu(unet)
-                    context = cut_context(own)
-                    share_halves(own)
-                    if max(checkpoint.latent_size) <= LARGEST:
-                        winograd(own)
-                    write(own, f"{CPU}/{name}")
-                write(context, CONTEXT)
-                del own, context
+                    for prefix, parts in ((CPU, cpu_unet(unet, small, name)), (OPENVINO, openvino_unet(unet, name))):
+                        for file, part in parts:
+                            write(part, f"{prefix}{file}")
             del plain
         del model
     checkpoint.tokenizer.backend_tokenizer.save(str(folder / TOKENIZER))
     manifest = describe(checkpoint, precision)
     files = (*written, TOKENIZER, *store.files)
     write_manifest(folder, replace(manifest, files={name: sha256(folder / name) for name in files}))
+
+
+def cpu_unet(unet: onnx_ir.Model, small: bool, name: str) -> Iterator[tuple[str, onnx_ir.Model]]:
+    """A UNet for ONNX Runtime's CPU provider, of `small` latents or others, and what it needs of the context."""
+    own = for_cpu(unet)
+    context = cut(own, "context")
+    share_halves(own)
+    if small:
+        winograd(own)
+    yield from {name: own, CONTEXT: context}.items()
+
+
+def openvino_unet(unet: onnx_ir.Model, name: str) -> Iterator[tuple[str, onnx_ir.Model]]:
+    """A UNet for OpenVINO, and what it needs of the context and of the timestep."""
+    own = for_openvino(unet)
+    context, time = cut_shared(own)
+    yield from {name: own, CONTEXT: context, TIME: time}.items()
 
 
 def export_bundle(

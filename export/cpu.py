@@ -44,44 +44,45 @@ def for_cpu(model: onnx_ir.Model) -> onnx_ir.Model:
     return model
 
 
-def cut_context(model: onnx_ir.Model) -> onnx_ir.Model:
-    """Take the products of the context with weights, cross-attention's keys and values, out of a UNet.
+def cut(model: onnx_ir.Model, name: str) -> onnx_ir.Model:
+    """Take all that depends on one input alone out of a UNet: of the context, cross-attention's keys and values.
 
-    They become inputs of `model` in the place of the context. Returned is the graph that makes them: they are the same
-    at every step.
+    What crosses the cut becomes inputs of `model`, NAME.0, NAME.1, ..., in the place of that input. Returned is the
+    graph that makes them.
     """
-    source = next(value for value in model.graph.inputs if value.name == "context")
-    products = [node for node, _ in source.uses() if node.op_type == "MatMul" and node.inputs[1].is_initializer()]
-    maker = model.clone()
-    names = {node.outputs[0].name for node in products}
-    maker.graph.outputs[:] = [node.outputs[0] for node in maker.graph if node.outputs[0].name in names]
-    passes.RemoveUnusedNodesPass()(maker)
-    maker.graph.inputs[:] = [value for value in maker.graph.inputs if value.name == "context"]
-    for node in products:
-        made = node.outputs[0]
-        given = onnx_ir.Value(name=made.name, shape=made.shape, type=made.type)
-        made.replace_all_uses_with(given)
-        model.graph.remove(node, safe=True)
-        model.graph.inputs.append(given)
-    latents = next(value for value in model.graph.inputs if value.name == "latents")
+    source, latents = (next(v for v in model.graph.inputs if v.name == given) for given in (name, "latents"))
     for node, at in list(source.uses()):
         if node.op_type == "Shape":  # of the batch, which the exporter may read off any input
             node.replace_input_with(at, latents)
+    own = after([source]) - after(value for value in model.graph.inputs if value is not source)
+    crossing = lambda value: any(user not in own for user, _ in value.uses())
+    made = [value for node in model.graph if node in own for value in node.outputs if crossing(value)]
+    for i, value in enumerate(made):
+        value.name = f"{name}.{i}"
+    names, maker = {value.name for value in made}, model.clone()
+    maker.graph.outputs[:] = [value for node in maker.graph for value in node.outputs if value.name in names]
+    passes.RemoveUnusedNodesPass()(maker)
+    maker.graph.inputs[:] = [value for value in maker.graph.inputs if value.name == name]
+    for value in made:
+        given = onnx_ir.Value(name=value.name, shape=value.shape, type=value.type)
+        value.replace_all_uses_with(given)
+        value.name = f"{value.name}.made"
+        model.graph.inputs.append(given)
+    passes.RemoveUnusedNodesPass()(model)
     if not source.uses():
         model.graph.inputs.remove(source)
-    passes.RemoveUnusedNodesPass()(model)
     return maker
 
 
 def share_halves(model: onnx_ir.Model) -> None:
     """Run once what both halves of guidance have in common: all that comes before the first cross-attention.
 
-    Of a UNet that `cut_context` has been through. Its `latents` and `timestep` then have S rows, keys and values S or
-    2 S, and what leaves the common part is repeated on the way.
+    Of a UNet whose context is cut. Its `latents` and `timestep` then have S rows, keys and values S or 2 S, and what
+    leaves the common part is repeated on the way.
     """
     graph = model.graph
     same = [value for value in graph.inputs if value.name in SAME]
-    others = [value for value in graph.inputs if value.name not in SAME]
+    others = [value for value in graph.inputs if not value.name.startswith(SAME)]
     common = (after(same) - after(others)) & before(graph.outputs[0])  # the head's own nodes tell the halves apart
     made = dict.fromkeys([*same, *(value for node in graph if node in common for value in node.outputs)])
     uses = [(value, node, at) for value in made for node, at in value.uses() if node not in common]
@@ -115,7 +116,9 @@ def fuse_attention(model: onnx_ir.Model) -> None:
     for softmax in nodes(model, "Softmax"):
         scores, product = softmax.inputs[0].producer(), only_user(softmax)
         merged = only_user(only_user(product))
-        if None in (scores, product, merged) or (scores.op_type, product.op_type) != ("MatMul", "MatMul"):
+        if scores is None or product is None or merged is None:
+            continue
+        if (scores.op_type, product.op_type) != ("MatMul", "MatMul"):
             continue
         query = back(scores.inputs[0], ["Mul", *HEADS_OUT])
         key = back(scores.inputs[1], ["Mul", "Reshape", "Transpose", "Reshape", *HEADS_OUT])

@@ -14,7 +14,7 @@ import onnx
 import onnxruntime
 import torch
 
-from grounded_diffusion.bundle import CPU, CUDA, GRAPH_IO, GRAPHS, Bundle, open_bundle, read_manifest
+from grounded_diffusion.bundle import CPU, CUDA, GRAPH_IO, GRAPHS, OPENVINO, Bundle, open_bundle, read_manifest
 from grounded_diffusion.engine import GroundedPipeline, Prompt
 from grounded_diffusion.engine.backends.onnxruntime_cpu import DTYPES, WEIGHTS_FOLDER, OnnxRuntimeBackend
 from grounded_diffusion.errors import ParityError
@@ -78,8 +78,9 @@ def mask_iou(actual: np.ndarray, expected: np.ndarray) -> float:
 
 def _runner(bundle: Bundle, file: str) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
     """What runs a graph on the CPU; those of CUDA in the standard operators that its fused ones stand for."""
-    if file.startswith(CPU):
-        return partial(OnnxRuntimeBackend(bundle, sessions=1).run, Path(file).name)
+    for variant in (CPU, OPENVINO):
+        if file.startswith(variant):
+            return partial(OnnxRuntimeBackend(bundle, sessions=1, variant=variant).run, file.removeprefix(variant))
     model, options = onnx.load(bundle.file(file), load_external_data=False), onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry(WEIGHTS_FOLDER, str(bundle.path))
@@ -100,9 +101,9 @@ def check_graphs(checkpoint: Checkpoint, folder: Path) -> list[Parity]:
     shapes = [Sizes(1, 1, height, width), Sizes(3, 4, 2 * step, 3 * step)]
     manifest = read_manifest(folder)
     rows, tolerance = [], TOLERANCES[manifest.precision]
-    variants = [f"{place}/{graph}" for place in (CPU, CUDA) for graph in GRAPHS]
+    variants = [f"{prefix}{graph}" for prefix in (CPU, CUDA, OPENVINO) for graph in GRAPHS]
     for file in [*GRAPHS, *(name for name in variants if name in manifest.files)]:
-        graph, run = Path(file).name, _runner(Bundle(folder, manifest), file)
+        graph, run = Path(file).name.removeprefix(OPENVINO), _runner(Bundle(folder, manifest), file)
         module, outputs = MODULES[graph](checkpoint).eval(), list(GRAPH_IO[graph][1])
         worst = dict.fromkeys(outputs, 0.0)
         for seed, sizes in enumerate(shapes):

@@ -26,13 +26,17 @@ UNET_GROUNDED = "unet_grounded.onnx"
 VAE_DECODER = "vae_decoder.onnx"
 TOKENIZER = "tokenizer.json"
 GRAPHS = (TEXT_ENCODER, UNET, UNET_GROUNDED, VAE_DECODER)
-# Folders of the same graphs in operators that only ONNX Runtime has, for one of its providers; a bundle may have one,
-# the other or none. The names of weight files in them are relative to the bundle, not to the folder.
-CPU, CUDA = "cpu", "cuda"
-# What the CPU's UNets need of the context, which stays the same from step to step: context [N,L,D] -> keys and values
-# of every cross-attention. They are inputs of those graphs in the place of the context. The first axis of latents and
-# timestep is called S in those graphs: N rows, or the B that both halves of guidance have in common.
-CONTEXT = f"{CPU}/context.onnx"
+# Prefixes of the same graphs as written for one runtime: for ONNX Runtime's CPU and CUDA providers, and for OpenVINO. A
+# bundle may have any of them or none. The names of weight files in them are relative to the bundle; OpenVINO takes
+# weights from a graph's own folder only, so its graphs have no folder.
+CPU, CUDA, OPENVINO = "cpu/", "cuda/", "openvino."
+# What the UNets of CPU and OPENVINO need of the context, which stays the same from step to step: context [N,L,D] ->
+# keys and values of every cross-attention. They are inputs of those graphs in the place of the context. The first axis
+# of latents and timestep is called S in those graphs: N rows, or the B that both halves of guidance have in common.
+CONTEXT = "context.onnx"
+# What OPENVINO's need of the timestep, in its place: timestep [1] -> what each residual block adds, [1,C,1,1].
+TIME = "time.onnx"
+MAKERS = {"context": CONTEXT, "timestep": TIME}  # graphs by the input that they take
 SHARED_ROWS = "S"
 
 # Names and shapes of every graph's inputs and outputs. B images, N = 2B guided rows
@@ -116,9 +120,9 @@ class Bundle:
         """Path of one of the bundle's files."""
         return self.path / name
 
-    def variant(self, folder: str, graph: str) -> Path:
-        """Path of a graph as written for a provider of ONNX Runtime, CPU or CUDA; else of the standard one."""
-        name = f"{folder}/{graph}"
+    def variant(self, prefix: str, graph: str) -> Path:
+        """Path of a graph as written for a runtime, CPU, CUDA or OPENVINO; else of the standard one."""
+        name = f"{prefix}{graph}"
         return self.file(name if name in self.manifest.files else graph)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+
 import pytest
 from helpers.tiny import tiny_model
 
@@ -19,6 +20,9 @@ sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != CHECKOUT]
 
 def pytest_addoption(parser):
     parser.addoption("--cuda-kernels", metavar="LIBRARY", help="CUDA kernels for the CPU that are built already")
+    parser.addoption("--fake-driver", action="store_true", help="the device loop on cuda-core; see test_gpu_driver.py")
+    parser.addoption("--eager-streams", action="store_true", help="streams of a device of host memory run at once")
+    parser.addoption("--tiny-bundle", metavar="DIR", help="a tiny bundle that is exported already")
 
 
 @pytest.fixture(scope="session")
@@ -41,11 +45,21 @@ def tiny_checkpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_checkpoint, tmp_path_factory):
+def tiny_bundle(request, tmp_path_factory):
     """Directory of the bundle exported from `tiny_checkpoint`. Do not write to it."""
+    if given := request.config.getoption("--tiny-bundle"):
+        return Path(given)
     from grounded_diffusion.export.bundle import export_bundle
     from grounded_diffusion.training.checkpoint import load_checkpoint
 
     path = tmp_path_factory.mktemp("tiny") / "bundle"
-    export_bundle(load_checkpoint(tiny_checkpoint), path)
+    export_bundle(load_checkpoint(request.getfixturevalue("tiny_checkpoint")), path)
     return path
+
+
+@pytest.fixture(scope="session")
+def half_bundle(tiny_bundle, tmp_path_factory):
+    """Directory of the tiny bundle in FP16. Do not write to it."""
+    from helpers.half import to_half_bundle
+
+    return to_half_bundle(tiny_bundle, tmp_path_factory.mktemp("half") / "bundle")

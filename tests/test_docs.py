@@ -1,5 +1,6 @@
 """Every code block of the README and the docs: commands parse and, where no GPU is needed, run; Python runs."""
 
+import argparse
 import ast
 import contextlib
 import importlib.util
@@ -9,6 +10,7 @@ import re
 import shlex
 import subprocess
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from helpers import null_backend as null
@@ -26,16 +28,27 @@ from grounded_diffusion.training import cli as train
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
 PARSERS = {
     "gd-infer": lambda words: infer.build_parser().parse_args(words),
     "gd-dataset": lambda words: dataset.build_parser().parse_args(words),
     "gd-prompts": lambda words: prompts.build_parser().parse_args(words),
     "gd-bench": bench.parse,
     "gd-export": export.parse,
-    "gd-train": train.parse,
+    "gd-train": lambda words: train.parse(words) if train.is_world(words) else parse_only(train.on_any_model, words),
 }
 # Blocks that are no commands, by their beginning: what a page shows, and not what is typed.
-SHOWN = ("    ", "room      module", "loop stream", "unet.onnx: ", "out/: stopped", "a photograph of a [")
+SHOWN = (
+    "    ",
+    "room      module",
+    "loop stream",
+    "unet.onnx: ",
+    "out/: stopped",
+    "a photograph of a [",
+    "your model ─",
+    "$ cat ",
+)
 
 
 def blocks(page):
@@ -43,10 +56,30 @@ def blocks(page):
     return BLOCK.findall(page.read_text(encoding="utf-8"))
 
 
+def is_shown(text):
+    """Whether a block is a picture, or what a command says."""
+    return "─►" in text or text.startswith(SHOWN)
+
+
+def parse_only(command, words):
+    """Have a command parse its options, and no more."""
+
+    class ParsedError(Exception):
+        pass
+
+    def parse_args(self, *given):
+        real(self, *given)
+        raise ParsedError
+
+    real = argparse.ArgumentParser.parse_args
+    with mock.patch.object(argparse.ArgumentParser, "parse_args", parse_args), pytest.raises(ParsedError):
+        command(words[0], words[1:])
+
+
 def commands(page):
     """The words of every command line in a page's blocks; those of a loop with its variable as it stands."""
     for language, text in blocks(page):
-        if language == "sh" or (language == "" and not text.startswith(SHOWN)):
+        if language == "sh" or (language == "" and not is_shown(text)):
             for line in re.sub(r"\\\n", " ", text).splitlines():
                 for part in re.sub(r"^for .*?; do (.*); done$", r"\1", line).split(" && "):
                     if words := shlex.split(part, comments=True):
@@ -71,6 +104,8 @@ def test_commands_are_what_the_programs_take(page):
     extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
     for words in commands(page):
         name, *rest = words
+        if name == "accelerate":  # launch OPTIONS -m MODULE ARGUMENTS
+            name, rest = "python", rest[rest.index("-m") :]
         if name in PARSERS:
             rest = ["base" if word == "$stage" else word for word in rest]
             with contextlib.suppress(BackendError):  # an engine of a backend that is not installed here
@@ -80,8 +115,8 @@ def test_commands_are_what_the_programs_take(page):
         elif name == "pip":
             assert rest[0] == "install"
             assert {extra for word in rest for extra in re.findall(r"\[(\w+)\]", word)} <= set(extras)
-        elif name == "python":
-            assert rest[0] == "-m" and importlib.util.find_spec(rest[1])
+        elif name == "python" or words[:2] == ["accelerate", "launch"]:
+            assert importlib.util.find_spec(rest[rest.index("-m") + 1])
         else:
             pytest.fail(f"{page.name}: nobody knows the command {shlex.join(words)}")
 
@@ -122,7 +157,8 @@ def test_commands_on_data_sets_run(here, capsys, page):
             assert PromptFile(here / "prompts.jsonl", [], 1).samples == 500 * 20 + 71 * 142
             short(here / "prompts.jsonl")
         done.append(name)
-    assert "gd-infer" in done and "gd-dataset" in done
+    assert "gd-infer" in done
+    assert "gd-dataset" in done
 
 
 def test_the_data_set_from_python_is_one(here, capsys):
@@ -133,7 +169,8 @@ def test_the_data_set_from_python_is_one(here, capsys):
     capsys.readouterr()
     assert dataset.main(["verify", "coco"]) == 0
     assert dataset.main(["status", "coco"]) == 0
-    assert "40 records, no problems" in (said := capsys.readouterr().out) and "coco: finished" in said
+    assert "40 records, no problems" in (said := capsys.readouterr().out)
+    assert "coco: finished" in said
     assert dataset.main(["convert", "out", "--format", "coco", "--out", "converted"]) == 0
     tree = lambda name: {path.relative_to(name): path.read_bytes() for path in Path(name).rglob("*") if path.is_file()}
     assert tree("coco") == tree("converted")

@@ -36,7 +36,8 @@ def test_command_lines(file):
     assert found, "no gd-infer command"
     for arguments in found:
         parsed = build_parser().parse_args(arguments)
-        assert str(parsed.out) and parsed.prompts
+        assert str(parsed.out)
+        assert parsed.prompts
 
 
 def manifest(name):
@@ -46,7 +47,9 @@ def manifest(name):
 def test_slurm():
     text = (EXAMPLES / "slurm-array.sbatch").read_text(encoding="utf-8")
     options = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(\S+))?$", text, re.MULTILINE))
-    assert re.fullmatch(r"0-\d+", options["array"]) and options["ntasks"] == "1" and "requeue" in options
+    assert re.fullmatch(r"0-\d+", options["array"])
+    assert options["ntasks"] == "1"
+    assert "requeue" in options
     assert options["signal"].startswith("TERM@")  # to the step, which is gd-infer, and not to the script
     assert next(commands(EXAMPLES / "slurm-array.sbatch"))[:2] == ["--shard", "auto"]
 
@@ -94,7 +97,8 @@ def test_the_kubernetes_command_passes_the_exit_status_on(tmp_path, status, ends
 
 def test_ray():
     job = manifest("ray-job.yaml")
-    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob") and job["spec"]["shutdownAfterJobFinishes"]
+    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
+    assert job["spec"]["shutdownAfterJobFinishes"]
     cluster = job["spec"]["rayClusterSpec"]
     (workers,) = cluster["workerGroupSpecs"]
     assert f"--workers {workers['replicas']} " in job["spec"]["entrypoint"]
@@ -131,7 +135,8 @@ def test_the_readmes_data_set(shipped, capsys):
     assert example.count("\n") <= 12
     names = {}
     exec(compile(example, "README.md", "exec"), names)
-    assert names["result"].samples == 8 and names["result"].finished
+    assert names["result"].samples == 8
+    assert names["result"].finished
     assert (shipped / "pets" / "annotations" / "instances_train.json").exists()
     assert capsys.readouterr().out.endswith(" images in pets\n")
 
@@ -142,7 +147,9 @@ def test_the_page_on_python(shipped, capsys):
     for number, block in enumerate(python_blocks(ROOT / "docs/python.md"), 1):
         exec(compile(block, f"block {number} of docs/python.md", "exec"), names)
     said = capsys.readouterr().out
-    assert "4 of 4 samples, nothing refused" in said and "4/4, " in said and "(64, 64, 3)" in said
+    assert "4 of 4 samples, nothing refused" in said
+    assert "4/4, " in said
+    assert "(64, 64, 3)" in said
     assert {path.name for path in shipped.iterdir()} == {"pets", "shared", "more"}
 
 

@@ -6,12 +6,15 @@ import os
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
+from fnmatch import fnmatch
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import pytest
+from packaging.requirements import Requirement
 
 import grounded_diffusion
 
@@ -107,7 +110,9 @@ def test_sdist_and_wheels_hold_every_file_once(built):
     assert wheel == direct
     compiled = [name for name in wheel if name.startswith("grounded_diffusion/_kernels.") and name[-1] != "i"]
     assert len(compiled) == 1
-    assert sorted({*wheel} - {*compiled}) == [name for name in wanted if Path(name).suffix not in (".cpp", ".cmake")]
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["scikit-build"]
+    left_out = lambda name: any(fnmatch(name, pattern) for pattern in settings["wheel"]["exclude"])
+    assert sorted({*wheel} - {*compiled}) == [name for name in wanted if not left_out(name)]
 
 
 @pytest.mark.slow
@@ -130,3 +135,27 @@ print(grounded_diffusion.__file__)
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert Path(result.stdout.strip()).is_relative_to(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("extra", "runtimes"),
+    [
+        ("", set()),
+        ("cpu", {"onnxruntime"}),
+        ("cuda", {"onnxruntime-gpu"}),
+        ("tensorrt", set()),
+        ("rtx", set()),
+        ("export", set()),
+        ("test", set()),
+        ("dev", {"onnxruntime"}),
+    ],
+)
+def test_an_extra_brings_at_most_one_onnx_runtime(extra, runtimes):
+    """onnxruntime and onnxruntime-gpu write to the same folder: two of them are one that is broken."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    found, waiting = set(project["dependencies"]), [extra] if extra else []
+    while waiting:
+        for requirement in map(Requirement, project["optional-dependencies"][waiting.pop()]):
+            waiting += requirement.extras if requirement.name == "grounded-diffusion" else []
+            found.add(requirement.name)
+    assert {Requirement(name).name for name in found if name.startswith("onnxruntime")} == runtimes

@@ -152,6 +152,9 @@ def _load_head(folder: Path) -> tuple[GroundingHead, dict[str, Any]]:
 def untrained_checkpoint(base: str | Path, capture_timestep: int = RELEASED_TIMESTEP, **model: Any) -> Checkpoint:
     """A base model with a head of random weights, whose masks mean nothing: to make examples with, for a real one.
 
+    Args:
+        base, model: what `load_base` takes.
+
     Raises:
         CheckpointError: as `load_base`, whose further arguments `model` are; a timestep that the model does not have.
     """

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from grounded_diffusion.errors import GroundedDiffusionError, UsageError
 from grounded_diffusion.files import os_error_line
-from grounded_diffusion.training.grounding.cli import COMMANDS
-from grounded_diffusion.training.grounding.cli import main as on_any_model
+from grounded_diffusion.training.grounding import cli as any_model
 
 STAGES = {
     "base": "autoencoder, then UNet and text encoder",
@@ -20,7 +19,17 @@ STAGES = {
 }
 
 
+def is_world(argv: list[str]) -> bool:
+    """Whether a command line is a stage of a world of our own, which has a --run; the others are on any model."""
+    has_run = any(word == "--run" or word.startswith("--run=") for word in argv)
+    return has_run or not argv or argv[0] not in any_model.COMMANDS
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line, which has a `command` where it is on any model."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not is_world(argv):
+        return any_model.parse(argv)
     listing = "\n".join(f"  {name:9} {text}" for name, text in STAGES.items())
     parser = argparse.ArgumentParser(
         prog="gd-train",
@@ -83,18 +92,10 @@ def run(args: argparse.Namespace) -> None:
         evaluate(config, world, args.run)
 
 
-def is_world(argv: list[str]) -> bool:
-    """Whether a command line is a stage of a world of our own, which has a --run; the others are on any model."""
-    return any(word == "--run" or word.startswith("--run=") for word in argv) or argv[:1] not in ([n] for n in COMMANDS)
-
-
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
     try:
-        if is_world(argv):
-            run(parse(argv))
-        else:
-            on_any_model(argv[0], argv[1:])
+        args = parse(argv)
+        any_model.run(args) if "command" in args else run(args)
     except GroundedDiffusionError as error:
         print(f"gd-train: {error}", file=sys.stderr)
         return error.exit_code

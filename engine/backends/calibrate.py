@@ -13,7 +13,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
@@ -32,10 +32,11 @@ WORTH = 1.015  # a larger candidate must be faster by this, or the smaller one, 
 
 @dataclass(frozen=True, slots=True)
 class BatchAndLanes:
-    """Images to a batch, and batches at once."""
+    """Images to a batch, and batches at once; `rate` is guided calls of one image a second with them."""
 
     batch: int
     lanes: int
+    rate: float = field(default=0.0, compare=False)
 
 
 def calibrate(
@@ -73,7 +74,7 @@ def calibrate(
                     (height, width))  # fmt: skip
     chosen = choose(rates)
     for tried, rate in rates.items():
-        report(f"batch {tried.batch} x {tried.lanes}: {rate:.2f} guided calls of one image a second")
+        report(f"{backend}, batch {tried.batch} x {tried.lanes}: {rate:.2f} guided calls of one image a second")
     with contextlib.suppress(OSError):  # a cache that cannot be written is measured again
         write_cached(file, json.dumps(asdict(chosen)).encode())
     return chosen
@@ -146,4 +147,5 @@ def choose(rates: dict[BatchAndLanes, float]) -> BatchAndLanes:
     """The fastest, unless a smaller one is nearly as fast."""
     best = max(rates.values())
     fast = [tried for tried, rate in rates.items() if rate * WORTH >= best]
-    return min(fast, key=lambda tried: (tried.lanes * tried.batch, tried.lanes))
+    chosen = min(fast, key=lambda tried: (tried.lanes * tried.batch, tried.lanes))
+    return replace(chosen, rate=rates[chosen])

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from grounded_diffusion.bundle import CONTEXT, CPU, GRAPH_IO, SHARED_ROWS, Bundle
+from grounded_diffusion.bundle import CPU, GRAPH_IO, MAKERS, SHARED_ROWS, Bundle
 from grounded_diffusion.engine.backends.host import HostBackend
 from grounded_diffusion.engine.checks import first_line, usable_cores
 from grounded_diffusion.engine.sampling.backend import Arrays, both_halves
@@ -26,19 +26,25 @@ WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"  # optio
 REMEMBERED = 8  # sets of output buffers a graph keeps, one per input shape
 
 
-class Projection:
-    """Keys and values of the cross-attention: functions of the context alone, made anew only where it has changed."""
+class Maker:
+    """What a UNet takes in the place of one of its inputs, of which it is a function: made where that has changed.
+
+    Keys and values of cross-attention are functions of the context alone.
+    """
 
     def __init__(self, session: Any):
         self.session = session
+        self.source = session.get_inputs()[0]
         self.outputs = [value.name for value in session.get_outputs()]
-        self._own = threading.local()  # .context, and .made of it
+        self._own = threading.local()  # .given, and .made of it
 
-    def __call__(self, context: np.ndarray) -> Arrays:
-        known = getattr(self._own, "context", None)
-        if known is None or not np.array_equal(known, context):
-            made = self.session.run(self.outputs, {"context": np.ascontiguousarray(context, np.float32)})
-            self._own.context, self._own.made = context.copy(), dict(zip(self.outputs, made, strict=True))
+    def __call__(self, given: np.ndarray) -> Arrays:
+        if isinstance(self.source.shape[0], int):  # what all rows have in common
+            given = given[: self.source.shape[0]]
+        known = getattr(self._own, "given", None)
+        if known is None or not np.array_equal(known, given):
+            made = self.session.run(self.outputs, {self.source.name: np.ascontiguousarray(given, np.float32)})
+            self._own.given, self._own.made = given.copy(), dict(zip(self.outputs, made, strict=True))
         return self._own.made
 
 
@@ -46,16 +52,15 @@ class Graph:
     """One session, with output buffers of every calling thread reused as long as the input shapes stay the same.
 
     Args:
-        projection: what the session takes instead of the context; None where it takes the context itself.
+        makers: by name of the input that they stand for.
     """
 
-    def __init__(self, name: str, session: Any, projection: Projection | None = None):
-        self.name, self.session, self.projection = name, session, projection
+    def __init__(self, name: str, session: Any, makers: Mapping[str, Maker]):
+        self.name, self.session, self.makers = name, session, makers
         self.inputs = {value.name: value for value in session.get_inputs()}
         self.outputs = [value.name for value in session.get_outputs()]
         names_in, names_out = GRAPH_IO[name]
-        if projection:
-            names_in = names_in.keys() - {"context"} | set(projection.outputs)
+        names_in = names_in.keys() - makers.keys() | {name for maker in makers.values() for name in maker.outputs}
         if set(self.inputs) != set(names_in) or set(self.outputs) != set(names_out):
             raise BackendError(
                 f"{name} has inputs {sorted(self.inputs)} and outputs {sorted(self.outputs)}, "
@@ -83,9 +88,9 @@ class Graph:
     def run(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
         if self.repeats:
             inputs = both_halves(inputs)
-        if self.projection and "context" in inputs:
-            others = {name: value for name, value in inputs.items() if name != "context"}
-            inputs = others | self.projection(inputs["context"])
+        for name in self.makers.keys() & inputs.keys():
+            others = {other: value for other, value in inputs.items() if other != name}
+            inputs = others | self.makers[name](inputs[name])
         arrays = self._convert(inputs)
         key = tuple(array.shape for array in arrays.values())
         if not hasattr(self._own, "binding"):
@@ -113,6 +118,7 @@ class OnnxRuntimeBackend(HostBackend):
         threads: CPU threads in all; None takes all cores this process may use.
         lanes: batches at once; each has its share of the threads.
         sessions: graphs kept open at once; opening one more closes the oldest.
+        variant: of the graphs, see bundle.CPU; those in standard operators can be checked here.
 
     Raises:
         BackendError: onnxruntime is not installed.
@@ -120,15 +126,18 @@ class OnnxRuntimeBackend(HostBackend):
 
     name = "onnxruntime-cpu"
 
-    def __init__(self, bundle: Bundle, threads: int | None = None, lanes: int = 1, sessions: int = len(GRAPH_IO)):
+    def __init__(self, bundle: Bundle, threads: int | None = None, lanes: int = 1, sessions: int = len(GRAPH_IO),
+                 variant: str = CPU):  # fmt: skip
         try:
             import onnxruntime
         except ImportError as error:
-            raise BackendError(f"onnxruntime cannot be imported ({error}); pip install onnxruntime") from None
-        self.bundle, self.sessions, self._ort = bundle, sessions, onnxruntime
+            raise BackendError(
+                f"onnxruntime cannot be imported ({error}); pip install 'grounded-diffusion[cpu]'"
+            ) from None
+        self.bundle, self.sessions, self.variant, self._ort = bundle, sessions, variant, onnxruntime
         super().__init__(lanes)
         self._graphs: dict[str, Graph] = {}
-        self._shared: Projection | None = None
+        self._shared: dict[str, Maker] = {}
         self._opening = threading.Lock()
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = max(1, (threads or usable_cores()) // lanes)
@@ -146,9 +155,8 @@ class OnnxRuntimeBackend(HostBackend):
             if name not in self._graphs:
                 while len(self._graphs) >= self.sessions:
                     self._graphs.pop(next(iter(self._graphs)))
-                session = self._session(self.bundle.variant(CPU, name))
-                cut = "context" in GRAPH_IO[name][0] and CONTEXT in self.bundle.manifest.files
-                self._graphs[name] = Graph(name, session, self._projection() if cut else None)
+                session = self._session(self.bundle.variant(self.variant, name))
+                self._graphs[name] = Graph(name, session, self._makers() if "context" in GRAPH_IO[name][0] else {})
             return self._graphs[name]
 
     def _session(self, path: Path) -> Any:
@@ -157,10 +165,11 @@ class OnnxRuntimeBackend(HostBackend):
         except Exception as error:  # onnxruntime's exceptions share no base class
             raise BackendError(f"onnxruntime cannot load {path}: {first_line(error)}") from None
 
-    def _projection(self) -> Projection:
+    def _makers(self) -> dict[str, Maker]:
         """Shared by the UNets; a captured step has the context of the steps before it."""
-        if self._shared is None:
-            self._shared = Projection(self._session(self.bundle.file(CONTEXT)))
+        for source, graph in MAKERS.items():
+            if source not in self._shared and f"{self.variant}{graph}" in self.bundle.manifest.files:
+                self._shared[source] = Maker(self._session(self.bundle.variant(self.variant, graph)))
         return self._shared
 
     def run(self, graph: str, inputs: Mapping[str, np.ndarray]) -> Arrays:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TextIO
 
 from grounded_diffusion import __version__
-from grounded_diffusion.engine.backends.open import BACKENDS, DEFAULT_BACKEND
+from grounded_diffusion.engine.backends.open import BACKENDS, DEFAULT_BACKEND, PRECISIONS
 from grounded_diffusion.engine.cli import common
 from grounded_diffusion.engine.cli.common import parse_size
 from grounded_diffusion.engine.cli.options import (
@@ -117,6 +117,12 @@ def build_parser() -> common.Parser:
     how.add_argument(
         "--backend", choices=BACKENDS, default=DEFAULT_BACKEND, help=f"default: {DEFAULT_BACKEND}, on the CPU"
     )
+    how.add_argument("--device", type=int, metavar="N", help="GPU (default: the first, or that of LOCAL_RANK)")
+    how.add_argument(
+        "--precision", choices=PRECISIONS,
+        help="instead of --backend: bf16 and fastest use what the CPU has, by OpenVINO; fp32 gives the same bytes "
+        "on every machine of a kind (default: fp32)",
+    )  # fmt: skip
     how.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
     how.add_argument("--lanes", type=int, metavar="N", help="batches at once on the CPU (default: the fastest here)")
     how.add_argument(
@@ -153,8 +159,8 @@ def add_sharing_options(parser: argparse.ArgumentParser) -> None:
 
 def config_of(args: argparse.Namespace) -> RunConfig:
     """What a command line asks for. Raises UsageError."""
-    names = ("out", "model", "format", "attempts", "backend", "threads", "lanes", "shard_size", "shard", "ray",
-             "workers", "overwrite", "log", "metrics_file", "metrics_port")  # fmt: skip
+    names = ("out", "model", "format", "attempts", "backend", "precision", "device", "threads", "lanes", "shard_size",
+             "shard", "ray", "workers", "overwrite", "log", "metrics_file", "metrics_port")  # fmt: skip
     return RunConfig(
         prompt_file=args.prompts,
         prompts=args.prompt,

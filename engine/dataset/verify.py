@@ -90,7 +90,8 @@ class Check:
         """A shard's record, its files, and in the format "folder" what the one says of the others."""
         yield from self.check_counts(record)
         yield from chain.from_iterable(pool.map(self.check_file, record["files"].items()))
-        rows = [row for row in record["rows"] if "image" in row]  # those of the format "folder"
+        known = self.about.format == "folder" if self.about else None
+        rows = [row for row in record["rows"] if ("image" in row and "mask" in row if known is None else known)]
         yield from chain.from_iterable(pool.map(self.check_row, rows, repeat(record)))
         self.is_folder |= bool(rows)
 

@@ -60,8 +60,8 @@ class GroundedPipeline:
         Args:
             bundle: directory that gd-export wrote; None takes the model that ships with the package, exported into
                 the user's cache at first use (which needs the `export` extra).
-            backend: one of backends.open.BACKENDS: "onnxruntime" for the CPU; "cuda", "tensorrt" or "tensorrt-rtx" for
-                an NVIDIA GPU.
+            backend: one of backends.open.BACKENDS: for the CPU "onnxruntime", "openvino", or in the chip's own
+                precision "openvino-bf16"; for an NVIDIA GPU "cuda", "tensorrt" or "tensorrt-rtx".
             threads: CPU threads; None takes all cores.
             lanes: batches at once on the CPU, each on its share of the threads: slower for one, faster for many.
 

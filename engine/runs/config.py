@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-from grounded_diffusion.engine.backends.open import BACKENDS, DEFAULT_BACKEND
+from grounded_diffusion.engine.backends.open import BACKENDS, DEFAULT_BACKEND, check_precision
 from grounded_diffusion.engine.checks import check_int
 from grounded_diffusion.engine.dataset.formats import FormatOptions, open_format
 from grounded_diffusion.engine.prompts.prompt import Prompt, to_line
@@ -19,6 +19,7 @@ from grounded_diffusion.errors import UsageError
 
 ATTEMPTS = 4
 MAX_LANES, MAX_THREADS, MAX_WORKERS = 64, 1024, 100_000
+MAX_DEVICE = 255
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,13 +38,17 @@ class RunConfig:
         filters: which samples to refuse.
         attempts: noises to try for a sample that fails or is refused.
         backend: one of BACKENDS.
+        device: number of the GPU, of those that CUDA_VISIBLE_DEVICES leaves; None takes the first or, where a launcher
+            has set LOCAL_RANK or SLURM_LOCALID, that one, so that the processes of a machine share its GPUs out.
+        precision: "fp32" or "bf16" has this machine's CPU compute in it, "fastest" in whatever is fastest here; a
+            backend is chosen by it, and a run that was begun goes on with its own. None leaves that to `backend`.
         threads: CPU threads; None takes all cores.
         lanes: batches at once on the CPU; None takes what is fastest on this machine.
         shard_size: samples of a shard; None takes 16 batches or more.
         shard: make only the shards of one worker of several: Share(2, 8), "2/8", or "auto" to ask the scheduler that
             has started this process. None makes whatever shard nobody else is on.
         ray: hand the shards to Ray's workers: the address of a cluster, "" to start one on this machine.
-        workers: of Ray; None takes one a GPU, or one for every `threads` cores.
+        workers: of Ray; None takes one a GPU for a backend on a GPU, else one for every `threads` cores.
         overwrite: remove another run that is in `out`, and only what its records name. This very run goes on.
         log: file to append a structured log to, one JSON object a line.
         metrics_file: file to keep in Prometheus' text format.
@@ -63,6 +68,8 @@ class RunConfig:
     filters: Filters = field(default_factory=Filters)
     attempts: int = ATTEMPTS
     backend: str = DEFAULT_BACKEND
+    device: int | None = None
+    precision: str | None = None
     threads: int | None = None
     lanes: int | None = None
     shard_size: int | None = None
@@ -111,6 +118,14 @@ class RunConfig:
                 check_int(value, name, 1, most)
         if self.backend not in BACKENDS:
             raise UsageError(f"there is no backend {self.backend!r}; choose one of {', '.join(BACKENDS)}")
+        if self.device is not None:
+            check_int(self.device, "device", 0, MAX_DEVICE)
+            if BACKENDS[self.backend].device == "cpu" or self.ray is not None:
+                raise UsageError("device is for a backend on a GPU, in this process", "device", "backend", "ray")
+        if self.precision is not None:
+            check_precision(self.precision)
+            if self.backend != DEFAULT_BACKEND:
+                raise UsageError("give `backend` or `precision`, not both", "backend", "precision")
         if self.workers is not None and self.ray is None:
             raise UsageError("workers is for ray; give threads for the threads of this process",
                              "workers", "ray", "threads")  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any
 
 from grounded_diffusion.bundle import MANIFEST, Bundle, open_bundle, sha256
 from grounded_diffusion.engine.backends.calibrate import calibrate
-from grounded_diffusion.engine.backends.open import backend_entry, open_backend
+from grounded_diffusion.engine.backends.open import GpuElsewhere, backend_entry, cpu_backends, open_backend
 from grounded_diffusion.engine.checks import shorten
 from grounded_diffusion.engine.dataset.formats import Classes, Settings, open_format
 from grounded_diffusion.engine.dataset.formats.options import sorted_classes
@@ -26,6 +26,8 @@ from grounded_diffusion.engine.runs.config import RunConfig
 from grounded_diffusion.engine.runs.plan import Plan, default_shard_size
 from grounded_diffusion.engine.runs.run import Run
 from grounded_diffusion.engine.runs.stop import Stop
+from grounded_diffusion.engine.sampling.backend import Backend
+from grounded_diffusion.errors import BackendError
 
 CALIBRATED = 256  # images from which it pays to try which batch is fastest on this machine
 LONG_SHOWN = 5  # prompts that are too long for the model and are shown
@@ -67,8 +69,9 @@ def settle(
 ) -> Run:
     """Open the model, and settle what is not asked for: as the run that was found has it, or as is best here."""
     before = found.settings if found else None
+    config = replace(config, backend=choose_backend(config, bundle, prompts.samples, before or {}, say), precision=None)
     batch, lanes = batch_and_lanes(config, bundle, prompts.samples, before or {}, say)
-    pipe = GroundedPipeline(bundle, open_backend(config.backend, bundle, threads=config.threads, lanes=lanes))
+    pipe = GroundedPipeline(bundle, backend_of(config, bundle, lanes))
     batch = batch or pipe.batch_size(config.options)
     shard_size = config.shard_size or (before or {}).get("shard_size") or default_shard_size(prompts.samples, batch)
     config = replace(config, options=replace(config.options, batch=batch), shard_size=shard_size)
@@ -79,6 +82,13 @@ def settle(
     plan = Plan(prompts, config.options.seed, batch, shard_size)
     format = open_format(config.format, written)
     return Run(config, pipe, plan, storage, format, settings, begun, say, stop)
+
+
+def backend_of(config: RunConfig, bundle: Bundle, lanes: int) -> Backend:
+    """The backend of a run; for Ray's driver one that only plans, where the workers are to have the GPUs."""
+    if config.ray is not None and backend_entry(config.backend).device == "cuda":
+        return GpuElsewhere(config.backend)
+    return open_backend(config.backend, bundle, threads=config.threads, lanes=lanes, device=config.device)
 
 
 def run_settings(config: RunConfig, bundle: Bundle, prompts: PromptFile, written: Settings) -> dict[str, Any]:
@@ -113,6 +123,31 @@ def format_settings(
         found = check_prompts(tokenizer, prompts, classes if classes and classes.names else None, stop)
         classes = sorted_classes(found) if classes is None else classes
     return config.format_options.settings(config.format, classes)
+
+
+def choose_backend(
+    config: RunConfig, bundle: Bundle, samples: int, before: dict[str, Any], say: Callable[[str], None]
+) -> str:
+    """The backend asked for, or of those in the precision asked for: the one a run was begun with, or the fastest here.
+
+    Raises BackendError where none computes in that precision here.
+    """
+    if config.precision is None:
+        return config.backend
+    found = cpu_backends(config.precision)
+    if not found:
+        raise BackendError(
+            f"nothing computes in {config.precision} here: its CPU lacks the instructions, or openvino is not "
+            "installed (pip install 'grounded-diffusion[openvino]')"
+        )
+    if before.get("backend") in found:
+        return before["backend"]
+    chosen = found[-1]
+    if len(found) > 1 and samples >= CALIBRATED:
+        options = replace(config.options, batch=config.options.batch or before.get("batch"))
+        chosen = max(found, key=lambda name: calibrate(bundle, options, config.threads, say, name).rate)
+    say(f"computing in {backend_entry(chosen).precision} by {chosen}")
+    return chosen
 
 
 def batch_and_lanes(

@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from grounded_diffusion.engine.backends.open import backend_entry
 from grounded_diffusion.engine.dataset.shards import read_shard
 from grounded_diffusion.engine.dataset.storage.base import Storage
 from grounded_diffusion.engine.runs.config import RunConfig
@@ -192,11 +193,13 @@ class RayDriver:
     def __init__(self, ray: Any, run: Run, monitor: Monitor):
         self.ray, self.run, self.monitor = ray, run, monitor
         resources, config = ray.cluster_resources(), run.config
-        gpus, cpus = int(resources.get("GPU", 0)), config.threads or 1
-        self.size = config.workers or gpus or max(1, int(resources.get("CPU", 1)) // cpus)
-        self.slot = "a GPU" if gpus else f"{cpus} CPUs"
-        self.actor = ray.remote(num_cpus=cpus, num_gpus=1 if gpus else 0)(Actor)
-        self.config = replace(config, overwrite=False, threads=config.threads or (None if gpus else 1))
+        on_gpu, cpus = backend_entry(config.backend).device == "cuda", config.threads or 1
+        slots = int(resources.get("GPU", 0)) if on_gpu else int(resources.get("CPU", 1)) // cpus
+        self.size = config.workers or max(1, slots)
+        self.slot = "a GPU" if on_gpu else f"{cpus} CPUs"
+        self.actor = ray.remote(num_cpus=cpus, num_gpus=1 if on_gpu else 0)(Actor)
+        threads = config.threads or (None if on_gpu else 1)
+        self.config = replace(config, overwrite=False, threads=threads, ray=None, workers=None)
         self.started = 0
 
     def make(self, shards: list[int]) -> None:

@@ -75,6 +75,8 @@ class Run:
         Raises:
             UsageError: another run was faster, or is being made, or the output holds what is not ours.
         """
+        if self.config.overwrite:
+            self._check_alone()
         while not self.begun:
             with self.storage.claim(START) as mine:
                 if mine:
@@ -89,16 +91,18 @@ class Run:
         if before and before.settings == self.settings and not before.clearing:
             return
         if before:
-            for name, holder in self.storage.claims().items():
-                if name != START:
-                    line = (
-                        f"{self.storage.root} is being written by process {holder.get('pid')} on {holder.get('host')}"
-                    )
-                    raise UsageError(f"{line}; stop it before overwrite", "overwrite")
+            self._check_alone()
             check_foreign_files(self.storage)
             self.storage.put(RUN, run_json(self.format.name, self.settings, clearing=True))
             clear(self.storage)
         self.storage.put(RUN, run_json(self.format.name, self.settings))
+
+    def _check_alone(self) -> None:
+        """Raise UsageError where another worker is at work, from under which overwriting would pull the files."""
+        for name, holder in self.storage.claims().items():
+            if name != START:
+                line = f"{self.storage.root} is being written by process {holder.get('pid')} on {holder.get('host')}"
+                raise UsageError(f"{line}; stop it before overwrite", "overwrite")
 
     def missing(self) -> list[int]:
         """The shards of this process that have no record that can be used."""

@@ -10,6 +10,20 @@ import numpy as np
 from grounded_diffusion.engine.sampling.schedule import Schedule
 from grounded_diffusion.kernels import MaskResult, StepCoefficients
 
+DECODE_CELLS = 4 * 64 * 64  # latent cells that are decoded at once: 4 images of Stable Diffusion's 512x512
+
+
+def decoded_at_once(batch: int, latent_cells: int) -> int:
+    """Images of h * w latent cells that the decoder takes at once. Its arrays are at image size: of a whole batch they
+    would be the largest of all, and from 32 images on too large for some operators' 32-bit indices.
+    """
+    return max(1, min(batch, DECODE_CELLS // latent_cells))
+
+
+def decode_starts(batch: int, at_once: int) -> list[int]:
+    """First images of parts of equal size that cover a batch; the last one may repeat images of the part before."""
+    return [*range(0, batch - at_once, at_once), batch - at_once]
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Conditioning:

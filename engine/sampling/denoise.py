@@ -8,7 +8,7 @@ import numpy as np
 
 from grounded_diffusion.bundle import UNET, UNET_GROUNDED, VAE_DECODER
 from grounded_diffusion.engine.sampling.backend import Backend
-from grounded_diffusion.engine.sampling.batch import BatchRequest, BatchResult, Denoised
+from grounded_diffusion.engine.sampling.batch import BatchRequest, BatchResult, Denoised, decoded_at_once
 from grounded_diffusion.errors import NumericsError
 from grounded_diffusion.kernels import cfg_step, image_epilogue, mask_epilogue
 
@@ -52,10 +52,16 @@ def denoise(backend: Backend, request: BatchRequest) -> Denoised:
 def make_batch(backend: Backend, request: BatchRequest) -> BatchResult:
     """Run the loop, the decoder and the epilogues on the host. Raises as `denoise` does."""
     denoised = denoise(backend, request)
-    image = backend.run(VAE_DECODER, {"latents": denoised.latents})["image"]
-    check_finite(image, request.sample_names, "pixels")
+    batch, _, height, width = denoised.latents.shape
+    rows = decoded_at_once(batch, height * width)
+    pixels = np.empty((batch, *request.size, 3), np.uint8)
+    for start in range(0, batch, rows):
+        part = slice(start, min(batch, start + rows))
+        image = backend.run(VAE_DECODER, {"latents": denoised.latents[part]})["image"]
+        check_finite(image, request.sample_names[part], "pixels")
+        image_epilogue(image, pixels[part])
     masks = mask_epilogue(denoised.mask_logits, request.conditioning.query_valid, request.size, request.threshold)
-    return BatchResult(image_epilogue(image), masks, denoised)
+    return BatchResult(pixels, masks, denoised)
 
 
 def not_finite(name: str, stage: str) -> NumericsError:

@@ -24,6 +24,7 @@ COEFFICIENTS: Any = np.dtype(
     + [(name, np.int32) for name in ("head", "terms", "row")]
     + [("weight", np.float32, MAX_TERMS), ("slot", np.int32, MAX_TERMS)]
 )
+CUDA, DRIVER = 13000, "580"  # CUDA 13.0 and, by its release notes, the first driver for it
 STATS_BYTES = 32  # struct Stats of mask_epilogue.cu, one per object
 _THREADS = 256
 _MAX_BLOCKS = 1 << 16  # the grid-stride loops take what is left
@@ -96,6 +97,16 @@ class MaskPointers:
     bad: int = 0
 
 
+def check_driver() -> None:
+    """Raise BackendError for a driver that is older than CUDA 13, which all packages here are built with."""
+    from cuda.bindings import driver
+
+    _, version = driver.cuDriverGetVersion()
+    if version < CUDA:
+        had = f"{version // 1000}.{version % 1000 // 10}"
+        raise BackendError(f"the NVIDIA driver is for CUDA {had}; install driver {DRIVER} or newer, for CUDA 13")
+
+
 class CudaKernels:
     """The kernels, loaded for one device."""
 
@@ -114,6 +125,7 @@ class CudaKernels:
             raise BackendError(
                 f"no CUDA device {device_id} ({error}); check nvidia-smi, pip install 'grounded-diffusion[gpu]'"
             ) from error
+        check_driver()
         arch = f"sm_{self.device.arch}"
         code = {stem: ObjectCode.from_cubin(cubin(stem, arch, cache), name=stem) for stem in STEMS}
         names = {
@@ -122,6 +134,18 @@ class CudaKernels:
             "mask_epilogue": ("mask_begin", "mask_scan_f32", "mask_scan_f16", "mask_finish"),
         }
         self._kernels = {name: code[stem].get_kernel(name) for stem, all_ in names.items() for name in all_}
+        for name, kernel in self._kernels.items():
+            self._load(name, kernel)
+
+    def _load(self, name: str, kernel: Any) -> None:
+        """Bring a kernel's code onto the device: CUDA does it at the first launch, which may not be in a capture."""
+        from cuda.bindings import driver
+
+        error, function = driver.cuKernelGetFunction(kernel.handle)
+        if not int(error):
+            (error,) = driver.cuFuncLoad(function)
+        if int(error):
+            raise BackendError(f"{self.device.name} cannot load the kernel {name}: {error.name}; check nvidia-smi")
 
     def _launch(self, stream: Any, name: str, grid: int | tuple[int, ...], block: int | tuple[int, ...], *args: Any):
         from cuda.core import LaunchConfig, launch

@@ -12,11 +12,13 @@ from grounded_diffusion.bench import cli, speed, systems, timing, work
 from grounded_diffusion.bench.flops import axis_sizes, count_flops
 from grounded_diffusion.bench.report import bar_chart
 from grounded_diffusion.bench.timing import Timing, alternate
+from grounded_diffusion.bench.work import EngineForm
 from grounded_diffusion.bundle import UNET, UNET_GROUNDED
 from grounded_diffusion.engine import GroundedPipeline, Options
 from grounded_diffusion.errors import ParityError
 
 UNETS = (UNET_GROUNDED, UNET)
+EXACT = ["--backend", "onnxruntime"]
 TINY = ["--threads", "1", "--batch", "2", "--lanes", "1"]
 
 
@@ -49,14 +51,14 @@ def test_median_and_quartiles():
 
 
 def test_speed(model, tiny_bundle, tmp_path, capsys):
-    options = ["--peers", "eager", "--steps", 2, "--images", 2, "--rounds", 2, "--repeats", 2]
+    options = ["--peers", "eager fp32", "--steps", 2, "--images", 2, "--rounds", 2, "--repeats", 2, *EXACT]
     options += ["--peer-batch", 2, "--no-memory", "--out", tmp_path]
     assert bench("speed", *model, *options) == 0
     said = capsys.readouterr().out
     result = json.loads((tmp_path / "speed-cpu.json").read_text())
-    names = ["engine", "engine, folder writer", "eager"]
+    names = ["engine fp32", "engine fp32, folder writer", "eager fp32"]
     assert result["order"] == names * 2 and [row["name"] for row in result["systems"]] == names
-    assert not result["omitted"] and result["prepare_s"].keys() == {"eager"}
+    assert not result["omitted"] and result["prepare_s"].keys() == {"eager fp32"}
     for row in result["systems"]:
         assert row["images_per_s"] == pytest.approx(2 / row["median_s"]) and len(row["seconds"]) == 2
         assert row["q1_s"] <= row["median_s"] <= row["q3_s"]
@@ -79,37 +81,40 @@ def test_speed(model, tiny_bundle, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_compiled_and_exported_peers_make_the_engines_images(model, tmp_path):
-    options = ["--steps", 3, "--images", 2, "--rounds", 1, "--repeats", 1, "--no-memory", "--peers"]
-    assert bench("speed", *model, *options, "compile,onnxruntime", "--peer-batch", 2, "--out", tmp_path) == 0
+    options = ["--steps", 3, "--images", 2, "--rounds", 1, "--repeats", 1, "--no-memory", *EXACT]
+    peers = ["compile fp32", "onnxruntime fp32", "openvino fp32"]
+    options += ["--peers", ",".join(peers), "--peer-batch", 2, "--out", tmp_path]
+    assert bench("speed", *model, *options) == 0
     result = json.loads((tmp_path / "speed-cpu.json").read_text())
-    assert result["agreement"].keys() == {"compile", "onnxruntime"} == result["prepare_s"].keys()
+    assert result["agreement"].keys() == set(peers) == result["prepare_s"].keys()
     assert all(found["psnr"] > 45 and found["mask_iou"] > 0.99 for found in result["agreement"].values())
 
 
 def test_peak_memory_is_that_of_a_process_with_one_system(tiny_bundle, tiny_checkpoint, tmp_path):
     pipe = GroundedPipeline.open(tiny_bundle, threads=1)
     plan = speed.Plan(
-        options=Options(steps=1, batch=1, guidance_interval=work.EVERY_STEP), threads=1, peers=("eager",),
-        peer_batch=1, images=1, rounds=1, repeats=1, backend="onnxruntime", checkpoint=tiny_checkpoint,
-        folder=tmp_path,
+        options=Options(steps=1, batch=1, guidance_interval=work.EVERY_STEP), threads=1, peers=("eager fp32",),
+        engines={"fp32": EngineForm("onnxruntime", 1, 1)}, peer_forms={"fp32": work.PeerForm(1)}, images=1, rounds=1,
+        repeats=1, checkpoint=tiny_checkpoint, folder=tmp_path,
     )  # fmt: skip
     assert speed.Plan.load(json.loads(json.dumps(plan.dump()))) == plan
     said = []
-    peaks = speed.peak_memory(pipe, plan, ["engine", "eager", "nothing"], said.append)
-    assert "nothing" in said[-1] and "eager was not" not in " ".join(said)
-    assert 30e6 < peaks["engine"] < peaks["eager"] < 8e9  # no torch in the first
+    peaks = speed.peak_memory(pipe, plan, ["engine fp32", "eager fp32", "nothing"], said.append)
+    assert "nothing" in said[-1] and "eager fp32 was not" not in " ".join(said)
+    assert 30e6 < peaks["engine fp32"] < peaks["eager fp32"] < 8e9  # no torch in the first
     assert peaks["nothing"] is None and "the memory of nothing was not measured" in said[-1]
 
 
 def test_what_is_not_installed_is_left_out_aloud(model, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(systems, "NEEDED", ("torch", "no_such_package"))
-    options = ["--peers", "eager", "--steps", 2, "--images", 2, "--rounds", 1, "--repeats", 1, "--no-memory"]
+    options = ["--peers", "eager fp32", "--steps", 2, "--images", 2, "--rounds", 1, "--repeats", 1, "--no-memory"]
+    options += EXACT
     assert bench("speed", *model, *options, "--out", tmp_path) == 0
     said = capsys.readouterr()
-    assert "LEFT OUT: eager (not installed: no_such_package)" in said.err
-    assert "eager: left out, not installed: no_such_package." in said.out
+    assert "LEFT OUT: eager fp32 (not installed: no_such_package)" in said.err
+    assert "eager fp32: left out, not installed: no_such_package." in said.out
     result = json.loads((tmp_path / "speed-cpu.json").read_text())
-    assert result["omitted"] == {"eager": "not installed: no_such_package"} and len(result["systems"]) == 2
+    assert result["omitted"] == {"eager fp32": "not installed: no_such_package"} and len(result["systems"]) == 2
 
 
 def test_without_a_gpu_the_gpu_bench_is_skipped(monkeypatch, capsys):
@@ -120,10 +125,10 @@ def test_without_a_gpu_the_gpu_bench_is_skipped(monkeypatch, capsys):
 
 def test_a_peer_that_makes_other_images_stops_the_bench():
     image, mask = np.zeros((1, 4, 4, 3), np.uint8), np.zeros((1, 1, 4, 4), bool)
-    same = speed.agreement("peer", work.Output(image, mask), work.Output(image, mask))
-    assert same == {"psnr": 99.0, "mask_iou": 1.0}
-    with pytest.raises(ParityError, match="peer makes other images than the engine"):
-        speed.agreement("peer", work.Output(image + 40, mask), work.Output(image, mask))
+    same = speed.agreement("peer fp32", work.Output(image, mask), work.Output(image, mask))
+    assert same == {"psnr": 99.0, "psnr_mean": 99.0, "mask_iou": 1.0, "mask_iou_pooled": 1.0}
+    with pytest.raises(ParityError, match="peer fp32 makes other images than the engine"):
+        speed.agreement("peer fp32", work.Output(image + 40, mask), work.Output(image, mask))
 
 
 def test_quality(model, tmp_path, capsys):
@@ -159,7 +164,7 @@ def test_quality(model, tmp_path, capsys):
     ("setting", "message"),
     [
         ("sampler", "'sampler' is not of the form key=value"),
-        ("speed=9", "unknown key speed in a setting; known: capture, name, system, steps"),
+        ("speed=9", "unknown key speed in a setting; known: capture, name, precision, system, steps"),
         ("system=other", "there is no system 'other'"),
         ("system=eager guidance_interval=[0,0.5]", "guidance at every step"),
         ("steps=0", "steps must be"),

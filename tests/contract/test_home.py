@@ -137,7 +137,8 @@ def test_a_cache_among_the_temporary_files_is_nobody_elses(monkeypatch, tmp_path
     monkeypatch.setattr(Path, "home", classmethod(lambda cls: (_ for _ in ()).throw(RuntimeError("no home"))))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     folder = tmp_path / f"grounded-diffusion-{os.getuid()}"
-    assert cache_folder() == folder and folder.stat().st_mode & 0o777 == 0o700
+    assert cache_folder() == folder
+    assert folder.stat().st_mode & 0o777 == 0o700
     assert cache_folder() == folder
     folder.chmod(0o777)
     with pytest.raises(UsageError, match="set XDG_CACHE_HOME"):

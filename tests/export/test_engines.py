@@ -55,13 +55,15 @@ def test_every_graph_builds_and_loads(built):
         assert read_sidecar(spec.directory(path))[0] == spec
         assert sorted(f.name for f in spec.directory(path).iterdir()) == [SIDECAR, PLAN]
     assert len(list((path / "engines" / RTX).iterdir())) == len(GRAPHS), "nothing half-built is left"
-    assert seen and all(steps[-1][0] == steps[-1][1] for steps in seen.values())
+    assert seen
+    assert all(steps[-1][0] == steps[-1][1] for steps in seen.values())
 
 
 def test_engines_hold_the_inputs_of_the_bucket(built):
     path, specs, _ = built
     grounded = next(s for s in specs if s.graph == UNET_GROUNDED)
-    assert grounded.shapes["latents"] == [4, 4, 16, 16] and grounded.shapes["query_valid"] == [2, 3]
+    assert grounded.shapes["latents"] == [4, 4, 16, 16]
+    assert grounded.shapes["query_valid"] == [2, 3]
     assert open_bundle(path).manifest.precision == grounded.precision
 
 
@@ -194,11 +196,13 @@ def test_command_line(text_engine, capsys):
     assert cli.main([*command, "--graph", TEXT_ENCODER]) == 0
     said = [line.split("] ", 1)[1] for line in capsys.readouterr().out.splitlines()]
     assert [line.split()[0] for line in said] == ["refused:", "building", "built", "building", "built"]
-    assert said[3].startswith("building text_encoder.onnx for tensorrt_rtx") and "input_ids 4x77" in said[3]
+    assert said[3].startswith("building text_encoder.onnx for tensorrt_rtx")
+    assert "input_ids 4x77" in said[3]
     assert cli.main([*command, "--graph", TEXT_ENCODER]) == 0
     assert all("already there" in line for line in capsys.readouterr().out.splitlines())
     assert cli.main([*command[:4], "--sm", "90"]) == 1
-    assert capsys.readouterr().err.startswith("gd-export: tensorrt_rtx") and len(list(path.glob("engines/*/*"))) == 2
+    assert capsys.readouterr().err.startswith("gd-export: tensorrt_rtx")
+    assert len(list(path.glob("engines/*/*"))) == 2
 
 
 def test_the_unet_without_guidance_has_half_the_rows(text_engine, capsys):
@@ -207,7 +211,9 @@ def test_the_unet_without_guidance_has_half_the_rows(text_engine, capsys):
     assert cli.main([*command, "--guided-only"]) == 0
     assert cli.main(command) == 0
     built = [line for line in capsys.readouterr().out.splitlines() if "building" in line]
-    assert len(built) == 2 and "latents 2x4" in built[0] and "latents 1x4" in built[1]
+    assert len(built) == 2
+    assert "latents 2x4" in built[0]
+    assert "latents 1x4" in built[1]
 
 
 def test_the_runtime_takes_only_engines_of_its_gpu_version_and_sizes(built, tmp_path):
@@ -245,7 +251,8 @@ def test_the_runtime_takes_only_engines_of_its_gpu_version_and_sizes(built, tmp_
 def test_command_line_mistakes_are_named(arguments, says, capsys):
     with pytest.raises(SystemExit) as error:
         cli.main(["--bundle", "bundle", *arguments])
-    assert error.value.code == 2 and says in capsys.readouterr().err
+    assert error.value.code == 2
+    assert says in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("text", "size"), [("512", (512, 512)), ("512x768", (512, 768))])

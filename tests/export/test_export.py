@@ -18,7 +18,10 @@ from grounded_diffusion.bundle import (
     CPU,
     GRAPH_IO,
     GRAPHS,
+    MAKERS,
     MANIFEST,
+    OPENVINO,
+    SHARED_ROWS,
     TEXT_ENCODER,
     UNET,
     UNET_GROUNDED,
@@ -30,7 +33,7 @@ from grounded_diffusion.engine import GroundedPipeline
 from grounded_diffusion.engine.backends.onnxruntime_cpu import OnnxRuntimeBackend
 from grounded_diffusion.errors import BundleError, ParityError, UsageError
 from grounded_diffusion.export import cli
-from grounded_diffusion.export.cpu import cut_context, for_cpu
+from grounded_diffusion.export.cpu import cut, for_cpu
 from grounded_diffusion.export.graphs import MODULES, RowwiseGroupNorm, Sizes, example_inputs, rowwise, swapped
 from grounded_diffusion.export.reference import generate
 from grounded_diffusion.export.staging import check_output, staged
@@ -47,7 +50,7 @@ def checkpoint(tiny_checkpoint):
 
 def test_graphs_equal_their_torch_modules(checkpoint, tiny_bundle):
     rows = check_graphs(checkpoint, tiny_bundle)
-    assert len(rows) == 9 and all(row.tolerance == 1e-5 for row in rows)
+    assert len(rows) == 13 and all(row.tolerance == 1e-5 for row in rows)
     assert all(row.passed for row in rows), "\n".join(table(rows))
 
 
@@ -119,17 +122,40 @@ def test_graphs_for_the_cpu(tiny_bundle):
         assert bundle.variant(CPU, graph) == tiny_bundle / CPU / graph
     count = lambda model: Counter(node.op_type for node in model.graph)
     before, model = count(onnx_ir.load(bundle.file(UNET))), for_cpu(onnx_ir.load(bundle.file(UNET)))
-    cut, after = count(cut_context(model)), count(model)
+    shared, after = count(cut(model, "context")), count(model)
     assert after["MultiHeadAttention"] == before["Softmax"] > 0 == after["Softmax"]
     assert after["BatchNormalization"] == after["InstanceNormalization"] == before["InstanceNormalization"] > 0
     assert after["ConvTranspose"] == before["Resize"] > 0 == after["Resize"]
-    assert cut == {"MatMul": before["Softmax"]}  # half of them are to the context: a key and a value each
-    assert cut == count(onnx_ir.load(tiny_bundle / CONTEXT))
+    assert shared == {"MatMul": before["Softmax"]}  # half of them are to the context: a key and a value each
+    assert shared == count(onnx_ir.load(bundle.variant(CPU, CONTEXT)))
     added = before["Gelu"] + 2 * before["Resize"]
-    assert after["MatMul"] == before["MatMul"] - 2 * before["Softmax"] + added - cut["MatMul"]
+    assert after["MatMul"] == before["MatMul"] - 2 * before["Softmax"] + added - shared["MatMul"]
     assert count(onnx_ir.load(bundle.variant(CPU, UNET)))["EyeLike"] > 0 == after["EyeLike"]  # winograd's
     standard, own = external(tiny_bundle / UNET), external(tiny_bundle / CPU / UNET)
     assert {tensor for name, tensor in own.items()} <= {tensor for name, tensor in standard.items()}
+
+
+def test_graphs_for_openvino(tiny_bundle):
+    """Standard operators alone; what depends on the context or the timestep alone is made elsewhere."""
+    bundle = open_bundle(tiny_bundle)
+    assert bundle.variant(OPENVINO, TEXT_ENCODER) == bundle.file(TEXT_ENCODER)
+    for graph in (UNET, UNET_GROUNDED, VAE_DECODER, *MAKERS.values()):
+        model = onnx_ir.load(bundle.variant(OPENVINO, graph))
+        assert {node.domain for node in model.graph} == {""}, graph
+    standard, own = (onnx_ir.load(path) for path in (bundle.file(UNET), bundle.variant(OPENVINO, UNET)))
+    before, after = (Counter(node.op_type for node in model.graph) for model in (standard, own))
+    assert after["Softmax"] == before["Softmax"] > 0
+    assert after["ConvTranspose"] == before["Resize"] > 0 == after["Resize"]
+    assert after["Sin"] == 0 < before["Sin"]
+    made = {}
+    for source, graph in MAKERS.items():
+        maker = onnx_ir.load(bundle.variant(OPENVINO, graph))
+        assert [value.name for value in maker.graph.inputs] == [source]
+        made |= {value.name: value.shape for value in maker.graph.outputs}
+    inputs = {value.name: value for value in own.graph.inputs}
+    assert inputs.keys() == {"latents"} | made.keys()
+    assert str(inputs["latents"].shape[0]) == SHARED_ROWS
+    assert {inputs[name].shape[0] for name in made if name.startswith("timestep.")} == {1}
 
 
 @pytest.mark.parametrize("graph", [UNET, UNET_GROUNDED])

@@ -1,57 +1,30 @@
 """FP16 bundles: types, islands, parity, and the tool that finds the layer which leaves FP32."""
 
-import shutil
-from dataclasses import replace
-
 import numpy as np
 import onnx
 import onnx_ir
 import pytest
 from helpers.errors import relative_l2
+from helpers.half import to_half_bundle
 
 from grounded_diffusion.bundle import (
     GRAPH_IO,
     GRAPHS,
     TEXT_ENCODER,
-    TOKENIZER,
     UNET,
     UNET_GROUNDED,
     VAE_DECODER,
     open_bundle,
-    sha256,
-    write_manifest,
 )
 from grounded_diffusion.errors import UsageError
 from grounded_diffusion.export import cli, drift
 from grounded_diffusion.export.bundle import export_bundle
 from grounded_diffusion.export.graphs import trace
-from grounded_diffusion.export.rewrites.half import FLOAT_VALUES, ISLANDS, to_half
+from grounded_diffusion.export.rewrites.half import FLOAT_VALUES, ISLANDS
 from grounded_diffusion.export.verify import check_graphs, check_loop
-from grounded_diffusion.export.weights import WeightStore
 from grounded_diffusion.training.checkpoint import load_checkpoint
 
 FLOAT, HALF = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
-
-
-def converted(source, folder, change=lambda graph, model: None):
-    """An FP16 bundle from the graphs of an FP32 one, each changed first: quicker than another export."""
-    folder.mkdir()
-    store = WeightStore(folder)
-    for graph in GRAPHS:
-        model = onnx_ir.load(source / graph)
-        change(graph, model)
-        to_half(model, graph)
-        store.move(model)
-        onnx_ir.save(model, folder / graph)
-    shutil.copy(source / TOKENIZER, folder)
-    files = {name: sha256(folder / name) for name in (*GRAPHS, TOKENIZER, *store.files)}
-    write_manifest(folder, replace(open_bundle(source).manifest, precision="fp16", files=files))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def half_bundle(tiny_bundle, tmp_path_factory):
-    return converted(tiny_bundle, tmp_path_factory.mktemp("half") / "bundle")
 
 
 @pytest.mark.slow
@@ -135,7 +108,7 @@ def overflow(graph, model):
 
 
 def test_drift_names_a_planted_overflow(tiny_bundle, tmp_path, capsys):
-    planted = converted(tiny_bundle, tmp_path / "planted", overflow)
+    planted = to_half_bundle(tiny_bundle, tmp_path / "planted", overflow)
     assert drift.main([str(planted), "--graph", UNET, "--graph", TEXT_ENCODER]) == 1
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     unet = next(i for i, words in enumerate(lines) if words[0] == f"{UNET}:")

@@ -1,4 +1,4 @@
-"""Run the GPU tests, or say that there is no GPU. `make gpu-test` calls this."""
+"""Run the GPU tests, or fail where there is no GPU. `make gpu-test` calls this on a machine that has one."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from grounded_diffusion.kernels.cuda.device import gpu_name
 
 
 def main() -> int:
-    """Exit status of pytest; 0 where there is no NVIDIA GPU."""
+    """Exit status of pytest; 1 where no NVIDIA GPU can be used."""
     name = gpu_name()
     if name is None:
-        print("skipped: no NVIDIA GPU (or no driver, or cuda-core is not installed)")
-        return 0
+        print("failed: no NVIDIA GPU that cuda-core can use (no GPU, no driver, or cuda-core is not installed)")
+        return 1
     print(f"GPU tests on {name}")
     here = Path(__file__).parent
     return int(pytest.main([str(here), str(here.parent / "kernels" / "test_cuda_kernels.py"), *sys.argv[1:]]))

@@ -118,11 +118,20 @@ class HostDevice:
         self.kernels, self.memory, self.blocks, self.eager = HostKernels(), memory, {}, eager
         self.streams, self.captures, self.replays = [], 0, 0
 
+    @property
+    def used(self):
+        """Bytes that are allocated."""
+        return sum(block.nbytes for block in self.blocks.values())
+
+    def put(self, stream, work):
+        """The test's own work on a stream."""
+        stream.put(work)
+
     def activate(self):
         pass
 
     def allocate(self, nbytes):
-        if sum(block.nbytes for block in self.blocks.values()) + nbytes > self.memory:
+        if self.used + nbytes > self.memory:
             raise DeviceMemoryError(f"{nbytes} bytes are too many")
         raw = np.full(nbytes + 256, 0xFF, np.uint8)
         start = -raw.ctypes.data % 256
@@ -175,12 +184,12 @@ class HostDevice:
 
 
 class HostRuntime:
-    """The CPU's ONNX Runtime, on a device's memory."""
+    """The CPU's ONNX Runtime, on a device's memory: of a HostDevice or of a FakeDriverDevice."""
 
     name = "host"
 
-    def __init__(self, backend, buckets=None):
-        self.backend, self.fixed, self.spoil = backend, buckets, None
+    def __init__(self, backend, device, buckets=None):
+        self.backend, self.device, self.fixed, self.spoil = backend, device, buckets, None
 
     def buckets(self, batch, objects, size):
         return self.fixed and [bucket for bucket in self.fixed if bucket[1] >= objects]
@@ -229,7 +238,7 @@ class HostGraphs:
         def launch():
             for name, tensor in tensors.items():
                 assert tensor.pointer % 256 == 0, f"{name} is not aligned"
-            stream.put(work)
+            self.runtime.device.put(stream, work)
 
         return launch
 

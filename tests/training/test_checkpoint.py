@@ -33,13 +33,15 @@ def one_line(error) -> str:
 def test_a_checkpoint_survives_saving_and_loading(tiny_checkpoint, tmp_path):
     first = load_checkpoint(tiny_checkpoint)
     assert first.names == dict(seen=["dog", "cat"], unseen=["unicorn"])
-    assert first.capture_timestep == 1 and first.query_template == "a photograph of a {}"
+    assert first.capture_timestep == 1
+    assert first.query_template == "a photograph of a {}"
     save_checkpoint(tmp_path / "again", first)
     second = load_checkpoint(tmp_path / "again")
     assert second.head.config == first.head.config
     for part in ("unet", "vae", "text_encoder", "head"):
         a, b = getattr(first, part).state_dict(), getattr(second, part).state_dict()
-        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[key], b[key]) for key in a)
         assert all(p.dtype == torch.float32 and not p.requires_grad for p in getattr(second, part).parameters())
     stored = load_file(tiny_checkpoint / "unet" / "diffusion_pytorch_model.safetensors")
     assert {value.dtype for value in stored.values()} == {torch.float16}
@@ -57,7 +59,8 @@ def test_a_released_head_on_a_base_model(tiny_checkpoint, tmp_path):
     head = GroundingHead(HeadConfig.for_unet(unet.config))
     torch.save(head.state_dict(), tmp_path / "grounding_module.pth")
     loaded = load_checkpoint(tmp_path / "grounding_module.pth", tiny_checkpoint)
-    assert loaded.head.config.image_scale == 4 and loaded.head.config.statistics == "per_image"
+    assert loaded.head.config.image_scale == 4
+    assert loaded.head.config.statistics == "per_image"
     assert all(torch.equal(a, b) for a, b in zip(loaded.head.parameters(), head.parameters(), strict=True))
     assert with_statistics(loaded, "stored").head.config.statistics == "stored"
 
@@ -107,7 +110,8 @@ def test_missing_tensors_are_listed(copy, file, keys):
     with pytest.raises(CheckpointError) as error:
         load_checkpoint(copy)
     message = one_line(error)
-    assert all(key in message for key in keys) and str(copy) in message
+    assert all(key in message for key in keys)
+    assert str(copy) in message
 
 
 @pytest.mark.parametrize(
@@ -155,7 +159,9 @@ def test_a_tokenizer_that_the_text_encoder_does_not_know(copy, damage):
     with pytest.raises(CheckpointError) as error:
         load_checkpoint(copy)
     message = one_line(error)
-    assert told in message and f"the tokenizer of {copy}" in message and "restore the files" in message
+    assert told in message
+    assert f"the tokenizer of {copy}" in message
+    assert "restore the files" in message
 
 
 def test_a_head_for_another_unet(copy):

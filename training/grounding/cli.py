@@ -20,6 +20,10 @@ from grounded_diffusion.training.grounding.loss import ZERO_MASKS
 from grounded_diffusion.training.grounding.splits import Split, built_in_split, split_of
 
 Say = Callable[[str], None]
+# Settings of a head's training that are options: whole numbers, numbers, words.
+WHOLE = ("iterations", "batch", "warmup", "noise_range", "seed", "validate_every", "validation", "save_every")
+REAL = ("lr", "weight_decay", "muon_lr", "cooldown", "clip")
+CHOICES = dict(optimizer=OPTIMIZERS, zero_masks=ZERO_MASKS, loss=LOSSES, precision=PRECISIONS)
 
 EXAMPLES = """\
 examples:
@@ -75,8 +79,8 @@ def read_split(args: argparse.Namespace) -> Split:
     return split_of(words, read_names(args.unseen) if args.unseen else unseen)
 
 
-def examples(argv: list[str], say: Say) -> None:
-    """gd-train examples."""
+def examples_parser() -> Parser:
+    """Of gd-train examples."""
     parser = parser_of("examples", "Make what a head is trained on: images from a model, masks from a detector.")
     parser.add_argument(
         "--model", type=Path, required=True, metavar="BUNDLE", help="gd-export's, such as with --head untrained"
@@ -116,7 +120,11 @@ def examples(argv: list[str], say: Say) -> None:
     for name, kind in (("threads", int), ("lanes", int), ("shard-size", int), ("workers", int), ("shard", str)):
         how.add_argument(f"--{name}", type=kind, metavar="I/N" if kind is str else "N")
     how.add_argument("--ray", nargs="?", const="", metavar="ADDRESS")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def examples(args: argparse.Namespace, say: Say) -> None:
+    """gd-train examples."""
     split = read_split(args)
 
     from grounded_diffusion.training.detectors.labels import read_aliases
@@ -135,8 +143,8 @@ def examples(argv: list[str], say: Say) -> None:
     print(table(make_examples(job, say)))
 
 
-def real(argv: list[str], say: Say) -> None:
-    """gd-train real."""
+def real_parser() -> Parser:
+    """Of gd-train real."""
     parser = parser_of("real", "Make examples of real images with masks, by DDIM inversion (the paper's C.3).")
     parser.add_argument("--base", required=True, metavar="MODEL", help="Stable Diffusion: a directory or a hub name")
     source = parser.add_mutually_exclusive_group(required=True)
@@ -150,7 +158,11 @@ def real(argv: list[str], say: Say) -> None:
     parser.add_argument("--capture-timestep", type=int, default=1, metavar="T", help="of the head (default: 1)")
     parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
     add_names(parser)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def real(args: argparse.Namespace, say: Say) -> None:
+    """gd-train real."""
     if args.coco and not args.images:
         raise UsageError("--coco needs --images, the folder of its images")
     split = read_split(args)
@@ -168,8 +180,8 @@ def real(argv: list[str], say: Say) -> None:
     print(f"{count} examples of {len(found)} images in {args.out}")
 
 
-def head(argv: list[str], say: Say) -> None:
-    """gd-train head."""
+def head_parser() -> Parser:
+    """Of gd-train head."""
     parser = parser_of("head", "Train a grounding head on examples; writes a checkpoint that gd-export takes.")
     parser.add_argument("--base", required=True, metavar="MODEL", help="Stable Diffusion: a directory or a hub name")
     parser.add_argument("--examples", type=Path, nargs="+", required=True, metavar="DIR", help="what to train on")
@@ -183,16 +195,18 @@ def head(argv: list[str], say: Say) -> None:
     parser.add_argument("--device", help="cpu or cuda (default: a GPU where there is one)")
     parser.add_argument("--tensorboard", action="store_true", help="write curves for TensorBoard")
     group = parser.add_argument_group("settings, in place of the preset's and the file's")
-    whole = ("iterations", "batch", "warmup", "noise_range", "seed", "validate_every", "validation", "save_every")
-    for name in whole:
+    for name in WHOLE:
         group.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N")
-    for name in ("lr", "weight_decay", "muon_lr", "cooldown", "clip"):
+    for name in REAL:
         group.add_argument(f"--{name.replace('_', '-')}", type=float, metavar="X")
-    choices = dict(optimizer=OPTIMIZERS, zero_masks=ZERO_MASKS, loss=LOSSES, precision=PRECISIONS)
-    for name, known in choices.items():
+    for name, known in CHOICES.items():
         group.add_argument(f"--{name.replace('_', '-')}", choices=known)
-    args = parser.parse_args(argv)
-    names = (*whole, "lr", "weight_decay", "muon_lr", "cooldown", "clip", *choices)
+    return parser
+
+
+def head(args: argparse.Namespace, say: Say) -> None:
+    """gd-train head."""
+    names = (*WHOLE, *REAL, *CHOICES)
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     config = build(args.preset, args.config, given, args.variant)
 
@@ -201,11 +215,18 @@ def head(argv: list[str], say: Say) -> None:
     train_head(HeadJob(args.base, args.examples, args.out, config, args.validate, args.device, args.tensorboard), say)
 
 
-COMMANDS = {"examples": examples, "real": real, "head": head}
+COMMANDS = {"examples": (examples_parser, examples), "real": (real_parser, real), "head": (head_parser, head)}
 
 
-def main(name: str, argv: list[str]) -> None:
-    """Run one of COMMANDS."""
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line of one of COMMANDS, whose name comes first."""
+    args = COMMANDS[argv[0]][0]().parse_args(argv[1:])
+    args.command = argv[0]
+    return args
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run a command."""
 
     def say(line: str) -> None:
         print(f"gd-train: {line}", flush=True)
@@ -219,6 +240,6 @@ def main(name: str, argv: list[str]) -> None:
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
-        COMMANDS[name](argv, say)
+        COMMANDS[args.command][1](args, say)
     finally:
         logger.removeHandler(handler)

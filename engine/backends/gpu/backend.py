@@ -107,18 +107,17 @@ class DeviceBackend:
 
     def _enqueue(self, request: BatchRequest) -> list[QueuedBatch]:
         """Queue a batch, in parts where it does not fit the device as a whole."""
-        while True:
-            queued, start, count = [], 0, len(request.noise)
+        queued, start, count = [], 0, len(request.noise)
+        while start < count:
+            sizes = self._sizes(request, count - start)
+            stop = min(count, start + sizes.batch)
+            part = request if (start, stop) == (0, count) else request.part(start, stop)
             try:
-                while start < count:
-                    sizes = self._sizes(request, count - start)
-                    stop = min(count, start + sizes.batch)
-                    part = request if (start, stop) == (0, count) else request.part(start, stop)
-                    queued.append(self._loop(sizes).enqueue(part))
-                    start = stop
-                return queued
+                queued.append(self._loop(sizes).enqueue(part))
+                start = stop
             except DeviceMemoryError as error:
-                self._halve(sizes, error)
+                self._make_room(sizes, error)
+        return queued
 
     def _sizes(self, request: BatchRequest, batch: int) -> Sizes:
         """The smallest bucket that takes `batch` images, or the largest that there is and that fits."""
@@ -146,10 +145,17 @@ class DeviceBackend:
         self._loops.move_to_end(sizes)
         return self._loops[sizes]
 
-    def _halve(self, sizes: Sizes, error: DeviceMemoryError) -> None:
-        """Free everything and allow half of a batch that did not fit. Raises DeviceMemoryError for one image."""
+    def _make_room(self, sizes: Sizes, error: DeviceMemoryError) -> None:
+        """After this, what did not fit may be tried again: beside nothing else or, if it was alone, at half the batch.
+
+        Raises:
+            DeviceMemoryError: one image did not fit alone.
+        """
+        alone = not self._loops.keys() - {sizes}
         while self._loops:
             self._loops.popitem()[1].close()
+        if not alone:
+            return
         height, width = sizes.image
         limit, place = sizes.batch // 2, f"at {height}x{width} in the memory of {self.device.name}"
         if not limit:

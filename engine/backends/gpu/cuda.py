@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -13,23 +15,33 @@ from grounded_diffusion.engine.backends.gpu.device import DeviceMemoryError
 from grounded_diffusion.errors import BackendError
 from grounded_diffusion.kernels.cuda.launch import CudaKernels
 
+LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID")  # what torchrun and Slurm tell the processes of one machine
 REPAIR = "check nvidia-smi; the process has to be started again"
 
 
 class CudaDevice:
     """One GPU.
 
+    Args:
+        number: which one, of those that CUDA_VISIBLE_DEVICES leaves; None takes `choose_device`.
+
+    Attributes:
+        lock: held while a thread waits for an event. Who captures in CUDA's global mode, as ONNX Runtime does, holds it
+            meanwhile: a wait of another thread would break the graph.
+
     Raises:
         BackendError: no GPU, no driver, or cuda-core is not installed.
     """
 
-    def __init__(self, device_id: int = 0) -> None:
-        self.kernels = CudaKernels(device_id)
+    def __init__(self, number: int | None = None) -> None:
+        self.number = choose_device() if number is None else number
+        self.kernels = CudaKernels(self.number)
         self._device = self.kernels.device
         from cuda.bindings import driver
 
         self._driver = driver
         self.name, self.arch = str(self._device.name), int(self._device.arch)
+        self.lock = threading.RLock()
 
     def _call(self, answer: tuple, doing: str) -> Any:
         """What a driver call gave. Raises DeviceMemoryError, BackendError."""
@@ -87,7 +99,8 @@ class CudaDevice:
     def sync(self, event: Any) -> None:
         """See `Device`. What has failed on the device since is met here."""
         try:
-            event.sync()
+            with self.lock:
+                event.sync()
         except Exception as error:  # cuda-core's own class
             raise BackendError(f"{self.name} failed while running a batch: {error}; {REPAIR}") from None
 
@@ -119,3 +132,24 @@ class CudaDevice:
 
         weakref.finalize(replay, driver.cuGraphExecDestroy, executable).atexit = False
         return replay
+
+
+def choose_device() -> int:
+    """The GPU of this process: its rank among those on this machine where a launcher has set one, and else the first.
+
+    Ranks go round the GPUs that the process sees: with one each, as CUDA_VISIBLE_DEVICES often leaves it, all take 0.
+    """
+    rank = next((os.environ[name] for name in LOCAL_RANKS if os.environ.get(name, "").isdigit()), "0")
+    return int(rank) % max(1, visible_devices())
+
+
+def visible_devices() -> int:
+    """GPUs that this process may use; 0 without a driver."""
+    try:
+        from cuda.bindings import driver
+
+        driver.cuInit(0)
+        code, count = driver.cuDeviceGetCount()
+    except (ImportError, RuntimeError):  # RuntimeError: cuda-bindings finds no driver
+        return 0
+    return count if int(code) == 0 else 0

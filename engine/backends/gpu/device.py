@@ -35,7 +35,12 @@ class Tensor:
 
     def rows(self, count: int) -> Tensor:
         """The first `count` rows."""
-        return Tensor(self.pointer, (count, *self.shape[1:]), self.dtype)
+        return self.part(0, count)
+
+    def part(self, start: int, count: int) -> Tensor:
+        """`count` rows from row `start` on."""
+        row = math.prod(self.shape[1:]) * self.dtype.itemsize
+        return Tensor(self.pointer + start * row, (count, *self.shape[1:]), self.dtype)
 
 
 class Device(Protocol):

@@ -21,7 +21,7 @@ from grounded_diffusion.bundle import UNET, UNET_GROUNDED, VAE_DECODER
 from grounded_diffusion.engine.backends.gpu.device import ALIGNMENT, Device, Graphs, Tensor
 from grounded_diffusion.engine.backends.gpu.memory import BYTE, F32, Memory, Sizes, Slot, Streams
 from grounded_diffusion.engine.backends.gpu.results import MASKS, PIXELS, first_failure, unpack
-from grounded_diffusion.engine.sampling.batch import BatchRequest, BatchResult, Step
+from grounded_diffusion.engine.sampling.batch import BatchRequest, BatchResult, Step, decode_starts
 from grounded_diffusion.errors import NumericsError
 from grounded_diffusion.kernels.cuda.launch import MaskPointers, StepPointers, pack_step
 
@@ -45,7 +45,7 @@ class QueuedBatch:
     def __init__(self, device: Device, slot: Slot, request: BatchRequest):
         self._device, self._slot, self._request = device, slot, request
         self._lock = threading.Lock()
-        self._outcome: BatchResult | NumericsError | None = None
+        self._outcome: BatchResult | NumericsError | None = None  # once it is there, the slot is another batch's
 
     def wait(self) -> BatchResult | NumericsError:
         """Stop until the batch is made, and copy it out of the slot."""
@@ -85,16 +85,15 @@ class DeviceLoop:
             graphs.close()
             raise
         self.at, self.slots = self.memory.at, self.memory.slots
-        self._bound: dict[tuple[bool, bool], Callable[[], None]] = {}
+        self._bound: dict[tuple[bool, bool] | str, Callable[[], None]] = {}
         self._captured: dict[Any, Callable[[], None]] = {}
         self._queued: list[QueuedBatch | None] = [None] * len(self.slots)  # the last one of each slot
         self._next = 0
         try:
             for kind in (Kind(True, True, True), Kind(False, True, True)):  # the largest first: others share its memory
                 self._network(kind)
-            for slot in self.slots:
-                tensors = {"latents": slot.at["decode"], "image": self.at["image"]}
-                slot.decode = graphs.bind(VAE_DECODER, tensors, streams.decode)
+            tensors = {"latents": self.at["decode"], "image": self.at["image"]}
+            self._bound[VAE_DECODER] = graphs.bind(VAE_DECODER, tensors, streams.decode)
         except BaseException:
             self.close()
             raise
@@ -229,24 +228,20 @@ class DeviceLoop:
     def _hand_over(self, slot: Slot) -> None:
         """Copy what the loop leaves behind to the slot, so that the next batch may begin."""
         device, stream, at = self.device, self.streams.loop, self.at
-        decode = slot.at["decode"]
-        final = at["latents"] if decode.dtype == F32 else at["input"]  # the last step scales its next input by 1
-        device.copy(stream, decode.pointer, final.pointer, decode.nbytes)
+        final = slot.at["final"]
+        source = at["latents"] if final.dtype == F32 else at["input"]  # the last step scales its next input by 1
+        device.copy(stream, final.pointer, source.pointer, final.nbytes)
         for name in ("latents", "mask_logits", "captured", "flags", "query_valid"):
             device.copy(stream, slot.at[name].pointer, at[name].pointer, at[name].nbytes)
         device.record(slot.denoised, stream)
 
     def _finish(self, slot: Slot, request: BatchRequest) -> None:
-        """Decode, turn into bytes and masks, and copy to the host, on their own streams."""
+        """Turn latents into bytes and masks, and copy them to the host, on their own streams."""
         device, at, s = self.device, slot.at, self.sizes
         stream, flags = self.streams.decode, at["flags"].pointer
         device.wait(stream, slot.denoised)
-        slot.decode()
-        image = self.at["image"]
-        device.kernels.image_epilogue(
-            stream, image.pointer, at["pixels"].pointer, batch=s.batch, size=s.image,
-            half=image.dtype == np.float16, bad=flags + PIXELS * s.batch,
-        )  # fmt: skip
+        for start in decode_starts(s.batch, s.decoded):
+            self._decode_part(slot, start)
         outputs = {name: at[name].pointer for name in ("labels", "area", "box", "score", "bits")}
         logits = at["mask_logits"]
         pointers = MaskPointers(
@@ -262,6 +257,17 @@ class DeviceLoop:
         device.copy(self.streams.copy, slot.host.ctypes.data, slot.pointer, self.memory.results.nbytes)
         device.record(slot.done, self.streams.copy)
 
+    def _decode_part(self, slot: Slot, start: int) -> None:
+        """Decode as many images as are decoded at once, from image `start` of the batch on, and make bytes of them."""
+        at, decode, image, s = slot.at, self.at["decode"], self.at["image"], self.sizes
+        stream, pixels = self.streams.decode, at["pixels"].part(start, s.decoded)
+        self.device.copy(stream, decode.pointer, at["final"].part(start, s.decoded).pointer, decode.nbytes)
+        self._bound[VAE_DECODER]()
+        self.device.kernels.image_epilogue(
+            stream, image.pointer, pixels.pointer, batch=s.decoded, size=s.image,
+            half=image.dtype == np.float16, bad=at["flags"].pointer + PIXELS * s.batch + start,
+        )  # fmt: skip
+
     def close(self) -> None:
         """Wait for what is under way and free the device's memory."""
         for queued in self._queued:
@@ -271,4 +277,4 @@ class DeviceLoop:
         self._bound.clear()
         self.graphs.close()
         self.memory.free()
-        self.slots = []
+        self.slots, self._queued = [], []

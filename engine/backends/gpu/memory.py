@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 from grounded_diffusion.bundle import UNET, UNET_GROUNDED, VAE_DECODER
 from grounded_diffusion.engine.backends.gpu.device import ALIGNMENT, Block, Device, Graphs
 from grounded_diffusion.engine.backends.gpu.results import FLAG_ROWS, MAX_ROWS
+from grounded_diffusion.engine.sampling.batch import decoded_at_once
 from grounded_diffusion.errors import BackendError
 from grounded_diffusion.kernels.cuda.launch import MAX_TERMS, STATS_BYTES
 
@@ -28,6 +28,11 @@ class Sizes:
     tokens: int
     width: int
     image: tuple[int, int]
+
+    @property
+    def decoded(self) -> int:
+        """Images that the decoder takes at once."""
+        return decoded_at_once(self.batch, self.latent[1] * self.latent[2])
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +61,6 @@ class Slot:
         self.at = results.tensors(self.pointer) | own.tensors(self.pointer + results.nbytes)
         self.noise = np.empty(0, np.uint8)  # pinned, grown by stochastic samplers
         self.denoised, self.decoded, self.done = (device.event() for _ in range(3))
-        self.decode: Callable[[], None]  # runs the decoder on this slot; bound by the loop
 
 
 class Memory:
@@ -116,7 +120,8 @@ class Memory:
             "conditional": ((b, s.tokens, s.width), context),
             "mask_logits": mask,
             "captured": (latents, kind(UNET, "latents")),
-            "image": ((b, 3, *s.image), kind(VAE_DECODER, "image")),
+            "decode": ((s.decoded, *s.latent), decode),
+            "image": ((s.decoded, 3, *s.image), kind(VAE_DECODER, "image")),
             "stats": ((b * s.objects * STATS_BYTES,), BYTE),
             "flags": ((FLAG_ROWS, b), BYTE),
         })  # fmt: skip
@@ -132,7 +137,7 @@ class Memory:
             "box": ((b, s.objects, 4), np.int32),
             "score": ((b, s.objects), F32),
         })  # fmt: skip
-        own = Block({"decode": (latents, decode), "query_valid": ((b, s.objects), np.bool_)})
+        own = Block({"final": (latents, decode), "query_valid": ((b, s.objects), np.bool_)})
         pointer = self.device.allocate(self.upload.nbytes + work.nbytes)
         self._pointers.append(pointer)
         self.device.clear(streams.loop, pointer, self.upload.nbytes + work.nbytes)

@@ -21,12 +21,11 @@ from grounded_diffusion.engine.sampling.backend import Arrays
 from grounded_diffusion.errors import BackendError
 
 PROVIDER = "CUDAExecutionProvider"
-INSTALL = "pip uninstall onnxruntime, then pip install 'grounded-diffusion[cuda]'"
+INSTALL = "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install 'grounded-diffusion[cuda]'"
 OPTIONS = {
     "prefer_nhwc": "1",  # tensor cores read channels last
     "fuse_conv_bias": "1",
     "use_tf32": "0",  # FP32 bundles are held to 1e-5
-    "sdpa_kernel": "0",  # the provider chooses: flash attention where the sizes allow it
     "cudnn_conv_algo_search": "EXHAUSTIVE",
     "cudnn_conv_use_max_workspace": "1",
     "arena_extend_strategy": "kSameAsRequested",
@@ -34,6 +33,11 @@ OPTIONS = {
 }
 NO_MEMORY = re.compile(r"out of memory|failed to allocate memory|alloc_failed", re.IGNORECASE)
 NO_CAPTURE = "cannot use the graph capture"
+SILENT = 4  # fatal errors alone: what fails is raised, and told once
+# Bits of ONNX Runtime's AttentionBackend. First whatever the provider chooses; where cuDNN refuses a head size, such as
+# the 160 of Stable Diffusion's innermost level, flash, memory-efficient and plain attention.
+ATTENTION, WITHOUT_CUDNN = "0", str(1 | 2 | 16)
+REFUSED_ATTENTION = re.compile(r"cudnn.*(attention|sdpa)|(attention|sdpa).*cudnn", re.IGNORECASE | re.DOTALL)
 
 
 class OnnxRuntimeCuda:
@@ -51,6 +55,7 @@ class OnnxRuntimeCuda:
     def __init__(self, bundle: Bundle, device: Any):
         self.bundle, self.device = bundle, device
         self.ort = load_runtime()
+        self.attention = ATTENTION
         self.ids = itertools.count(1)  # of captured graphs
         self._single: dict[str, Any] = {}
 
@@ -71,7 +76,11 @@ class OnnxRuntimeCuda:
         Raises:
             BackendError, DeviceMemoryError.
         """
-        options = OPTIONS | {"device_id": "0", "user_compute_stream": str(int(stream.handle))}
+        options = OPTIONS | {
+            "device_id": str(self.device.number),
+            "sdpa_kernel": self.attention,
+            "user_compute_stream": str(int(stream.handle)),
+        }
         if not dims:
             return self._open(graph, options, {})
         try:
@@ -83,7 +92,9 @@ class OnnxRuntimeCuda:
 
     def _open(self, graph: str, options: dict[str, str], dims: Mapping[str, int]) -> Any:
         file, settings = self.file(graph), self.ort.SessionOptions()
-        settings.log_severity_level = 3
+        settings.log_severity_level = SILENT
+        # A pattern sets aside all that a run ever needs, at offsets of its own, where the arena would use memory again.
+        settings.enable_mem_pattern = False
         # The files of weights are named relative to the bundle, in its folder of variants too.
         settings.add_session_config_entry(WEIGHTS_FOLDER, str(self.bundle.path))
         settings.graph_optimization_level = self.ort.GraphOptimizationLevel.ORT_ENABLE_ALL
@@ -108,6 +119,7 @@ class OnnxRuntimeCuda:
     def run_options(self) -> Any:
         """Options of runs that are captured together; the device loop has events of its own, so nothing waits."""
         options = self.ort.RunOptions()
+        options.log_severity_level = SILENT
         options.add_run_config_entry("gpu_graph_id", str(next(self.ids)))
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         return options
@@ -147,10 +159,11 @@ class OnnxRuntimeGraphs:
     def session(self, graph: str, rows: int | None = None) -> Any:
         """A graph's session for `rows` rows of latents; None takes those of guidance."""
         s = self.sizes
-        rows = rows or (s.batch if graph == VAE_DECODER else 2 * s.batch)
+        rows = rows or (s.decoded if graph == VAE_DECODER else 2 * s.batch)
         if (graph, rows) not in self._sessions:
             stream = self.streams.decode if graph == VAE_DECODER else self.streams.loop
-            dims = {"B": s.batch, "N": rows, "O": s.objects, "h": s.latent[1], "w": s.latent[2]}
+            batch = s.decoded if graph == VAE_DECODER else s.batch
+            dims = {"B": batch, "N": rows, "O": s.objects, "h": s.latent[1], "w": s.latent[2]}
             self._sessions[graph, rows] = self.runtime.session(graph, stream, dims)
         return self._sessions[graph, rows]
 
@@ -172,7 +185,7 @@ class OnnxRuntimeGraphs:
         for names, bind in zip(GRAPH_IO[graph], (binding.bind_input, binding.bind_output), strict=True):
             for name in names:
                 tensor = tensors[name]
-                bind(name, "cuda", 0, tensor.dtype.type, list(tensor.shape), tensor.pointer)
+                bind(name, "cuda", runtime.device.number, tensor.dtype.type, list(tensor.shape), tensor.pointer)
 
         def launch() -> None:
             try:
@@ -180,7 +193,15 @@ class OnnxRuntimeGraphs:
             except Exception as error:
                 raise failure(f"onnxruntime failed in {graph} at batch {self.sizes.batch}", error) from None
 
-        launch()  # runs once, then captures
+        try:
+            with runtime.device.lock:  # it captures so that any wait of another thread would break the graph
+                launch()  # runs once, then captures
+        except BackendError as error:
+            if runtime.attention == WITHOUT_CUDNN or not REFUSED_ATTENTION.search(str(error)):
+                raise
+            runtime.attention = WITHOUT_CUDNN
+            self._sessions.clear()
+            return self.bind(graph, tensors, stream)
         done = runtime.device.event()
         runtime.device.record(done, stream)
         runtime.device.sync(done)

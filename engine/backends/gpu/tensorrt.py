@@ -140,7 +140,7 @@ class TensorRTGraphs:
     def __init__(self, runtime: TensorRT, shapes: Mapping[str, dict[str, list[int]]]):
         self.runtime, self.shapes = runtime, shapes
         self.capturable = True
-        self._contexts: dict[str, tuple[Any, list[Callable[[], None] | None]]] = {}  # and the launch bound last
+        self._contexts: dict[str, tuple[Any, list[object]]] = {}  # and the launch bound last
         self._arenas: dict[int, tuple[int, int]] = {}  # pointer and size, by stream
         self._pointers: list[int] = []
         self._caches: dict[Path, Any] = {}
@@ -163,7 +163,7 @@ class TensorRTGraphs:
         *_, height, width = self.shape(UNET_GROUNDED, "mask_logits")
         return height, width
 
-    def _context(self, graph: str, shapes: Mapping[str, list[int]]) -> tuple[Any, list[Callable[[], None] | None]]:
+    def _context(self, graph: str, shapes: Mapping[str, list[int]]) -> tuple[Any, list[object]]:
         """The context of a graph at these shapes, without device memory yet."""
         trt, spec = self.runtime.trt, self.runtime.spec(graph, shapes)
         if spec.key not in self._contexts:
@@ -204,14 +204,14 @@ class TensorRTGraphs:
         engine = self._engine(graph, shapes)
         if last[0] is None:
             context.set_device_memory(*self._arena(stream, engine.device_memory_size_v2))
-        handle, failure = int(stream.handle), self.runtime.failure
+        handle, failure, this = int(stream.handle), self.runtime.failure, object()
 
-        def launch() -> None:
-            if last[0] is not launch:  # another binding of the same context, such as the other slot's
+        def launch() -> None:  # does not name itself: a cycle would keep the engine until it is collected
+            if last[0] is not this:  # another binding of the same context
                 for name, tensor in tensors.items():
                     if not context.set_tensor_address(name, tensor.pointer):
                         raise failure(f"refuses the memory of {name} in {graph}")
-                last[0] = launch
+                last[0] = this
             if not context.execute_async_v3(handle):
                 raise failure(f"failed in {graph} on {tensors['latents'].shape if 'latents' in tensors else shapes}")
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from grounded_diffusion.bundle import GRAPH_IO, UNET, Bundle
+from grounded_diffusion.bundle import GRAPH_IO, UNET, VAE_DECODER, Bundle
 from grounded_diffusion.engine.backends.tensorrt.store import OBJECTS, PACKAGES, EngineSpec, bundle_files
+from grounded_diffusion.engine.sampling.batch import decoded_at_once
 from grounded_diffusion.errors import BackendError, UsageError
 
 FLAGS: dict[str, Any] = {
@@ -44,8 +45,9 @@ def profile_shapes(bundle: Bundle, graph: str, bucket: Bucket) -> dict[str, list
     height, width = bucket.image_size or manifest.image_size
     if height % manifest.size_multiple or width % manifest.size_multiple or min(height, width) < 1:
         raise UsageError(f"{height}x{width} is not a multiple of {manifest.size_multiple}, as this model needs")
+    cells = (height // manifest.vae_scale_factor) * (width // manifest.vae_scale_factor)
     size = {
-        "B": bucket.batch,
+        "B": decoded_at_once(bucket.batch, cells) if graph == VAE_DECODER else bucket.batch,
         "N": bucket.batch if graph == UNET and not bucket.guided else 2 * bucket.batch,
         "O": bucket.objects,
         "L": manifest.context_length,

@@ -1,12 +1,18 @@
-"""The device loop, executed on a device made of host memory, gives what the NumPy loop gives."""
+"""The device loop, executed on a device made of host memory, gives what the NumPy loop gives.
+
+`test_gpu_driver.py` runs all of this again on the real CudaDevice.
+"""
 
 from __future__ import annotations
 
+import gc
 import sys
 import warnings
+import weakref
 
 import numpy as np
 import pytest
+from helpers.cuda.device import FakeDriverDevice
 from helpers.fake_gpu import HostDevice, HostRuntime
 
 from grounded_diffusion.bundle import UNET, UNET_GROUNDED, VAE_DECODER, open_bundle
@@ -15,6 +21,7 @@ from grounded_diffusion.engine.backends.gpu.backend import DeviceBackend
 from grounded_diffusion.engine.backends.gpu.device import DeviceMemoryError
 from grounded_diffusion.engine.backends.onnxruntime_cpu import OnnxRuntimeBackend
 from grounded_diffusion.engine.backends.open import open_backend
+from grounded_diffusion.engine.sampling import batch
 from grounded_diffusion.engine.sampling.batch import BatchRequest
 from grounded_diffusion.engine.sampling.denoise import make_batch
 from grounded_diffusion.engine.sampling.noise import batch_normal
@@ -25,6 +32,21 @@ from grounded_diffusion.errors import BackendError, NumericsError, UsageError
 def pipe(tiny_bundle):
     bundle = open_bundle(tiny_bundle)
     return GroundedPipeline(bundle, OnnxRuntimeBackend(bundle, threads=1))
+
+
+@pytest.fixture
+def open_device(request, pipe):
+    """Opens a backend on a device of host memory; nothing that a GPU would punish may have been done to it."""
+    device_class = FakeDriverDevice if request.config.getoption("--fake-driver") else HostDevice
+    always = tuple(range(4)) if request.config.getoption("--eager-streams") else ()
+    devices = []
+
+    def open_device(replay="step", memory=1 << 40, buckets=None, eager=always):
+        devices.append(device_class(memory, eager))
+        return DeviceBackend(pipe.bundle, devices[-1], HostRuntime(pipe.backend, devices[-1], buckets), replay)
+
+    yield open_device
+    assert not [complaint for device in devices for complaint in getattr(device, "complaints", [])]
 
 
 PROMPTS = ["a [dog] and a [cat]", "a [unicorn]", "a [rocket] over the [sea] and a [dog]", "a [dragon]", "a [dog]"]
@@ -65,11 +87,6 @@ def assert_same(made, expected):
     np.testing.assert_allclose(made.masks.score, masks.score, atol=1e-3)
 
 
-def open_device(pipe, replay="step", memory=1 << 40, buckets=None, eager=()):
-    runtime = HostRuntime(pipe.backend, buckets)
-    return DeviceBackend(pipe.bundle, HostDevice(memory, eager), runtime, replay)
-
-
 @pytest.mark.parametrize(
     ("replay", "options", "captures"),
     [
@@ -82,8 +99,8 @@ def open_device(pipe, replay="step", memory=1 << 40, buckets=None, eager=()):
         ("loop", {"sampler": "lcm", "steps": 2, "guidance_scale": 1.0}, 2),  # steps: noise is not captured
     ],
 )
-def test_it_equals_the_numpy_loop(pipe, replay, options, captures):
-    backend = open_device(pipe, replay)
+def test_it_equals_the_numpy_loop(pipe, open_device, replay, options, captures):
+    backend = open_device(replay)
     requests = [request(pipe, draw=10 * i, **options) for i in range(3)]
     pending = [backend.submit(r) for r in requests]  # more than there are slots
     for waiting, r in reversed(list(zip(pending, requests, strict=True))):
@@ -93,46 +110,46 @@ def test_it_equals_the_numpy_loop(pipe, replay, options, captures):
         replay, 6 if requests[0].schedule.stochastic else 3
     )
     backend.close()
-    assert not backend.device.blocks, "all memory is freed"
+    assert not backend.device.used, "all memory is freed"
 
 
 @pytest.mark.parametrize("eager", [(0,), (0, 1), (1, 2)], ids=["loop", "loop and decode", "decode and copy"])
-def test_no_stream_runs_over_another(pipe, eager):
-    backend = open_device(pipe, eager=eager)
+def test_no_stream_runs_over_another(pipe, open_device, eager):
+    backend = open_device(eager=eager)
     requests = [request(pipe, draw=10 * i, steps=2) for i in range(4)]
     pending = [backend.submit(r) for r in requests]
     for waiting, r in zip(pending, requests, strict=True):
         assert_same(waiting.result(), make_batch(pipe.backend, r))
 
 
-def test_other_prompts_guidance_and_solver_replay_the_same_capture(pipe):
-    backend = open_device(pipe)
+def test_other_prompts_guidance_and_solver_replay_the_same_capture(pipe, open_device):
+    backend = open_device()
     for changes in ({"guidance_scale": 2.0}, {"sampler": "dpmpp-2m", "steps": 3}, {"threshold": 0.3}):
         r = request(pipe, draw=5, **changes)
         assert_same(backend.submit(r).result(), make_batch(pipe.backend, r))
     assert backend.device.captures == 2
 
 
-def test_a_tail_is_padded_into_a_bucket_that_is_there(pipe):
-    backend = open_device(pipe)
+def test_a_tail_is_padded_into_a_bucket_that_is_there(pipe, open_device):
+    backend = open_device()
     for count in (4, 3, 1):
         r = request(pipe, count, steps=2)
         assert_same(backend.submit(r).result(), make_batch(pipe.backend, r))
     assert [sizes.batch for sizes in backend._loops] == [4, 1]
 
 
-def test_a_batch_is_split_over_the_engines_there_are(pipe):
-    backend = open_device(pipe, buckets=[(2, 4), (2, 8), (1, 4)])
+def test_a_batch_is_split_over_the_engines_there_are(pipe, open_device):
+    backend = open_device(buckets=[(2, 4), (2, 8), (1, 4)])
     r = request(pipe, 5, sampler="lcm", steps=2)
     assert_same(backend.submit(r).result(), make_batch(pipe.backend, r))
     assert [(s.batch, s.objects) for s in backend._loops] == [(2, 4), (1, 4)]
 
 
-def test_out_of_memory_goes_on_with_half_and_says_so(pipe):
-    backend = open_device(pipe)
+def test_out_of_memory_goes_on_with_half_and_says_so(pipe, open_device):
+    backend = open_device()
     backend.submit(request(pipe, 2, steps=2)).result()
-    needed = sum(block.nbytes for block in backend.device.blocks.values())
-    backend = open_device(pipe, memory=needed)
+    needed = backend.device.used
+    backend = open_device(memory=needed)
     r = request(pipe, 4, steps=2)
     with pytest.warns(UserWarning, match=r"batch of 4 does not fit at 64x64 in the memory of host; going on with 2"):
         made = backend.submit(r).result()
@@ -141,12 +158,61 @@ def test_out_of_memory_goes_on_with_half_and_says_so(pipe):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         backend.submit(r).result()  # remembered
-    tiny = open_device(pipe, memory=1000)
+    tiny = open_device(memory=1000)
     with pytest.raises(DeviceMemoryError, match=r"not even one image fits at 64x64 .*use a smaller --size"):
         tiny.submit(request(pipe, 1, steps=2)).result()
-    large = open_device(pipe, memory=needed, buckets=[(4, 8)])
+    large = open_device(memory=needed, buckets=[(4, 8)])
     with pytest.warns(UserWarning), pytest.raises(BackendError, match=r"no engine is small enough.*--batch 2"):
         large.submit(r).result()
+
+
+def test_a_tail_that_does_not_fit_beside_a_full_batch_takes_its_place(pipe, open_device):
+    backend = open_device()
+    full, tail = request(pipe, 4, steps=2), request(pipe, 1, steps=2)
+    backend.submit(full).result()
+    backend = open_device(memory=backend.device.used)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing is halved
+        for r in (full, tail, full):
+            assert_same(backend.submit(r).result(), make_batch(pipe.backend, r))
+    assert [sizes.batch for sizes in backend._loops] == [4]
+
+
+def test_images_are_decoded_in_parts(pipe, open_device, monkeypatch):
+    r = request(pipe, 5, steps=2)
+    whole = make_batch(pipe.backend, r).images
+    monkeypatch.setattr(batch, "DECODE_CELLS", 2 * 16 * 16)
+    backend, decoded = open_device(), []
+    expected = make_batch(pipe.backend, r)
+    assert np.abs(expected.images.astype(int) - whole).max() <= 1
+    backend.runtime.spoil = lambda graph, arrays: decoded.append(arrays) if graph == VAE_DECODER else None
+    assert_same(backend.submit(r).result(), expected)
+    assert [len(arrays["image"]) for arrays in decoded] == [2, 2, 2], "the last one repeats an image"
+
+    def spoil(graph, arrays):
+        if graph == VAE_DECODER:
+            decoded.append(arrays)
+            arrays["image"][1, 0, 0, 0] = np.nan if len(decoded) == 6 else 0
+
+    backend.runtime.spoil = spoil
+    with pytest.raises(NumericsError, match="sample 4: the pixels are not finite"):
+        backend.submit(r).result()
+
+
+def test_a_closed_backend_is_gone_without_the_garbage_collector(pipe, open_device):
+    backend = open_device()
+    pending = backend.submit(request(pipe, 2, steps=2))
+    assert len(pending.result().images) == 2
+    gc.collect()
+    gc.disable()
+    try:
+        (loop,) = backend._loops.values()
+        held = [weakref.ref(launch) for launch in loop._bound.values()]
+        del loop
+        backend.close()
+        assert not [ref for ref in held if ref() is not None]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(
@@ -158,8 +224,8 @@ def test_out_of_memory_goes_on_with_half_and_says_so(pipe):
         (VAE_DECODER, "image", 1, "pixels"),
     ],
 )
-def test_a_number_that_is_not_finite_is_named(pipe, graph, tensor, call, says):
-    backend, calls = open_device(pipe), []
+def test_a_number_that_is_not_finite_is_named(pipe, open_device, graph, tensor, call, says):
+    backend, calls = open_device(), []
 
     def spoil(ran, arrays):
         calls.append(ran)
@@ -173,8 +239,8 @@ def test_a_number_that_is_not_finite_is_named(pipe, graph, tensor, call, says):
     assert_same(backend.submit(r).result(), make_batch(pipe.backend, r))  # nothing of it is left
 
 
-def test_the_pipeline_runs_on_a_device(pipe):
-    backend = open_device(pipe)
+def test_the_pipeline_runs_on_a_device(pipe, open_device):
+    backend = open_device()
     prompts, options = PROMPTS, {"steps": 2, "batch": 2, "guidance_scale": 3.0}
     expected = list(pipe.generate(prompts, **options))
     made = list(GroundedPipeline(pipe.bundle, backend).generate(prompts, **options))
@@ -197,7 +263,10 @@ def test_the_pipeline_runs_on_a_device(pipe):
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("cuda", r"onnxruntime .* has no CUDA provider; pip uninstall onnxruntime, then pip install '.*\[cuda\]'"),
+        (
+            "cuda",
+            r"onnxruntime .* has no CUDA provider; pip uninstall -y onnxruntime .*, then pip install '.*\[cuda\]'",
+        ),
         ("tensorrt", r"tensorrt cannot be imported .*; pip install 'grounded-diffusion\[tensorrt\]'"),
         ("tensorrt-rtx", r"tensorrt_rtx cannot be imported .*; pip install 'grounded-diffusion\[rtx\]'"),
     ],
@@ -221,5 +290,5 @@ def test_a_machine_without_a_gpu_is_told_so(pipe, monkeypatch):
     monkeypatch.setattr(cuda.core, "Device", no_driver)
     with pytest.raises(BackendError, match=r"no CUDA device 0 .*the driver is not there.*check nvidia-smi"):
         open_backend("tensorrt-rtx", pipe.bundle)
-    with pytest.raises(UsageError, match="no backend 'openvino'; choose one of onnxruntime, cuda"):
-        open_backend("openvino", pipe.bundle)
+    with pytest.raises(UsageError, match="no backend 'directml'; choose one of onnxruntime, openvino"):
+        open_backend("directml", pipe.bundle)

@@ -26,7 +26,8 @@ from grounded_diffusion.errors import BackendError, Interrupted, UsageError
 def test_fields_become_options(error, line):
     assert in_flags(error, FLAGS) == line
     again = pickle.loads(pickle.dumps(error))  # as Ray sends it
-    assert in_flags(again, FLAGS) == line and type(again) is type(error)
+    assert in_flags(again, FLAGS) == line
+    assert type(again) is type(error)
 
 
 @pytest.mark.parametrize(

@@ -56,10 +56,12 @@ def check_masks(out):
         shape = (record["height"], record["width"])
         assert np.asarray(Image.open(out / record["image"])).shape == (*shape, 3)
         labels = np.asarray(Image.open(out / record["mask"]))
-        assert labels.shape == shape and labels.max() <= len(record["objects"])
+        assert labels.shape == shape
+        assert labels.max() <= len(record["objects"])
         for thing in record["objects"]:
             mask = np.asarray(Image.open(out / thing["mask"]))
-            assert mask.shape == shape and mask.sum() == thing["area"]
+            assert mask.shape == shape
+            assert mask.sum() == thing["area"]
             x, y, width, height = thing["box"]
             assert mask[y : y + height, x : x + width].sum() == thing["area"]
             assert not (labels == thing["label"])[~mask].any()
@@ -73,10 +75,14 @@ def test_200_mixed_prompts_without_torch(tiny_bundle, tmp_path):
     run = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, *options], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     records = check_masks(out)
-    assert len(records) == 200 and {len(record["objects"]) for record in records} == {1, 2, 3, 4}
-    assert records[4]["prompt"] == "a photograph of the sea" and records[4]["seed"] == 4
-    assert "masks are read at step 1 of 1, timestep " in run.stderr and "images/s" in run.stderr
-    assert "200 images with" in run.stdout and "\x1b" not in run.stderr  # plain lines, not on a terminal
+    assert len(records) == 200
+    assert {len(record["objects"]) for record in records} == {1, 2, 3, 4}
+    assert records[4]["prompt"] == "a photograph of the sea"
+    assert records[4]["seed"] == 4
+    assert "masks are read at step 1 of 1, timestep " in run.stderr
+    assert "images/s" in run.stderr
+    assert "200 images with" in run.stdout
+    assert "\x1b" not in run.stderr  # plain lines, not on a terminal
 
 
 def test_importing_the_engine_is_quick():
@@ -104,14 +110,17 @@ def test_an_interrupted_run_goes_on(tiny_bundle, tmp_path, ask):
         time.sleep(0.01)
     run.send_signal(ask)
     asked = time.monotonic()
-    assert run.wait(60) == 75 and time.monotonic() - asked < 10
+    assert run.wait(60) == 75
+    assert time.monotonic() - asked < 10
     assert f"interrupted by {ask.name}; " in run.stderr.read()
     assert json.loads(log.read_text().splitlines()[-1])["status"] == "interrupted"
-    assert 1 <= len(list((broken / "shards").glob("0*.json"))) < 6 and not (broken / "metadata.jsonl").exists()
+    assert 1 <= len(list((broken / "shards").glob("0*.json"))) < 6
+    assert not (broken / "metadata.jsonl").exists()
     assert not list(broken.rglob("*.lock"))
     assert main([*options, "--out", str(broken)]) == 0
     assert main([*options, "--out", str(whole)]) == 0
-    assert len(check_masks(whole)) == 24 and tree(broken) == tree(whole)
+    assert len(check_masks(whole)) == 24
+    assert tree(broken) == tree(whole)
 
 
 SLOW = """
@@ -138,10 +147,14 @@ def test_a_model_that_takes_long_is_not_waited_for(tiny_bundle, tmp_path, signal
     for _ in range(signals):
         run.send_signal(signal.SIGTERM)
         time.sleep(0.2)
-    assert run.wait(60) == 75 and (time.monotonic() - asked < 10) and (signals == 1) == (time.monotonic() - asked > 5)
+    assert run.wait(60) == 75
+    assert time.monotonic() - asked < 10
+    assert (signals == 1) == (time.monotonic() - asked > 5)
     assert "interrupted by SIGTERM; what is not finished is dropped" in run.stderr.read()
-    assert main(options) == 0 and len(check_masks(tmp_path / "out")) == 1
-    assert not list(tmp_path.rglob("*.lock")) and not list(tmp_path.rglob(".partial"))
+    assert main(options) == 0
+    assert len(check_masks(tmp_path / "out")) == 1
+    assert not list(tmp_path.rglob("*.lock"))
+    assert not list(tmp_path.rglob(".partial"))
 
 
 def tree(folder):
@@ -153,7 +166,9 @@ def fails(capsys, *options):
     """(exit status, the one line on standard error)."""
     status = main([str(option) for option in options])
     captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.count("\n") == 1 and captured.err.startswith("gd-infer: ")
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("gd-infer: ")
     return status, captured.err
 
 
@@ -195,7 +210,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(tiny_bundle, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     options, message = BAD[case]
     status, line = fails(capsys, "--model", tiny_bundle, "--out", "out", *options)
-    assert status == 2 and message in line
+    assert status == 2
+    assert message in line
     assert not list(tmp_path.iterdir())
 
 
@@ -203,7 +219,9 @@ def test_bad_bundle(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     for model, message in (("absent", "there is no bundle"), ("empty", "has no manifest.json")):
         status, line = fails(capsys, *PROMPT, "--model", tmp_path / model, "--out", tmp_path / "out")
-        assert status == 1 and message in line and not (tmp_path / "out").exists()
+        assert status == 1
+        assert message in line
+        assert not (tmp_path / "out").exists()
 
 
 def test_output_folders(tiny_bundle, tmp_path, capsys):
@@ -221,7 +239,8 @@ def test_output_folders(tiny_bundle, tmp_path, capsys):
         ((*run, tmp_path / "out", "--seed", "8"), "seed was 7, now 8"),
     ):
         status, line = fails(capsys, *options)
-        assert status == 2 and message in line
+        assert status == 2
+        assert message in line
     assert len(check_masks(tmp_path / "out")) == 1
     assert main([str(o) for o in (*run, tmp_path / "out", "--overwrite", "--prompt", "a [cat]")]) == 0
     assert [record["prompt"] for record in check_masks(tmp_path / "out")] == ["a dog", "a cat"]
@@ -232,7 +251,9 @@ def test_long_prompts_warn_once(tiny_bundle, tmp_path, capsys):
     options = ("--model", tiny_bundle, "--prompt", long, "--prompt", long, "--steps", "1", "--out", tmp_path / "out")
     assert main([str(option) for option in options]) == 0
     said = capsys.readouterr().err
-    assert said.count("over 77 tokens") == 1 and "zzz" in said and "2 prompts in all are too long" in said
+    assert said.count("over 77 tokens") == 1
+    assert "zzz" in said
+    assert "2 prompts in all are too long" in said
 
 
 FORMATS = {"voc": "VOCdevkit/VOC2012/ImageSets/Segmentation/train.txt", "coco": "annotations/instances_train.json",
@@ -250,7 +271,8 @@ def test_any_format_is_written_directly(tiny_bundle, tmp_path, name):
         assert main([*options, "--format", name, "--out", str(out), "--shard", worker]) == 0
     assert (out / FORMATS[name]).exists()
     classes = json.loads((out / "run.json").read_text())["settings"]["classes"]
-    assert list(classes) == sorted(NAMES) and list(classes.values()) == list(range(1, 9))
+    assert list(classes) == sorted(NAMES)
+    assert list(classes.values()) == list(range(1, 9))
 
 
 def test_a_dry_run_writes_nothing(tiny_bundle, tmp_path, capsys):
@@ -258,29 +280,35 @@ def test_a_dry_run_writes_nothing(tiny_bundle, tmp_path, capsys):
     options = ["--model", str(tiny_bundle), *PROMPT, "--images-per-prompt", "40", "--steps", "2", "--shard-size=16"]
     options += ["--threads", "1", "--sampler", "ddim"]
     out = tmp_path / "out"
-    assert main([*options, "--out", str(out), "--dry-run"]) == 0 and not out.exists()
+    assert main([*options, "--out", str(out), "--dry-run"]) == 0
+    assert not out.exists()
     told = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert told["images"] == "40; 40 to make" and told["shards"] == "3 of 16 images, in batches of 16; 0 are there"
-    assert "images/s" in told["time"] and "are free" in told["disk"]
+    assert told["images"] == "40; 40 to make"
+    assert told["shards"] == "3 of 16 images, in batches of 16; 0 are there"
+    assert "images/s" in told["time"]
+    assert "are free" in told["disk"]
     assert main([*options, "--out", str(out), "--shard", "1/3"]) == 0
     capsys.readouterr()
     assert main([*options, "--out", str(out), "--dry-run"]) == 0
     again = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert again["images"] == "40; 24 to make" and again["shards"].endswith("1 are there")
+    assert again["images"] == "40; 24 to make"
+    assert again["shards"].endswith("1 are there")
     assert main([*options, "--out", str(out)]) == 0
     size = sum(file.stat().st_size for file in out.rglob("*/*") if file.is_file() and "preview" not in str(file))
     assert abs(float(told["disk"].split(",")[1].split()[0]) * 1000 * 40 / size - 1) < 0.1
 
 
 def test_sizes():
-    assert parse_size("512") == (512, 512) and parse_size("512x768") == (512, 768)
+    assert parse_size("512") == (512, 512)
+    assert parse_size("512x768") == (512, 768)
 
 
 def test_help_and_version(capsys):
     for option, text in (("--help", "exit status: 0 complete"), ("--version", "gd-infer 0.")):
         with pytest.raises(SystemExit) as stopped:
             main([option])
-        assert stopped.value.code == 0 and text in capsys.readouterr().out
+        assert stopped.value.code == 0
+        assert text in capsys.readouterr().out
 
 
 def test_shipped_model_comes_from_the_cache(tiny_checkpoint, tiny_bundle, tmp_path):
@@ -288,7 +316,8 @@ def test_shipped_model_comes_from_the_cache(tiny_checkpoint, tiny_bundle, tmp_pa
     cached = tmp_path / f"{tiny_checkpoint.name}-{key[:16]}"
     shutil.copytree(tiny_bundle, cached)
     said = []
-    assert shipped.cached_export(tiny_checkpoint, tmp_path, said.append) == cached and not said
+    assert shipped.cached_export(tiny_checkpoint, tmp_path, said.append) == cached
+    assert not said
 
 
 def test_the_cache_key_is_the_checkpoint_and_its_exporter(tiny_checkpoint, tmp_path, monkeypatch):

@@ -27,9 +27,11 @@ def test_reading_back_gives_the_samples(blobs):
         sample, direct = blobs.sample(index), Record.from_sample(blobs.sample(index))
         for one in (record, direct):
             assert (one.id, one.prompt, one.seed, one.draw) == (f"{index:06d}", sample.prompt, 2**62, index)
-            assert np.array_equal(one.image, sample.image) and np.array_equal(one.labels, sample.labels)
+            assert np.array_equal(one.image, sample.image)
+            assert np.array_equal(one.labels, sample.labels)
             for thing in one.objects:
-                assert thing.mask.dtype == np.bool_ and np.array_equal(thing.mask, sample.masks[thing.name])
+                assert thing.mask.dtype == np.bool_
+                assert np.array_equal(thing.mask, sample.masks[thing.name])
                 assert (thing.area, thing.box) == (sample.object(thing.name).area, sample.object(thing.name).box)
 
 
@@ -55,7 +57,8 @@ def test_voc(blobs, tmp_path):
     assert lists == {"train": ids[:6], "val": ids[6:], "trainval": ids}
     for index, id in enumerate(ids):
         classes, objects = (Image.open(out / f"Segmentation{kind}" / f"{id}.png") for kind in ("Class", "Object"))
-        assert classes.mode == objects.mode == "P" and tuple(classes.getpalette()[:12]) == voc_palette()[:12]
+        assert classes.mode == objects.mode == "P"
+        assert tuple(classes.getpalette()[:12]) == voc_palette()[:12]
         assert np.array_equal(np.asarray(classes), blobs.class_map(index))
         assert np.array_equal(np.asarray(objects), blobs.sample(index).labels)
         assert Image.open(out / "JPEGImages" / f"{id}.jpg").size == (blobs.width, blobs.height)
@@ -67,7 +70,8 @@ def test_voc(blobs, tmp_path):
 def test_vocs_own_ids(blobs, tmp_path):
     out = blobs.convert(tmp_path / "voc", "voc", "--names", "voc")
     mask = np.asarray(Image.open(out / "VOCdevkit" / "VOC2012" / "SegmentationClass" / "000001.png"))
-    assert set(np.unique(mask)) <= {0, 12, 20} and 12 in mask
+    assert set(np.unique(mask)) <= {0, 12, 20}
+    assert 12 in mask
 
 
 def test_names_in_the_order_of_a_file(blobs, tmp_path):
@@ -93,14 +97,16 @@ def test_void_border():
 def test_void_border_in_voc(blobs, tmp_path):
     out = blobs.convert(tmp_path / "voc", "voc", "--void-border", 1) / "VOCdevkit" / "VOC2012"
     mask = np.asarray(Image.open(out / "SegmentationClass" / "000000.png"))
-    assert (mask == 255).any() and np.array_equal(mask[mask != 255], blobs.class_map(0)[mask != 255])
+    assert (mask == 255).any()
+    assert np.array_equal(mask[mask != 255], blobs.class_map(0)[mask != 255])
 
 
 def test_mmseg(blobs, tmp_path):
     out = blobs.convert(tmp_path / "mmseg", "mmseg", "--png")
     for index in range(blobs.count):
         mask = Image.open(out / "ann_dir" / blobs.split(index) / f"{index:06d}.png")
-        assert np.array_equal(np.asarray(mask), blobs.class_map(index)) and np.asarray(mask).dtype == np.uint8
+        assert np.array_equal(np.asarray(mask), blobs.class_map(index))
+        assert np.asarray(mask).dtype == np.uint8
         image = Image.open(out / "img_dir" / blobs.split(index) / f"{index:06d}.png")
         assert np.array_equal(np.asarray(image), blobs.sample(index).image)
     assert (out / "classes.txt").read_text().splitlines() == ["background", *blobs.names]
@@ -121,7 +127,8 @@ def test_webdataset(blobs, tmp_path):
     decoded = webdataset.WebDataset([str(out / name) for name in tars], shardshuffle=False).decode("pil")
     for index, sample in enumerate(decoded):
         expected = blobs.sample(index)
-        assert np.array_equal(np.asarray(sample["png"]), expected.image) and sample["txt"] == expected.prompt
+        assert np.array_equal(np.asarray(sample["png"]), expected.image)
+        assert sample["txt"] == expected.prompt
         raw = samples[index]["seg.png"]
         (tmp_path / "mask.png").write_bytes(raw)
         assert np.array_equal(np.asarray(Image.open(tmp_path / "mask.png")), blobs.class_map(index))
@@ -135,7 +142,9 @@ def check_hugging_face(blobs, data):
     for part in data.values():
         for row in part:
             expected = blobs.sample(int(row["id"]))
-            assert row["prompt"] == expected.prompt and row["seed"] == 2**62 and row["width"] == blobs.width
+            assert row["prompt"] == expected.prompt
+            assert row["seed"] == 2**62
+            assert row["width"] == blobs.width
             assert np.array_equal(np.asarray(row["image"]), expected.image)
             assert np.array_equal(np.asarray(row["mask"]), blobs.class_map(int(row["id"])))
             assert [thing["name"] for thing in row["objects"]] == list(expected.names)
@@ -173,7 +182,8 @@ def test_yolo(blobs, tmp_path, capsys):
         for line in lines:
             category, *values = line.split()
             points = np.array(values, float).reshape(-1, 2)
-            assert points.min() >= 0 and points.max() <= 1
+            assert points.min() >= 0
+            assert points.max() <= 1
             corners = [tuple(point) for point in np.rint(points * [blobs.width, blobs.height]).astype(int).tolist()]
             outer.setdefault(blobs.names[int(category)], []).append(corners)
         assert outer == {n: contours(sample.masks[n])[0] for n in sample.names if sample.object(n).area}
@@ -181,7 +191,8 @@ def test_yolo(blobs, tmp_path, capsys):
         str(out / "images" / "train"), str(out / "labels" / "train"), str(out / "data.yaml"), force_masks=True
     )
     assert data.classes == list(blobs.names)
-    assert len(data) == 6 and all(len(detections) for _, _, detections in data)
+    assert len(data) == 6
+    assert all(len(detections) for _, _, detections in data)
 
 
 @pytest.mark.parametrize("width", [1, 2, 3])
@@ -216,7 +227,8 @@ def test_a_real_run_from_prompts_to_coco(tiny_bundle, tmp_path, capsys):
     masks = {
         (record.id, thing.name): thing.mask for record in FolderDataset(out) for thing in record.objects if thing.area
     }
-    assert len(coco.getImgIds()) == 5 and len(coco.getAnnIds()) == len(masks) > 0
+    assert len(coco.getImgIds()) == 5
+    assert len(coco.getAnnIds()) == len(masks) > 0
     for annotation in coco.loadAnns(coco.getAnnIds()):
         id = coco.imgs[annotation["image_id"]]["file_name"].split(".")[0]
         name = coco.cats[annotation["category_id"]]["name"]

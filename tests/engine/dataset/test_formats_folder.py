@@ -51,11 +51,13 @@ def test_layout_and_contents(tmp_path):
         sample = make_sample(row["index"])
         assert np.array_equal(np.asarray(Image.open(out / row["image"])), sample.image)
         labels = Image.open(out / row["mask"])
-        assert labels.mode == "P" and np.array_equal(np.asarray(labels), sample.labels)
+        assert labels.mode == "P"
+        assert np.array_equal(np.asarray(labels), sample.labels)
         assert labels.getpalette()[:9] == [0, 0, 0, 128, 0, 0, 0, 128, 0]
         for thing in row["objects"]:
             mask = Image.open(out / thing["mask"])
-            assert mask.mode == "1" and np.array_equal(np.asarray(mask), sample.masks[thing["name"]])
+            assert mask.mode == "1"
+            assert np.array_equal(np.asarray(mask), sample.masks[thing["name"]])
             assert np.asarray(mask).sum() == thing["area"]
     assert sorted(path.name for path in out.iterdir()) == sorted(
         ["images", "masks", "objects", "preview", "shards", "index.html", "metadata.jsonl", "run.json"]
@@ -83,7 +85,8 @@ def test_shards_of_any_size_give_the_same_data_set(tmp_path):
     for tree in trees:
         for path in [path for path in tree if path.parts[0] == "shards"]:
             del tree[path]
-    assert trees[0] == trees[1] == trees[2] and len(trees[0]) == 12 * 4 + 6
+    assert trees[0] == trees[1] == trees[2]
+    assert len(trees[0]) == 12 * 4 + 6
 
 
 def test_a_run_with_lost_samples_is_sound(tmp_path, capsys):
@@ -125,12 +128,14 @@ def test_void_band_follows_the_probabilities(tmp_path):
     logits = np.array([[[-4.0, -4.0, 0.1, 4.0]]], np.float32).repeat(4, 1)  # [1,4,4], unsure in its third column
     void = unsure(logits, (4, 16), (0.3, 0.7))
     probability = 1 / (1 + np.exp(-np.interp((np.arange(16) + 0.5) / 4 - 0.5, np.arange(4), logits[0, 0])))
-    assert np.array_equal(void, np.broadcast_to((probability > 0.3) & (probability <= 0.7), (4, 16))) and void.any()
+    assert np.array_equal(void, np.broadcast_to((probability > 0.3) & (probability <= 0.7), (4, 16)))
+    assert void.any()
     rows = write(tmp_path / "out", range(3), Settings(void_band=(0.3, 0.7)))
     for row in rows:
         sample, labels = make_sample(row["index"]), np.asarray(Image.open(tmp_path / "out" / row["mask"]))
         void = unsure(sample.mask_logits, (20, 24), (0.3, 0.7))
-        assert np.array_equal(labels == 255, void) and void.any()
+        assert np.array_equal(labels == 255, void)
+        assert void.any()
         assert np.array_equal(labels[~void], sample.labels[~void])
     (tmp_path / "names").write_text("dog\ntraffic light\n")
     convert = ["convert", str(tmp_path / "out"), "--format", "mmseg", "--out", str(tmp_path / "mmseg")]
@@ -173,9 +178,12 @@ def test_a_damaged_shard_is_named(tmp_path, damage):
 def test_palette_is_that_of_pascal_voc():
     palette = np.reshape(voc_palette(), (256, 3)).tolist()
     assert palette[:4] == [[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0]]
-    assert palette[15] == [192, 128, 128] and palette[20] == [0, 64, 128] and palette[255] == [224, 224, 192]
+    assert palette[15] == [192, 128, 128]
+    assert palette[20] == [0, 64, 128]
+    assert palette[255] == [224, 224, 192]
 
 
 @pytest.mark.parametrize("name", ["dog", "dining table", "ünïcorn", "漢" * 64, "..", "--"])
 def test_slugs_are_short_file_names(name):
-    assert 1 <= len(slug(name).encode()) <= 160 and re.fullmatch(r"[\w-]+", slug(name))
+    assert 1 <= len(slug(name).encode()) <= 160
+    assert re.fullmatch(r"[\w-]+", slug(name))

@@ -83,7 +83,8 @@ def test_what_lies_beside_ours_is_named_and_stays(commands, tmp_path, capsys, co
     change = ["--seed", "8"] if command == "infer" else []
     capsys.readouterr()
     refused(capsys, commands[command](out, "--overwrite", *change), foreign, "nothing is removed", "another --out")
-    assert tree(out) == before and file.exists()
+    assert tree(out) == before
+    assert file.exists()
     file.rmdir() if file.is_dir() else file.unlink()
     assert commands[command](out, "--overwrite", *change) == 0
     assert dataset.main(["verify", str(out)]) == 0
@@ -148,7 +149,8 @@ def test_an_overwriting_command_that_was_killed_goes_on(infer, tmp_path, capsys)
     Dying.out = out
     assert in_fork(lambda: infer("--out", out, *new, backend=Dying)) == -signal.SIGKILL
     made = {path: path.stat().st_ino for path in (out / "shards").glob("0*.json")}
-    assert 0 < len(made) < 20 and not (out / "metadata.jsonl").exists()
+    assert 0 < len(made) < 20
+    assert not (out / "metadata.jsonl").exists()
     assert infer("--out", out, *new) == 0
     assert {path: path.stat().st_ino for path in made} == made
     assert infer("--out", whole, "--images-per-prompt", "40") == 0
@@ -193,7 +195,8 @@ def test_a_shard_that_was_being_put_in_place_is_ours(infer, tmp_path, monkeypatc
     with monkeypatch.context() as patched:
         patched.setattr(LocalStorage, "_stream", stream)
         assert in_fork(lambda: infer("--out", out)) == -signal.SIGKILL
-    assert (out / "images/000/000002.png").exists() and not (out / "shards/000001.json").exists()
+    assert (out / "images/000/000002.png").exists()
+    assert not (out / "shards/000001.json").exists()
     assert infer("--out", out, "--seed", "8", "--overwrite") == 0
     assert dataset.main(["verify", str(out)]) == 0
 
@@ -233,7 +236,8 @@ def test_a_run_does_not_follow_links(infer, tmp_path, capsys):
     before = tree(outside)
     for options in (["--seed", "8", "--overwrite"], []):
         assert infer("--out", out, *options) in (1, 2)
-        assert tree(outside) == before and (out / "preview").is_symlink()
+        assert tree(outside) == before
+        assert (out / "preview").is_symlink()
 
 
 @pytest.mark.parametrize("name", ["../secret/000000.png", "/etc/passwd"])
@@ -245,7 +249,8 @@ def test_a_record_cannot_put_a_foreign_picture_into_the_card(data, tmp_path, cap
     file.write_text(json.dumps(record))
     assert dataset.main(["card", str(data)]) in (1, 2)
     said = capsys.readouterr().err
-    assert "lies outside" in said and said.count("\n") == 1
+    assert "lies outside" in said
+    assert said.count("\n") == 1
     assert not (data / "card.png").exists()
 
 
@@ -276,7 +281,8 @@ def test_a_special_file_stays_special(infer, data, tmp_path, capsys, kind, comma
         status = prompts.main(["--vocabulary", "voc", "--out", str(target), "--overwrite"])
     refused(capsys, status, str(target))
     assert (target.lstat().st_mode, target.lstat().st_ino) == (before.st_mode, before.st_ino)
-    assert (tmp_path / "linked").read_text() == "mine" and not (tmp_path / "out").exists()
+    assert (tmp_path / "linked").read_text() == "mine"
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_metrics_file_replaces_nothing_else(infer, tmp_path, capsys):
@@ -289,7 +295,8 @@ def test_a_metrics_file_replaces_nothing_else(infer, tmp_path, capsys):
     for options in (["--metrics-file", given], ["--metrics-file", out / "run.json"], ["--metrics-file", foreign],
                     ["--log", log], ["--log", given]):  # fmt: skip
         refused(capsys, infer("--prompts", given, "--out", out, *options), str(options[1]))
-    assert given.read_text() == "a [dog]\n" and log.read_text() == "mine\n"
+    assert given.read_text() == "a [dog]\n"
+    assert log.read_text() == "mine\n"
     assert foreign.read_text().startswith("# HELP node_load1") and not (out / "metadata.jsonl").exists()
 
 
@@ -314,7 +321,8 @@ def test_prompts_do_not_replace_what_they_are_made_of(tmp_path, capsys):
     other.write_text("{}")
     refused(capsys, prompts.main(["--names", str(names), "--out", str(names), "--overwrite"]), "files to read")
     refused(capsys, prompts.main(["--names", str(names), "--out", str(other), "--overwrite"]), ".jsonl or .txt")
-    assert names.read_text() == "lamp\n" and other.read_text() == "{}"
+    assert names.read_text() == "lamp\n"
+    assert other.read_text() == "{}"
 
 
 URL = "memory://mends"
@@ -347,7 +355,8 @@ def test_data_sets_behind_urls(remote, data, tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     assert dataset.main(["verify", URL]) == 1
     said = capsys.readouterr().out
-    assert f"{URL}/images/000/000003.png: has changed" in said and f"{URL}/masks/000/000004.png is missing" in said
+    assert f"{URL}/images/000/000003.png: has changed" in said
+    assert f"{URL}/masks/000/000004.png is missing" in said
 
 
 @pytest.mark.parametrize("command", ["convert", "merge", "prompts", "plot"])

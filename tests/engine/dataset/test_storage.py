@@ -74,8 +74,11 @@ def uninterrupted(tmp_path_factory):
 
 
 def test_nothing_is_created_before_it_is_needed(storage, tmp_path):
-    assert isinstance(storage, LocalStorage) and storage.root == str(tmp_path / "deep" / "run")
-    assert storage.list("shards") == [] and not storage.exists("run.json") and storage.claims() == {}
+    assert isinstance(storage, LocalStorage)
+    assert storage.root == str(tmp_path / "deep" / "run")
+    assert storage.list("shards") == []
+    assert not storage.exists("run.json")
+    assert storage.claims() == {}
     storage.remove("run.json")
     with pytest.raises(FileNotFoundError):
         storage.read("run.json")
@@ -87,10 +90,13 @@ def test_files(storage):
     storage.put("images/a.png", b"old")
     storage.put("images/a.png", b"a")
     storage.put("images/deeper/c.png", b"c")
-    assert storage.list("images") == ["a.png", "b.png"] and storage.read("images/a.png") == b"a"
-    assert storage.exists("images/a.png") and not storage.exists("images")
+    assert storage.list("images") == ["a.png", "b.png"]
+    assert storage.read("images/a.png") == b"a"
+    assert storage.exists("images/a.png")
+    assert not storage.exists("images")
     storage.remove("images/deeper/c.png")
-    assert not (storage.folder / "images/deeper").exists() and storage.list("images") == ["a.png", "b.png"]
+    assert not (storage.folder / "images/deeper").exists()
+    assert storage.list("images") == ["a.png", "b.png"]
     storage.clean()
     assert tree(storage.folder) == {"images/a.png": b"a", "images/b.png": b"b"}
     with pytest.raises(StorageError, match="outside"):
@@ -121,7 +127,8 @@ def test_a_shard_that_cannot_be_packed_leaves_no_record(storage):
 
     with storage.claim(0), pytest.raises(ValueError, match="cannot be packed"):
         storage.commit(0, files(), b"{}")
-    assert not storage.exists(record_path(0)) and not storage.exists("images/0.png")
+    assert not storage.exists(record_path(0))
+    assert not storage.exists("images/0.png")
 
 
 def test_one_worker_holds_a_shard(storage):
@@ -129,9 +136,11 @@ def test_one_worker_holds_a_shard(storage):
     with storage.claim(3) as mine, other.claim(3) as theirs, other.claim(FINISH) as last:
         assert (mine, theirs, last) == (True, False, True)
         held = other.claims()
-        assert set(held) == {"000003", "finish"} and held["000003"]["started"].startswith("20")
+        assert set(held) == {"000003", "finish"}
+        assert held["000003"]["started"].startswith("20")
         assert (held["000003"]["host"], held["000003"]["pid"]) == (socket.gethostname(), os.getpid())
-    assert tree(storage.folder) == {} and storage.claims() == {}
+    assert tree(storage.folder) == {}
+    assert storage.claims() == {}
 
 
 def test_a_dead_workers_claim_is_taken_over_with_its_leftovers(storage):
@@ -147,12 +156,17 @@ def test_a_dead_workers_claim_is_taken_over_with_its_leftovers(storage):
     while not half.exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     with storage.claim(3) as mine:
-        assert not mine and storage.claims()["000003"]["pid"] == pid and half.exists()
+        assert not mine
+        assert storage.claims()["000003"]["pid"] == pid
+        assert half.exists()
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
-    assert storage.claims() == {} and storage.exists("shards/000003.lock")
+    assert storage.claims() == {}
+    assert storage.exists("shards/000003.lock")
     with storage.claim(3) as mine:
-        assert mine and storage.claims()["000003"]["pid"] == os.getpid() and not half.exists()
+        assert mine
+        assert storage.claims()["000003"]["pid"] == os.getpid()
+        assert not half.exists()
 
 
 def test_a_claim_is_never_held_twice(storage):
@@ -173,7 +187,8 @@ def test_a_claim_is_never_held_twice(storage):
     pids = [in_child(work) for _ in range(3)]
     for pid in pids:
         assert os.waitpid(pid, 0)[1] == 0
-    assert counter.read_text() == "120" and tree(storage.folder) == {}
+    assert counter.read_text() == "120"
+    assert tree(storage.folder) == {}
 
 
 def test_workers_killed_at_any_moment_leave_what_one_undisturbed_worker_does(tmp_path, uninterrupted):
@@ -193,7 +208,8 @@ def test_workers_killed_at_any_moment_leave_what_one_undisturbed_worker_does(tmp
             for path in uninterrupted:
                 storage.remove(path)
     make_all(storage)
-    assert tree(storage.folder) == uninterrupted and not (storage.folder / ".partial").exists()
+    assert tree(storage.folder) == uninterrupted
+    assert not (storage.folder / ".partial").exists()
 
 
 def on_tmpfs(folder, options, script):

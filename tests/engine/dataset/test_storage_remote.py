@@ -53,14 +53,19 @@ def objects(storage):
 
 
 def test_files(s3):
-    assert isinstance(s3, FsspecStorage) and s3.list("images") == [] and not s3.exists("run.json")
+    assert isinstance(s3, FsspecStorage)
+    assert s3.list("images") == []
+    assert not s3.exists("run.json")
     s3.put("run.json", b"{}")
     s3.put("images/b.png", b"b")
     s3.put("images/a.png", b"old")
     s3.put("images/a.png", b"a")
     s3.put("images/deeper/c.png", b"c")
-    assert s3.list("images") == ["a.png", "b.png"] and s3.list("") == ["run.json"]
-    assert s3.read("images/a.png") == b"a" and s3.exists("images/a.png") and not s3.exists("images")
+    assert s3.list("images") == ["a.png", "b.png"]
+    assert s3.list("") == ["run.json"]
+    assert s3.read("images/a.png") == b"a"
+    assert s3.exists("images/a.png")
+    assert not s3.exists("images")
     s3.remove("images/a.png")
     s3.remove("images/a.png")
     assert s3.list("images") == ["b.png"]
@@ -110,10 +115,13 @@ def test_one_worker_holds_a_shard(s3):
     with s3.claim(3) as mine, other.claim(3) as theirs, other.claim(4) as another:
         assert (mine, theirs, another) == (True, False, True)
         held = s3.claims()
-        assert set(held) == {"000003", "000004"} and held["000003"]["host"] and held["000003"]["started"]
+        assert set(held) == {"000003", "000004"}
+        assert held["000003"]["host"]
+        assert held["000003"]["started"]
     assert objects(s3) == {}
     with other.claim(3) as theirs, other.claim(FINISH) as last:
-        assert theirs and last
+        assert theirs
+        assert last
 
 
 def test_of_many_workers_at_once_one_gets_the_shard(s3):
@@ -137,7 +145,8 @@ def test_a_silent_worker_loses_its_shard_and_a_living_one_keeps_it(s3, monkeypat
     lock = {"host": "elsewhere", "pid": 1, "started": "2026-01-01T00:00:00+00:00", "renewed": time.time() - 5}
     s3.put("shards/000003.lock", json.dumps(lock).encode())
     with s3.claim(3) as mine:
-        assert not mine and s3.claims() == {"000003": lock}
+        assert not mine
+        assert s3.claims() == {"000003": lock}
     monkeypatch.setattr(storage_remote, "LEASE", 2.0)
     with s3.claim(3) as mine:
         assert mine
@@ -145,7 +154,8 @@ def test_a_silent_worker_loses_its_shard_and_a_living_one_keeps_it(s3, monkeypat
     with s3.claim(3) as mine:
         time.sleep(2.5)
         with open_storage(s3.root).claim(3) as theirs:
-            assert mine and not theirs
+            assert mine
+            assert not theirs
 
 
 def test_a_restarted_task_takes_its_own_shard_back(s3):
@@ -184,7 +194,8 @@ def test_clearing_leaves_nothing_but_what_is_beside(s3):
         storage.commit(0, files, encode_shard(0, 0, [], files, [{"index": 0}]))
         storage.put("run.json", run_json("folder", {}))
     clear(s3)
-    assert objects(s3).keys() == {"run.json"} and len(objects(beside)) == 3
+    assert objects(s3).keys() == {"run.json"}
+    assert len(objects(beside)) == 3
 
 
 def test_a_run_whose_first_worker_was_killed(s3, tiny_bundle, tmp_path):
@@ -195,7 +206,8 @@ def test_a_run_whose_first_worker_was_killed(s3, tiny_bundle, tmp_path):
     process = subprocess.Popen([sys.executable, "-m", "grounded_diffusion.engine.cli.infer", *options, s3.root])
     deadline = time.monotonic() + 60
     while not s3.exists(record_path(1)):
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.poll() is None
+        assert time.monotonic() < deadline
         time.sleep(0.02)
     process.kill()
     process.wait(10)

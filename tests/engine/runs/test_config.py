@@ -12,7 +12,7 @@ from grounded_diffusion.engine.cli.infer import build_parser, config_of
 from grounded_diffusion.engine.runs.open import open_run
 from grounded_diffusion.engine.runs.share import Share
 from grounded_diffusion.engine.runs.stop import Stop
-from grounded_diffusion.errors import UsageError
+from grounded_diffusion.errors import BackendError, UsageError
 
 BAD = {
     "no prompts": (dict(prompts=()), "no prompts; give `prompt_file` or `prompts`"),
@@ -26,6 +26,9 @@ BAD = {
     "format": (dict(format="pascal"), "there is no format 'pascal'; known are folder, "),
     "shard": (dict(shard="4/4"), r"worker 4 of 4 \(shard\) does not exist"),
     "scheduler": (dict(shard="auto"), "shard auto finds no scheduler"),
+    "device": (dict(device=0), "device is for a backend on a GPU"),
+    "device of ray": (dict(device=0, backend="cuda", ray=""), "device is for a backend on a GPU, in this process"),
+    "no device": (dict(device=-1, backend="cuda"), "device must be a whole number from 0 to 255"),
     "overwrite": (dict(shard="0/4", overwrite=True), "overwrite with shard would remove what other workers make"),
     "workers": (dict(workers=2), "workers is for ray; give threads"),
     "metrics": (dict(metrics_port="70000"), "metrics_port must be a port"),
@@ -110,3 +113,14 @@ def test_run_json_says_what_it_always_said(tiny_bundle, tmp_path):
         "max_overlap": None, "min_distance": None, "format": "voc", "classes": {"dog": 1}, "jpeg_quality": 95,
         "void_border": 0, "void_band": None, "polygons": False,
     })  # fmt: skip
+
+
+def test_a_driver_of_ray_opens_no_gpu(tiny_bundle, tmp_path):
+    """On a head node without one the run is planned, and what has to run is refused in one line."""
+    config = RunConfig(
+        prompts="a [dog]", out=tmp_path / "out", model=tiny_bundle, backend="cuda", ray="", options=Options(steps=2)
+    )
+    run = open_run(config, print, Stop())
+    assert run.config.options.batch == 16
+    with pytest.raises(BackendError, match="cuda runs in Ray's workers"):
+        list(run.pipe.generate(["a [dog]"]))

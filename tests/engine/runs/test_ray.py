@@ -97,7 +97,8 @@ def test_from_python(tiny_bundle, alone, tmp_path):
         threads=1, ray="", workers=2,
     )  # fmt: skip
     result = make_dataset(config, on_progress=told.append)
-    assert result.finished and result.accepted == told[-1].done == 60
+    assert result.finished
+    assert result.accepted == told[-1].done == 60
     assert tree(tmp_path / "out") == alone
 
 

@@ -89,8 +89,10 @@ def check_tree(out, expected):
     ids = [json.loads(line)["index"] for line in got["metadata.jsonl"].splitlines()]
     records = records_of(got)
     lost = [entry["index"] for record in records for entry in record["rejected"] + record["quarantined"]]
-    assert sorted(ids + lost) == list(range(SAMPLES)) and ids == sorted(ids)
-    assert not list(out.rglob(".partial")) and not list(out.rglob("*.lock"))
+    assert sorted(ids + lost) == list(range(SAMPLES))
+    assert ids == sorted(ids)
+    assert not list(out.rglob(".partial"))
+    assert not list(out.rglob("*.lock"))
 
 
 def kill_at_random(command, folder, expected, kills, seed):
@@ -168,7 +170,8 @@ def test_failures_are_tried_again_and_then_told(command, tmp_path, expected, cap
     assert {entry["attempts"] for entry in quarantined} == {2}
     rows = [row for record in records for row in record["rows"]]
     again = [row for row in rows if row["draw"] >= RETRY]
-    assert again and all(row["draw"] - RETRY < SAMPLES for row in again)
+    assert again
+    assert all(row["draw"] - RETRY < SAMPLES for row in again)
     assert null.main([*command, tmp_path / "out"], null.FailingBackend) == 3
     said = capsys.readouterr()
     lost = summary["quarantined"]
@@ -195,7 +198,8 @@ def test_an_empty_image_is_a_failure(command, tmp_path):
         summary = json.loads((out / "summary.json").read_text())
         counts.append(summary["quarantined"])
         assert summary["reasons"] == ({"the image has one colour only": counts[-1]} if counts[-1] else {})
-    assert 5 < counts[0] < SAMPLES - 5 and counts[1] < counts[0] / 2
+    assert 5 < counts[0] < SAMPLES - 5
+    assert counts[1] < counts[0] / 2
 
 
 def test_a_sample_that_cannot_be_encoded_is_given_up(command, tmp_path, monkeypatch):
@@ -221,14 +225,17 @@ def test_rejected_samples_are_made_again(command, tmp_path, capsys):
         options = ["--min-area", "0.015", "--min-distance", "20", "--attempts", attempts]
         assert null.main([*command, out, *options]) == 3
         summary = json.loads((out / "summary.json").read_text())
-        assert summary["accepted"] + summary["rejected"] == SAMPLES and summary["quarantined"] == 0
+        assert summary["accepted"] + summary["rejected"] == SAMPLES
+        assert summary["quarantined"] == 0
         assert summary["rejected"] == sum(summary["reasons"].values())
         counts.append(summary["accepted"])
         rows.append({r["index"]: r for r in map(json.loads, (out / "metadata.jsonl").read_text().splitlines())})
     assert 0 < counts[0] < counts[1]
     assert all(thing["area"] >= 0.015 * 64 * 64 for row in rows[1].values() for thing in row["objects"])
     once = [index for index, row in rows[1].items() if row["draw"] < RETRY]
-    assert once and len(once) < len(rows[1]) and all(rows[0][index] == rows[1][index] for index in once)
+    assert once
+    assert len(once) < len(rows[1])
+    assert all(rows[0][index] == rows[1][index] for index in once)
 
 
 @pytest.mark.parametrize("damage", ["", "{", '{"shard": 2}', None])
@@ -248,7 +255,8 @@ def test_a_share_whose_last_worker_finds_another_ones_damage(command, tmp_path, 
     """Whoever finishes makes what is damaged, whoever's it is."""
     out = tmp_path / "out"
     assert null.main([*command, out, "--shard", "0/2"], null.FailingBackend) in (0, 3)
-    assert not (out / "summary.json").exists() and not (out / "metadata.jsonl").exists()
+    assert not (out / "summary.json").exists()
+    assert not (out / "metadata.jsonl").exists()
     (out / "shards" / "000002.json").write_text("")
     assert null.main([*command, out, "--shard", "1/2"], null.FailingBackend) == 3
     check_tree(out, expected)
@@ -281,7 +289,9 @@ def test_a_changed_run_is_refused_by_name(command, tmp_path, prompts, capsys):
         capsys.readouterr()
         assert null.main([*command, out, *options]) == 2
         said = capsys.readouterr().err
-        assert said.count("\n") == 1 and message in said and "or --overwrite" in said
+        assert said.count("\n") == 1
+        assert message in said
+        assert "or --overwrite" in said
         assert tree(out) == before
     assert null.main([*command, out, "--seed", "8", "--overwrite"]) == 0
     assert tree(out)["run.json"] != before["run.json"]
@@ -328,7 +338,8 @@ def test_a_full_disk_ends_in_a_line_and_the_run_goes_on(command, tmp_path, expec
     done = on_small_disk(tmp_path / "disk", "size=2M", script)
     first, shards, *_, last = done.stdout.splitlines()
     assert (first, last) == ("75", "3"), done
-    assert "lock" not in shards and 1 <= shards.count("json") < SAMPLES / SHARD
+    assert "lock" not in shards
+    assert 1 <= shards.count("json") < SAMPLES / SHARD
     (line,) = [line for line in done.stderr.splitlines() if "no space left" in line]
     assert re.search(r"shard \d needs \d+ kB, \d+ kB are free; make room, then give the same command again$", line)
     check_tree(tmp_path / "copy", expected)

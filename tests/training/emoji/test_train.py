@@ -85,7 +85,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
 def test_muon_updates_are_nearly_orthogonal():
     for shape in ((32, 96), (96, 32), (64, 64)):
         values = torch.linalg.svdvals(orthogonalise(torch.randn(shape, generator=step_generator(0, 0))))
-        assert values.max() < 1.3 and values.median() > 0.6
+        assert values.max() < 1.3
+        assert values.median() > 0.6
 
 
 def test_the_rate_warms_up_holds_and_cools_down():
@@ -131,12 +132,14 @@ def test_zero_masks_are_left_out_of_the_loss_but_an_absent_names_is_not():
 def test_an_absent_name_is_none_of_the_image():
     objects = torch.tensor([[0, -1], [1, 2], [2, 0]]).repeat(40, 1)
     absent = absent_names(objects, 4, step_generator(0, 0))
-    assert (absent != objects).all() and set(absent.flatten().tolist()) == {0, 1, 2, 3}
+    assert (absent != objects).all()
+    assert set(absent.flatten().tolist()) == {0, 1, 2, 3}
 
 
 def test_prompts_name_one_or_two_different_seen_names():
     texts, objects = draw_prompts(["dog", "cat", "bus"], 50, step_generator(0, 0))
-    assert (objects[:, 0] != objects[:, 1]).all() and {(o >= 0).sum().item() for o in objects} == {1, 2}
+    assert (objects[:, 0] != objects[:, 1]).all()
+    assert {(o >= 0).sum().item() for o in objects} == {1, 2}
     assert all(text.count("a ") - 1 == (row >= 0).sum() for text, row in zip(texts, objects, strict=True))
     classes = torch.tensor([[[0, 1], [2, 2]]])
     assert object_masks(classes, torch.tensor([[1, -1]])).tolist() == [[[[0, 0], [1, 1]], [[0, 0], [0, 0]]]]
@@ -162,7 +165,8 @@ def test_all_stages_from_scenes_to_checkpoint(tmp_path, capsys):
     assert checkpoint.capture_timestep == 1
     assert json.loads((out / "evaluation.json").read_text())["one"]["images"] == 48
     assert "found by the oracle" in (out / "README.md").read_text()
-    assert (run / "unet.state.pt").exists() and "both found" in capsys.readouterr().out
+    assert (run / "unet.state.pt").exists()
+    assert "both found" in capsys.readouterr().out
 
 
 def test_stages_out_of_order_say_what_is_missing(tmp_path, capsys):

@@ -102,7 +102,9 @@ def test_a_coco_file_becomes_examples(coco, base, tmp_path):
     found = ExampleSet(tmp_path / "out")
     assert [found.names(k) for k in range(len(found))] == [("aeroplane", "sofa"), ("person",)]
     plane, couch = found[0].masks
-    assert plane[10, 10] and plane[10, 50] and not plane[10, 35]
+    assert plane[10, 10]
+    assert plane[10, 50]
+    assert not plane[10, 35]
     assert couch.sum() == 20 * 55
     assert found[1].masks[0].sum() == 40 * 40
 

@@ -32,20 +32,22 @@ def test_captions_name_the_objects_that_are_drawn():
     assert 0 < (scene.objects[:, 1] >= 0).sum() < 64
 
 
-@pytest.mark.parametrize("names", [["aeroplane"], ["dog"]])
-def test_masks_are_where_the_sprites_are(names):
-    """Without its sprite a scene is its background: only masked pixels and their shadow may differ much."""
-    world = ThingsWorld(ThingsConfig(size=64, pair_share=0.0), names)
+@pytest.mark.parametrize("name", ["aeroplane", "dog"])
+def test_masks_are_where_the_sprites_are(name):
+    """Without its sprite a scene is its background: only masked pixels, thin edges and the shadow may differ."""
+    world = ThingsWorld(ThingsConfig(size=64, pair_share=0.0), [name])
     drawn = world.render(8, step_generator(2, 0), captions=False)
     world.bank = torch.zeros_like(world.bank)
     bare = world.render(8, step_generator(2, 0), captions=False)
-    change = (drawn.images - bare.images).abs().amax(1)
-    grown = torch.nn.functional.max_pool2d((drawn.labels > 0).float()[:, None], 3, 1, 1)[:, 0] > 0
-    assert (change[drawn.labels > 0] > 0.1).float().mean() > 0.8
-    darker = (bare.images - drawn.images).amin(1)  # a shadow darkens all channels and nothing else does
-    outside = ~grown & (change > 0.02)
-    assert (darker[outside] > 0).all()
-    assert outside.any() == (names == ["dog"]), "only what stands on a ground has a shadow"
+    change, masked = (drawn.images - bare.images).abs().amax(1), drawn.labels > 0
+    grown = torch.nn.functional.max_pool2d(masked.float()[:, None], 5, 1, 2)[:, 0] > 0
+    assert (change[masked] > 0.1).float().mean() > 0.8
+    assert not (~grown & (change > 0.6)).any()
+    if name == "dog":
+        shadow = ~grown & (change > 0.05)
+        darker = (bare.images - drawn.images).amin(1) > 0  # in all channels, as only a shadow makes it
+        assert shadow.sum() > 8 * 8
+        assert darker[shadow].float().mean() > 0.9
 
 
 def test_whales_are_in_the_water_and_dogs_are_not():

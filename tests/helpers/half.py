@@ -1,0 +1,26 @@
+"""FP16 bundles for tests."""
+
+import shutil
+from dataclasses import replace
+
+import onnx_ir
+
+from grounded_diffusion.bundle import GRAPHS, TOKENIZER, open_bundle, sha256, write_manifest
+from grounded_diffusion.export.rewrites.half import to_half
+from grounded_diffusion.export.weights import WeightStore
+
+
+def to_half_bundle(source, folder, change=lambda graph, model: None):
+    """An FP16 bundle from the graphs of an FP32 one, each changed first: quicker than another export."""
+    folder.mkdir()
+    store = WeightStore(folder)
+    for graph in GRAPHS:
+        model = onnx_ir.load(source / graph)
+        change(graph, model)
+        to_half(model, graph)
+        store.move(model)
+        onnx_ir.save(model, folder / graph)
+    shutil.copy(source / TOKENIZER, folder)
+    files = {name: sha256(folder / name) for name in (*GRAPHS, TOKENIZER, *store.files)}
+    write_manifest(folder, replace(open_bundle(source).manifest, precision="fp16", files=files))
+    return folder
