@@ -29,8 +29,9 @@ from grounded_diffusion.bench.timing import repeat
 from grounded_diffusion.bench.work import EVERY_STEP, Output, PeerForm, Work
 from grounded_diffusion.engine import Options, Prompt
 from grounded_diffusion.errors import UsageError
-from grounded_diffusion.export.reference import object_queries, reference_pipeline
+from grounded_diffusion.export.reference import reference_pipeline
 from grounded_diffusion.training.checkpoint import Checkpoint, load_checkpoint
+from grounded_diffusion.training.generator.text import object_queries
 from grounded_diffusion.training.head.head import GroundingHead, upsample_logits
 from grounded_diffusion.training.head.taps import Taps
 
@@ -173,7 +174,9 @@ class Peer:
         """Object queries [B,O,D]; a name is encoded once."""
         names = [name for name in dict.fromkeys(n for p in prompts for n in p.objects) if name not in self._queries]
         if names:
-            self._queries |= zip(names, object_queries(self.checkpoint, names), strict=True)
+            model = self.checkpoint
+            queries = object_queries(model.tower, model.tokenizer, model.query_template, names)
+            self._queries |= zip(names, queries, strict=True)
         return torch.stack([torch.stack([self._queries[name] for name in p.objects]) for p in prompts]).to(self.device)
 
     def run(self, work: Work) -> Output:
