@@ -1,6 +1,5 @@
 """Every code block of the README and the docs: commands parse and, where no GPU is needed, run; Python runs."""
 
-import argparse
 import ast
 import contextlib
 import importlib.util
@@ -10,7 +9,6 @@ import re
 import shlex
 import subprocess
 from pathlib import Path
-from unittest import mock
 
 import pytest
 from helpers import null_backend as null
@@ -36,7 +34,7 @@ PARSERS = {
     "gd-prompts": lambda words: prompts.build_parser().parse_args(words),
     "gd-bench": bench.parse,
     "gd-export": export.parse,
-    "gd-train": lambda words: train.parse(words) if train.is_world(words) else parse_only(train.on_any_model, words),
+    "gd-train": train.parse,
 }
 # Blocks that are no commands, by their beginning: what a page shows, and not what is typed.
 SHOWN = (
@@ -59,21 +57,6 @@ def blocks(page):
 def is_shown(text):
     """Whether a block is a picture, or what a command says."""
     return "─►" in text or text.startswith(SHOWN)
-
-
-def parse_only(command, words):
-    """Have a command parse its options, and no more."""
-
-    class ParsedError(Exception):
-        pass
-
-    def parse_args(self, *given):
-        real(self, *given)
-        raise ParsedError
-
-    real = argparse.ArgumentParser.parse_args
-    with mock.patch.object(argparse.ArgumentParser, "parse_args", parse_args), pytest.raises(ParsedError):
-        command(words[0], words[1:])
 
 
 def commands(page):
