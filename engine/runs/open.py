@@ -107,6 +107,8 @@ def run_settings(config: RunConfig, bundle: Bundle, prompts: PromptFile, written
         **asdict(written),
         "classes": {name: k for k, name in written.classes.items()},
     }
+    if config.options.negative_prompt is None:
+        del settings["negative_prompt"]  # earlier versions had none, and their runs go on
     return json.loads(json.dumps(settings))  # tuples as lists, as they will be read
 
 
