@@ -103,7 +103,7 @@ def test_both_unets_read_the_same_half_weights(half_bundle, tiny_bundle):
 def overflow(graph, model):
     """Scale a convolution that a group norm follows: nothing changes in FP32, and FP16 passes 65504."""
     if graph in (UNET, UNET_GROUNDED):
-        value = model.graph.initializers["unet.down_blocks.1.resnets.0.conv1.weight"]
+        value = model.graph.initializers["denoiser.unet.down_blocks.1.resnets.0.conv1.weight"]
         value.const_value = onnx_ir.Tensor(value.const_value.numpy() * np.float32(5e5), name=value.name)
 
 
@@ -114,7 +114,7 @@ def test_drift_names_a_planted_overflow(tiny_bundle, tmp_path, capsys):
     unet = next(i for i, words in enumerate(lines) if words[0] == f"{UNET}:")
     first = lines[unet + 1]
     assert first[:3] == ["first", "not", "finite"] and first[4] == "Conv"
-    assert "unet.down_blocks.1.resnets.0.conv1" in first
+    assert "denoiser.unet.down_blocks.1.resnets.0.conv1" in first
     text = next(i for i, words in enumerate(lines) if words[0] == f"{TEXT_ENCODER}:")
     assert lines[text + 1] == ["first", "not", "finite", "none"]
 
