@@ -79,9 +79,7 @@ def assert_same(made, expected):
     assert made.images.shape == expected.images.shape and made.masks.masks.shape == masks.masks.shape
     np.testing.assert_allclose(made.denoised.latents, denoised.latents, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(made.denoised.mask_logits, denoised.mask_logits, rtol=1e-3, atol=1e-3)
-    np.testing.assert_allclose(
-        made.denoised.captured, denoised.captured, rtol=1e-3, atol=1e-3
-    )  # may be given in halves
+    np.testing.assert_allclose(made.denoised.captured, denoised.captured, rtol=1e-3, atol=1e-3)  # in FP16, halves
     assert made.denoised.capture_timestep == denoised.capture_timestep
     assert np.abs(made.images.astype(int) - expected.images).max() <= 1
     assert (made.masks.masks == masks.masks).mean() > 0.999 and (made.masks.labels == masks.labels).mean() > 0.999
