@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from grounded_diffusion.errors import UsageError
 from grounded_diffusion.training.head.folded import fold
 from grounded_diffusion.training.head.head import resize
+from grounded_diffusion.training.head.taps import ModuleOutputs
 
 CAPTURE_TIMESTEP = 121  # of 9 timesteps from 1 to 721 on the shipped model those from 41 to 321 are within two points
 SHARPNESS = 4.0  # logit of a pixel with twice the share that is needed
@@ -84,31 +85,13 @@ def place_of(layer: str) -> str:
     return layer.split(".transformer_blocks.")[0]
 
 
-class AttentionTaps:
+class AttentionTaps(ModuleOutputs):
     """Captures image queries, their resolution, and features while it is entered; see Taps."""
 
     def __init__(self, unet: nn.Module, config: AttentionConfig):
-        self.unet, self.config = unet, config
-        self._outputs: dict[str, torch.Tensor] = {}
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
-
-    def __enter__(self) -> AttentionTaps:
-        names = [f"{layer}.to_q" for layer, _ in self.config.layers]
-        names += [place_of(layer) for layer, _ in self.config.layers]
-        for name in dict.fromkeys([*names, *self.config.features]):
-            self._handles.append(self.unet.get_submodule(name).register_forward_hook(self._keep(name)))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
-    def _keep(self, name: str):
-        def hook(_module, _inputs, output):
-            self._outputs[name] = output[0] if isinstance(output, tuple) else output
-
-        return hook
+        self.config = config
+        layers = [layer for layer, _ in config.layers]
+        super().__init__(unet, (*(f"{layer}.to_q" for layer in layers), *map(place_of, layers), *config.features))
 
     def raw(self) -> Mapping[str, torch.Tensor]:
         """Outputs of the tapped modules by name: [2B,hw,C] of queries, [2B,C,h,w] of features."""

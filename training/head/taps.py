@@ -7,9 +7,9 @@ with any number of levels and of layers a block; for Stable Diffusion 1.5 the ch
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -74,7 +74,37 @@ def pair_guidance(feature: torch.Tensor) -> torch.Tensor:
     return torch.cat(feature.chunk(2), dim=1)
 
 
-class Taps:
+class ModuleOutputs:
+    """Keeps what some modules gave in a network's latest forward pass, while it is entered.
+
+    Args:
+        network: left as it was when the context ends.
+        modules: names of its submodules; of one that gives a tuple, the first of it is kept.
+    """
+
+    def __init__(self, network: torch.nn.Module, modules: Iterable[str]):
+        self._network, self._modules = network, tuple(dict.fromkeys(modules))
+        self._outputs: dict[str, torch.Tensor] = {}
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> Self:
+        for name in self._modules:
+            self._handles.append(self._network.get_submodule(name).register_forward_hook(self._keep(name)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _keep(self, name: str):
+        def hook(_module, _inputs, output):
+            self._outputs[name] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+
+class Taps(ModuleOutputs):
     """Captures the tapped features of a UNet's forward passes while it is entered.
 
     >>> with Taps(unet) as taps:
@@ -91,26 +121,8 @@ class Taps:
     """
 
     def __init__(self, unet: torch.nn.Module):
-        self.unet = unet
         self.levels = level_taps(unet.config)
-        self._outputs: dict[str, torch.Tensor] = {}
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
-
-    def __enter__(self) -> Taps:
-        for tap in (tap for level in self.levels for tap in level):
-            self._handles.append(self.unet.get_submodule(tap.module).register_forward_hook(self._keep(tap.module)))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
-    def _keep(self, name: str):
-        def hook(_module, _inputs, output):
-            self._outputs[name] = output[0] if isinstance(output, tuple) else output
-
-        return hook
+        super().__init__(unet, (tap.module for level in self.levels for tap in level))
 
     def raw(self) -> list[list[torch.Tensor]]:
         """Features [2B,C,h,w] of every level's taps, lowest resolution first; what FoldedHead takes."""
