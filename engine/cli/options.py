@@ -74,3 +74,10 @@ def add_monitor_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--metrics-port", metavar="[HOST:]PORT", help="serve /metrics for Prometheus there (host: 127.0.0.1)"
     )
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    """What the command says of itself, as a group."""
+    group = parser.add_argument_group("what is said")
+    group.add_argument("--quiet", action="store_true", help="say nothing but what goes wrong")
+    group.add_argument("--json", action="store_true", help="print what came of it as JSON, on standard output")

@@ -35,7 +35,7 @@ REASONS = 32  # different reasons that get a label of their own, so that a colle
 
 
 def open_monitor(
-    config: RunConfig, say: Callable[[str], None], on_progress: Callable[[Progress], None] | None = None
+    config: RunConfig, say: Callable[[str], None] | None, on_progress: Callable[[Progress], None] | None = None
 ) -> Monitor:
     """The monitor that a configuration asks for. Raises UsageError for a file or port that cannot be used."""
     address = parse_address(config.metrics_port) if config.metrics_port is not None else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -21,15 +22,16 @@ from grounded_diffusion.engine.dataset.storage.open import open_storage
 from grounded_diffusion.engine.pipeline.pipeline import GroundedPipeline
 from grounded_diffusion.engine.pipeline.shipped import shipped_bundle
 from grounded_diffusion.engine.pipeline.tokenizer import Tokenizer
-from grounded_diffusion.engine.prompts.file import PromptFile
+from grounded_diffusion.engine.prompts.file import SHOWN, PromptFile, all_of
 from grounded_diffusion.engine.runs.config import RunConfig
 from grounded_diffusion.engine.runs.plan import Plan, default_shard_size, validation
 from grounded_diffusion.engine.runs.run import Run
 from grounded_diffusion.engine.runs.stop import Stop
 from grounded_diffusion.engine.sampling.backend import Backend
-from grounded_diffusion.errors import BackendError
+from grounded_diffusion.errors import BackendError, UsageError
 
 CALIBRATED = 256  # images from which it pays to try which batch is fastest on this machine
+DRAWN_SEEDS = 1 << 32  # of ten digits at most, to be read and typed
 LONG_SHOWN = 5  # prompts that are too long for the model and are shown
 
 
@@ -69,6 +71,8 @@ def settle(
 ) -> Run:
     """Open the model, and settle what is not asked for: as the run that was found has it, or as is best here."""
     before = found.settings if found else None
+    if config.random_seed:
+        config = replace(config, random_seed=False, options=replace(config.options, seed=draw_seed(before, say)))
     config = replace(config, backend=choose_backend(config, bundle, prompts.samples, before or {}, say), precision=None)
     batch, lanes = batch_and_lanes(config, bundle, prompts.samples, before or {}, say)
     pipe = GroundedPipeline(bundle, backend_of(config, bundle, lanes))
@@ -83,6 +87,15 @@ def settle(
     plan = Plan(prompts, config.options.seed, batch, shard_size, in_val)
     format = open_format(config.format, written)
     return Run(config, pipe, plan, storage, format, settings, begun, say, stop)
+
+
+def draw_seed(before: dict[str, Any] | None, say: Callable[[str], None]) -> int:
+    """The seed that the run was begun with, or a new one."""
+    if before and isinstance(before.get("seed"), int):
+        return before["seed"]
+    seed = secrets.randbelow(DRAWN_SEEDS)
+    say(f"drew the seed {seed}")
+    return seed
 
 
 def backend_of(config: RunConfig, bundle: Bundle, lanes: int) -> Backend:
@@ -175,25 +188,33 @@ def check_prompts(tokenizer: Tokenizer, prompts: PromptFile, classes: Classes | 
     """Check every prompt against the model, and against the classes where there are any; returns all names of objects.
 
     Raises:
-        UsageError: a prompt that cannot be used, with its file and line, or a name without tokens or class.
+        UsageError: prompts that cannot be used, with file and line, or names without tokens or class.
     """
     names: set[str] = set()
     shown: set[str] = set()
+    problems: dict[str, UsageError] = {}
     too_long = 0
     for _, prompt in prompts:
         stop.check()
-        for name in prompt.objects:
-            if name not in names:
-                tokenizer.encode_query(name)
+        try:
+            for name in [name for name in prompt.objects if name not in names]:
                 names.add(name)
-        if classes:
-            classes.check(prompt.objects, f"the prompt {shorten(prompt.text)!r}")
+                tokenizer.encode_query(name)
+            if classes:
+                classes.check(prompt.objects, f"the prompt {shorten(prompt.text)!r}")
+        except UsageError as error:
+            problems[str(error)] = error
+            if len(problems) == SHOWN:
+                break
+            continue
         for text in filter(None, (prompt.text, prompt.negative_prompt)):
             if cut := tokenizer.what_is_cut(text):
                 too_long += 1
                 if len(shown) < LONG_SHOWN and text not in shown:
                     shown.add(text)
                     warnings.warn(cut, stacklevel=2)
+    if problems:
+        raise all_of(list(problems.values()), len(problems))
     if too_long > len(shown):
         warnings.warn(f"{too_long} prompts in all are too long", stacklevel=2)
     return names

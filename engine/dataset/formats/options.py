@@ -56,6 +56,8 @@ class FormatOptions:
     def classes(self, format: str) -> Classes | None:
         """The classes, where they do not depend on the names of the objects. Raises UsageError."""
         if format in WITHOUT_CLASSES:
+            if self.names is not None:
+                raise UsageError(f"{format} has no class ids, so it takes no `names`; leave it out", "names")
             return Classes(())
         if self.names is None:
             return None
