@@ -19,6 +19,7 @@ from grounded_diffusion import __version__
 from grounded_diffusion.engine.backends.open import BACKENDS, DEFAULT_BACKEND, PRECISIONS
 from grounded_diffusion.engine.cli import common
 from grounded_diffusion.engine.cli.common import parse_seed, parse_size
+from grounded_diffusion.engine.cli.completion import add_completion_option
 from grounded_diffusion.engine.cli.config_file import add_config_option, parse_with_config
 from grounded_diffusion.engine.cli.options import (
     add_filter_options,
@@ -74,6 +75,7 @@ def build_parser() -> common.Parser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"gd-infer {__version__}")
+    add_completion_option(parser)
     what = parser.add_argument_group("what to make")
     what.add_argument("--prompts", type=Path, metavar="FILE", help="prompt file; - is standard input")
     what.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be given repeatedly")
@@ -220,7 +222,7 @@ def run(args: argparse.Namespace, stop: Stop) -> int:
 
 def last_words(monitor: Monitor, name: str) -> None:
     """Said before the program is ended while it is busy."""
-    note(f"interrupted by {name}; what is not finished is dropped, and the same command goes on")
+    note(f"interrupted by {name}; what is finished is kept, and the same command goes on")
     monitor.close("interrupted")
 
 

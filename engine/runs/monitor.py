@@ -122,6 +122,13 @@ class Monitor:
             self.event("elsewhere", samples=samples)
             self._show()
 
+    def kept(self, samples: int) -> None:
+        """Samples that an earlier run has made and kept."""
+        with self._lock:
+            self.done += samples
+            self.event("kept", samples=samples)
+            self._show()
+
     def batch(self, images: int, seconds: float) -> None:
         """The model has made a batch, `seconds` after the one before."""
         with self._lock:
