@@ -209,11 +209,11 @@ def run(args: argparse.Namespace, stop: Stop) -> int:
     """The whole command; returns the exit status."""
     config = config_of(args)
     say = (lambda line: None) if args.quiet else note
-    run = open_run(config, say, stop)
+    run = open_run(config, say, stop, quick=args.dry_run)
     with run.pipe:
         if args.dry_run:
-            for line in estimate(run):
-                print(line)
+            found = estimate(run)
+            print(json.dumps(asdict(found)) if args.json else "\n".join(found.lines()))
             return 0
         monitor = open_monitor(config, None if args.quiet else note)
         stop.last = functools.partial(last_words, monitor)
@@ -222,7 +222,7 @@ def run(args: argparse.Namespace, stop: Stop) -> int:
 
 def last_words(monitor: Monitor, name: str) -> None:
     """Said before the program is ended while it is busy."""
-    note(f"interrupted by {name}; what is finished is kept, and the same command goes on")
+    note(f"interrupted by {name}; what is not finished is dropped, and the same command goes on")
     monitor.close("interrupted")
 
 

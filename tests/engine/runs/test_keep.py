@@ -25,7 +25,7 @@ SAMPLES = 24
 class CountingBackend(null.FailingBackend):
     """Notes in a file how many images it has drawn, and takes a while."""
 
-    file: Path
+    file = Path()
 
     def run(self, graph, inputs):
         if graph == "vae_decoder":
