@@ -89,6 +89,8 @@ def of_run(path: Path, content: Any) -> dict[str, Any]:
     if classes:
         coco = set(classes.values()) <= set(COCO_IDS) and list(classes.values()) != list(range(1, len(classes) + 1))
         options["names"] = "coco" if coco else list(classes)
+    if (least := options.pop("instances", None)) is not None:
+        options |= {"instances": "components", "instance_area": least}
     if isinstance(size := settings.get("size"), list):
         options["size"] = "x".join(map(str, size))
     return options

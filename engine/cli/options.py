@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from grounded_diffusion.engine.dataset.formats import FormatOptions
+from grounded_diffusion.engine.dataset.formats.options import INSTANCES, LEAST_PART
 from grounded_diffusion.engine.runs.filters import Filters
 from grounded_diffusion.files import local_path
 
@@ -32,6 +33,15 @@ def add_format_options(parser: argparse.ArgumentParser, *, band: bool) -> None:
             "--void-band", type=float, nargs=2, metavar=("LOW", "HIGH"),
             help="mark pixels as 255 at which an object's probability lies between these, as in 0.3 0.7",
         )  # fmt: skip
+    group.add_argument(
+        "--instances", choices=INSTANCES, default=INSTANCES[0],
+        help="coco, coco-panoptic, yolo: one object a class, or one for each connected part of its mask "
+        "(default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--instance-area", type=float, metavar="P",
+        help=f"components: least share of the image that a part covers (default: {LEAST_PART:g})",
+    )  # fmt: skip
     group.add_argument("--polygons", action="store_true", help="coco: polygons instead of run lengths")
 
 

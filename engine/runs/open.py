@@ -138,8 +138,7 @@ def run_settings(config: RunConfig, bundle: Bundle, prompts: PromptFile, written
         "attempts": config.attempts,
         **asdict(config.filters),
         "format": config.format,
-        **asdict(written),
-        "classes": {name: k for k, name in written.classes.items()},
+        **written.as_json(),
     }
     if config.options.negative_prompt is None:
         del settings["negative_prompt"]  # earlier versions had none, and their runs go on
