@@ -80,6 +80,8 @@ class Manifest:
         head: variant ("released" or "paper"), statistics ("per_image" or "stored") and sizes.
         precision: floating-point type of the graphs' weights, "fp32" or "fp16".
         names: object names the model was trained to draw, and those its head was trained on.
+        sampling: the model's own "sampler", "steps", "guidance_scale" and "guidance_interval", for runs that do not say
+            theirs; those that it lacks are the engine's.
         base: digest of the base model's weights, by which examples for a head are told to be of this model.
         files: SHA-256 of every other file of the bundle, by name.
         versions: of everything that made the bundle.
@@ -103,6 +105,7 @@ class Manifest:
     precision: str
     guidance_layout: str = "uncond_first"
     names: dict[str, list[str]] = field(default_factory=dict)
+    sampling: dict[str, Any] = field(default_factory=dict)
     base: str = ""
     files: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)

@@ -1,7 +1,8 @@
 """Checkpoints: a diffusers-format Stable Diffusion directory with a grounding head beside it.
 
     CHECKPOINT/{model_index.json,unet/,vae/,text_encoder/,tokenizer/,scheduler/}   what diffusers itself loads
-    CHECKPOINT/grounding_head/{config.json,model.safetensors}                      what this project adds
+    CHECKPOINT/grounding_head/{config.json,model.safetensors}                      what this project adds,
+    CHECKPOINT/sampling.json                                                       and how the model is best run
 
 The other forms people have are a plain model (see training/generator/model.py) and the paper's `grounding_module.pth`
 for it, or no head at all.
@@ -26,7 +27,7 @@ from grounded_diffusion.errors import CheckpointError, UsageError
 from grounded_diffusion.families import FAMILIES
 from grounded_diffusion.training.generator.attention import NOUNS, attention_head
 from grounded_diffusion.training.generator.denoiser import Denoiser
-from grounded_diffusion.training.generator.model import PARTS, first_line, load_base
+from grounded_diffusion.training.generator.model import PARTS, SAMPLING, first_line, load_base
 from grounded_diffusion.training.generator.text import TextTower
 from grounded_diffusion.training.head.attention import CAPTURE_TIMESTEP, AttentionHead
 from grounded_diffusion.training.head.head import GroundingHead, HeadConfig, load_released, load_state
@@ -49,6 +50,7 @@ class Checkpoint:
         names: object names, such as {"seen": [...], "unseen": [...]}; empty where unknown.
         text_encoder_2: of a family with two.
         family: one of FAMILIES.
+        sampling: what the model's runs are to take, instead of what its family and scheduler say; see SAMPLING.
     """
 
     unet: UNet2DConditionModel
@@ -62,6 +64,7 @@ class Checkpoint:
     names: dict[str, list[str]] = field(default_factory=dict)
     text_encoder_2: CLIPTextModelWithProjection | None = None
     family: str = "sd1"
+    sampling: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         steps = self.scheduler.config.num_train_timesteps
@@ -133,6 +136,8 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint, dtype: torch.dtype
         names=checkpoint.names,
     )
     (path / HEAD / "config.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    if checkpoint.sampling:
+        (path / SAMPLING).write_text(json.dumps(checkpoint.sampling, indent=1) + "\n", encoding="utf-8")
 
 
 def _load_head(folder: Path) -> tuple[GroundingHead, dict[str, Any]]:

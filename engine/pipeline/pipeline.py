@@ -9,7 +9,7 @@ from concurrent.futures import Future, wait
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 
@@ -85,7 +85,8 @@ class GroundedPipeline:
 
     def schedule(self, options: Options) -> Schedule:
         """The sampler's table for this model. Raises UsageError for what the model's scheduler does not allow."""
-        return build_schedule(self.bundle.manifest.scheduler, options.sampler, options.steps)
+        own = options.of_model(self.bundle.manifest)
+        return build_schedule(self.bundle.manifest.scheduler, cast(str, own.sampler), cast(int, own.steps))
 
     def latent_shape(self, options: Options) -> tuple[int, int, int]:
         """(channels, h, w) of one latent. Raises UsageError for a size the model cannot make."""
@@ -114,7 +115,7 @@ class GroundedPipeline:
             UsageError: a prompt or an option that cannot be used.
             BackendError, NumericsError: while iterating.
         """
-        options = replace(options or Options(), **changes)
+        options = replace(options or Options(), **changes).of_model(self.bundle.manifest)
         jobs = list_jobs(as_prompts(prompts), options)
         self.schedule(options)  # raises for what the model's scheduler does not allow
         shape = self.latent_shape(options)
@@ -155,6 +156,7 @@ class GroundedPipeline:
         Raises:
             BackendError: the backend has failed.
         """
+        options = options.of_model(self.bundle.manifest)
         schedule = self.schedule(options)
         submitted: deque[tuple[Sequence[Job], BatchRequest, Future[BatchResult]]] = deque()
         try:
@@ -182,8 +184,8 @@ class GroundedPipeline:
             self.condition([job.prompt for job in jobs], options.negative_prompt),
             batch_normal(keys, shape) if noise is None else noise[[job.index for job in jobs]].astype(np.float32),
             size=options.image_size(self.bundle.manifest),
-            guidance_scale=options.guidance_scale,
-            guidance_interval=options.guidance_interval,
+            guidance_scale=cast(float, options.guidance_scale),
+            guidance_interval=cast(tuple[float, float], options.guidance_interval),
             capture=schedule.capture_index(self.bundle.manifest.capture_timestep),
             step_noise=lambda row: batch_normal(keys, shape, row + 1),
             names=[f"sample {job.index}" for job in jobs],

@@ -69,6 +69,7 @@ def settle(
 ) -> Run:
     """Open the model, and settle what is not asked for: as the run that was found has it, or as is best here."""
     before = found.settings if found else None
+    config = replace(config, options=config.options.of_model(bundle.manifest))
     config = replace(config, backend=choose_backend(config, bundle, prompts.samples, before or {}, say), precision=None)
     batch, lanes = batch_and_lanes(config, bundle, prompts.samples, before or {}, say)
     pipe = GroundedPipeline(bundle, backend_of(config, bundle, lanes))

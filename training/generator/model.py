@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from grounded_diffusion.training.hub import HUB_NAME
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 SENTENCE = "a photograph of a dog and a cat"
+SAMPLING = "sampling.json"  # in a model's folder: sampler, steps, guidance_scale, guidance_interval of its runs
+OWN = ("sampler", "steps", "guidance_scale", "guidance_interval")
 LEGACY_EOS = 2  # in the configurations of Stable Diffusion 1.x; transformers then takes the highest id for the end
 
 
@@ -116,7 +119,21 @@ def load_folder(source: str | Path) -> dict[str, Any]:
     check_tokenizer(source, parts["tokenizer"], parts["text_encoder"].config)
     parts["scheduler"] = _load_scheduler(source)
     parts["family"] = family_of_config(parts["unet"].config, parts["scheduler"].config)
+    parts["sampling"] = read_sampling(Path(source) / SAMPLING)
     return parts
+
+
+def read_sampling(file: Path) -> dict[str, Any]:
+    """How a model's own folder says that it is best run; {} where it says nothing. Raises CheckpointError."""
+    if not file.is_file():
+        return {}
+    try:
+        said = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not JSON ({error})") from None
+    if not isinstance(said, dict) or said.keys() - set(OWN):
+        raise CheckpointError(f"{file} must be an object of {', '.join(OWN)}")
+    return said
 
 
 def load_base(
