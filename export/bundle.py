@@ -55,7 +55,9 @@ def describe(checkpoint: Checkpoint, precision: str) -> Manifest:
         latent_channels=unet.in_channels,
         size_multiple=scale * latent_multiple(checkpoint),
         context_length=checkpoint.text_encoder.config.max_position_embeddings,
-        context_dim=checkpoint.text_encoder.config.hidden_size,
+        context_dim=unet.cross_attention_dim,
+        pooled_text=checkpoint.text_encoder_2 is not None,
+        guidance_embedding=checkpoint.denoiser.told,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -66,7 +68,7 @@ def describe(checkpoint: Checkpoint, precision: str) -> Manifest:
         precision=precision,
         names=checkpoint.names,
         sampling=own_sampling(checkpoint),
-        base=base_digest({part: getattr(checkpoint, part) for part in PARTS}),
+        base=base_digest({part: getattr(checkpoint, part) for part in (*PARTS, "text_encoder_2")}),
         versions={"grounded-diffusion": __version__} | {name: version(name) for name in MAKERS},
     )
 
@@ -170,17 +172,12 @@ def export_bundle(
         report: told, in one line each, what is going on.
 
     Raises:
-        UsageError: `out` cannot be used, `fused` without "fp16", or a model with two text encoders.
+        UsageError: `out` cannot be used, or `fused` without "fp16".
         ParityError: from `verify`.
     """
     out = Path(out)
     if fused and precision != "fp16":
         raise UsageError("the graphs of fused operators are of fp16; give --precision fp16 with --fused")
-    if checkpoint.text_encoder_2 is not None:
-        title = FAMILIES[checkpoint.family].title
-        raise UsageError(
-            f"{title} cannot be exported yet: only models of one text encoder can, SD 1.x, 2.x and SD-Turbo"
-        )
     check_output(out, overwrite)
     own_sampling(checkpoint)  # raises before the minutes that tracing takes
     with staged(out) as work:

@@ -25,7 +25,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from grounded_diffusion.errors import CheckpointError, UsageError
 from grounded_diffusion.families import FAMILIES
-from grounded_diffusion.training.generator.attention import NOUNS, attention_head
+from grounded_diffusion.training.generator.attention import GUIDANCE, NOUNS, attention_head
 from grounded_diffusion.training.generator.denoiser import Denoiser
 from grounded_diffusion.training.generator.model import PARTS, SAMPLING, first_line, load_base
 from grounded_diffusion.training.generator.text import TextTower
@@ -243,6 +243,7 @@ def with_attention(
     head = attention_head(
         bare.unet, bare.tower, bare.tokenizer, bare.scheduler, query_template,
         latent_size=bare.latent_size, vae_scale_factor=bare.vae_scale_factor,
-        nouns=[name for group in names.values() for name in group] or NOUNS, report=report,
+        nouns=[name for group in names.values() for name in group] or NOUNS,
+        guidance=GUIDANCE if FAMILIES[bare.family].guidance_scale > 1 else 1.0, report=report,
     )  # fmt: skip
     return replace(bare, head=head.eval().requires_grad_(False))

@@ -11,7 +11,6 @@ from helpers.families import pipeline_of, save_tiny
 from helpers.original_layout import kohya_lora
 
 from grounded_diffusion.engine import GroundedPipeline, Options
-from grounded_diffusion.errors import UsageError
 from grounded_diffusion.export.bundle import export_bundle
 from grounded_diffusion.export.verify import check_graphs, check_loop, psnr, table
 from grounded_diffusion.training.checkpoint import load_checkpoint
@@ -62,10 +61,3 @@ def test_the_attention_head_is_exported_as_it_is(tiny_checkpoint, tmp_path):
     assert pipe.bundle.manifest.head["layers"] == dict(config.layers)
     sample = next(pipe.generate("a photograph of a [dog]", steps=3))
     assert sample.masks["dog"].any()
-
-
-def test_a_model_of_two_text_encoders_is_refused(tmp_path):
-    _, folder, file = save_tiny(tmp_path, "sdxl")
-    with pytest.raises(UsageError, match="SDXL cannot be exported yet"):
-        export_bundle(load_checkpoint(None, file, tokenizer=folder), tmp_path / "bundle")
-    assert not (tmp_path / "bundle").exists()

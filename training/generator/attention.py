@@ -32,15 +32,19 @@ LEAST = 0.4  # of the best layer's margin; weaker layers are left out
 
 
 @torch.no_grad()
-def draw(denoiser: Denoiser, scheduler, context: torch.Tensor, latents: torch.Tensor, taps: AttentionTaps) -> None:
+def draw(
+    denoiser: Denoiser, scheduler, context: torch.Tensor, latents: torch.Tensor, taps: AttentionTaps, guidance: float
+) -> None:
     """Denoise latents [B,4,h,w] with context [2B,L,D] down to the capture timestep; `taps` hold that call."""
+    context = denoiser.with_guidance(context, guidance)
+    guidance = 1.0 if denoiser.told else guidance
     scheduler = DDIMScheduler.from_config(scheduler.config, timestep_spacing="leading")
     scheduler.set_timesteps(STEPS)
     for timestep in scheduler.timesteps[:-1]:
         double = torch.cat([latents, latents])
         output = denoiser(double, timestep.float().expand(len(double)), context)
         unconditional, conditional = output.chunk(2)
-        guided = unconditional + GUIDANCE * (conditional - unconditional)
+        guided = unconditional + guidance * (conditional - unconditional)
         latents = scheduler.step(guided, timestep, latents).prev_sample
     with taps:
         denoiser(torch.cat([latents, latents]), torch.full((2 * len(latents),), float(CAPTURE_TIMESTEP)), context)
@@ -78,6 +82,7 @@ def attention_head(
     latent_size: tuple[int, int],
     vae_scale_factor: int = 8,
     nouns: Sequence[str] = NOUNS,
+    guidance: float = GUIDANCE,
     report: Callable[[str], None] = lambda line: None,
 ) -> AttentionHead:
     """An attention head whose layers are chosen and weighted by their margins.
@@ -86,6 +91,7 @@ def attention_head(
         template: of queries, with "{}" for the object's name.
         latent_size: (h, w) the model was trained at.
         nouns: what the model can draw, at least two.
+        guidance: with which it draws; 1 for a model that wants none.
     """
     large = latent_size[0] * latent_size[1] > LARGE
     names = list(dict.fromkeys(nouns))[: 4 if large else 8]
@@ -100,7 +106,7 @@ def attention_head(
     report(f"drawing {', '.join(names)} to find the layers that tell them apart")
     denoiser = Denoiser(unet, vae_scale_factor)
     context = tower(tokenize(tokenizer, [""] * len(names) + [template.format(name) for name in names]))
-    draw(denoiser, scheduler, context, noise * scheduler.init_noise_sigma, taps)
+    draw(denoiser, scheduler, context, noise, taps, guidance)
     gaps = margins(head, taps, object_queries(tower, tokenizer, template, names)).clamp(min=1e-6)
     kept = [i for i, gap in enumerate(gaps.tolist()) if gap >= LEAST * gaps.max()]
     weights = gaps[kept] / gaps[kept].sum()

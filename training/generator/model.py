@@ -83,6 +83,8 @@ def special_tokens(tokenizer: CLIPTokenizer, config: Any) -> tuple[tuple[int, in
 def family_of_config(unet: Any, scheduler: Any) -> str:
     """The family of a folder's model, by its own configurations."""
     trailing = scheduler.get("timestep_spacing") == "trailing"
+    if unet.get("time_cond_proj_dim"):
+        return "sdxl-lcm" if unet.get("addition_embed_type") else "lcm"
     if unet.get("addition_embed_type") == "text_time":
         return "sdxl-turbo" if trailing else "sdxl"
     if not unet.get("use_linear_projection"):
@@ -176,7 +178,7 @@ def load_base(
 def check_parts(source: str | Path, parts: dict[str, Any]) -> None:
     """Raise CheckpointError unless the parts fit one another as those of a known family do."""
     unet, latent = parts["unet"].config, parts["vae"].config.latent_channels
-    extra = [key for key in ("class_embed_type", "time_cond_proj_dim", "encoder_hid_dim") if unet.get(key)]
+    extra = [key for key in ("class_embed_type", "encoder_hid_dim") if unet.get(key)]
     if extra:
         raise CheckpointError(f"{source} is of no known family: its UNet takes more inputs ({', '.join(extra)})")
     if unet.get("addition_embed_type") not in (None, "text_time"):
