@@ -116,7 +116,8 @@ def open_setting(setting: Setting, pipes: Mapping[str, GroundedPipeline], checkp
     if setting.system == "engine":
         return Engine(pipe, setting.options)
     form = PeerForm(setting.options.batch, channels_last=setting.precision == "fp32")
-    return open_peer(f"{setting.system} {setting.precision}", checkpoint, setting.options, capture, form)
+    peer = f"{setting.system} {setting.precision}"
+    return open_peer(peer, checkpoint, pipe.bundle.manifest, setting.options, capture, form)
 
 
 class Judge:

@@ -95,7 +95,7 @@ def open_named(name: str, pipe: GroundedPipeline, plan: Plan) -> System:
         size=pipe.latent_shape(plan.options)[1:],
         threads=0 if plan.threads == usable_cores() else plan.threads,
     )
-    return open_peer(name, plan.checkpoint, asked, capture, plan.form(name), **more)
+    return open_peer(name, plan.checkpoint, pipe.bundle.manifest, asked, capture, plan.form(name), **more)
 
 
 def agreement(name: str, output: Output, expected: Output) -> dict[str, float]:

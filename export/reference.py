@@ -32,7 +32,7 @@ def reference_pipeline(checkpoint: Checkpoint) -> StableDiffusionPipeline | Stab
         text_encoder=checkpoint.text_encoder,
         tokenizer=checkpoint.tokenizer,
         unet=checkpoint.unet,
-        scheduler=DDIMScheduler.from_config(checkpoint.scheduler.config),
+        scheduler=DDIMScheduler.from_config({"clip_sample": False, **checkpoint.scheduler.config}),  # unless it says so
         feature_extractor=None,
     )
     if checkpoint.text_encoder_2 is not None:

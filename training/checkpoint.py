@@ -23,13 +23,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from grounded_diffusion.bundle import Manifest
 from grounded_diffusion.errors import CheckpointError, UsageError
 from grounded_diffusion.families import FAMILIES
 from grounded_diffusion.training.generator.attention import GUIDANCE, NOUNS, attention_head
 from grounded_diffusion.training.generator.denoiser import Denoiser
 from grounded_diffusion.training.generator.model import PARTS, SAMPLING, first_line, load_base
-from grounded_diffusion.training.generator.text import TextTower
-from grounded_diffusion.training.head.attention import CAPTURE_TIMESTEP, AttentionHead
+from grounded_diffusion.training.generator.text import TextTower, template_states
+from grounded_diffusion.training.head.attention import CAPTURE_TIMESTEP, AttentionConfig, AttentionHead
 from grounded_diffusion.training.head.head import GroundingHead, HeadConfig, load_released, load_state
 
 HEAD = "grounding_head"
@@ -223,6 +224,23 @@ def load_checkpoint(
     scale = 2 ** (len(parts["vae"].config.block_out_channels) - 1)
     config = HeadConfig.for_unet(parts["unet"].config, image_scale=scale)
     return Checkpoint(**parts, head=load_released(path, config))
+
+
+def as_exported(base: str | Path, manifest: Manifest) -> Checkpoint:
+    """The torch model behind a bundle: with a trained head that of the checkpoint `base`, else the attention head that
+    the bundle says it has, on the model `base`. Raises CheckpointError.
+    """
+    if manifest.head.get("variant") != "attention":
+        return load_checkpoint(base)
+    given = manifest.head | {"layers": tuple(manifest.head["layers"].items())}
+    config = AttentionConfig(**given | {"features": tuple(given["features"])})
+    bare = Checkpoint(
+        **load_base(base), head=None, capture_timestep=manifest.capture_timestep,
+        query_template=manifest.query_template, names=manifest.names,
+    )  # fmt: skip
+    words = template_states(bare.tower, bare.tokenizer, bare.query_template)
+    head = AttentionHead(config, bare.unet, words, bare.latent_size)
+    return replace(bare, head=head.eval().requires_grad_(False))
 
 
 def context_width(parts: dict[str, Any]) -> int:

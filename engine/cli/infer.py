@@ -71,6 +71,9 @@ def build_parser() -> common.Parser:
     parser.add_argument("--version", action="version", version=f"gd-infer {__version__}")
     what = parser.add_argument_group("what to make")
     what.add_argument("--prompts", type=Path, metavar="FILE", help="prompt file")
+    what.add_argument(
+        "--skip-bad-lines", action="store_true", help="leave out lines of --prompts that cannot be used, listing each"
+    )
     what.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be given repeatedly")
     what.add_argument(
         "--out", required=True, metavar="DIR", help="folder to write to, or a URL such as s3://bucket/name"
@@ -151,8 +154,9 @@ def add_sharing_options(parser: argparse.ArgumentParser) -> None:
 
 def config_of(args: argparse.Namespace) -> RunConfig:
     """What a command line asks for. Raises UsageError."""
-    names = ("out", "model", "format", "attempts", "backend", "precision", "device", "threads", "lanes", "val",
-             "shard_size", "shard", "ray", "workers", "overwrite", "log", "metrics_file", "metrics_port")  # fmt: skip
+    names = ("out", "model", "skip_bad_lines", "format", "attempts", "backend", "precision", "device", "threads",
+             "lanes", "val", "shard_size", "shard", "ray", "workers", "overwrite", "log", "metrics_file",
+             "metrics_port")  # fmt: skip
     return RunConfig(
         prompt_file=args.prompts,
         prompts=args.prompt,

@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
 
 from grounded_diffusion.errors import CheckpointError, UsageError
-from grounded_diffusion.training.generator.lora import fuse
+from grounded_diffusion.training.generator.lora import fuse, said_of_runs
 from grounded_diffusion.training.generator.single_file import SUFFIXES, load_single_file, load_vae_file
 from grounded_diffusion.training.generator.vocabulary import find_tokenizer
 from grounded_diffusion.training.hub import HUB_NAME
@@ -153,7 +153,7 @@ def load_base(
         family: one of FAMILIES, for a file whose tensors fit several.
         tokenizer: where a file's tokenizer is, see `find_tokenizer`.
         vae: another autoencoder, see `load_vae_file`.
-        loras: (file, scale) of LoRAs to be added to the weights, in this order.
+        loras: (file, scale) of LoRAs to be added to the weights, in this order; one may say how the model is then run.
 
     Raises:
         UsageError: options for a file with a directory.
@@ -171,6 +171,10 @@ def load_base(
         parts["vae"] = load_vae_file(vae, parts["family"])
     for path, scale in loras:
         fuse(path, scale, parts)
+        sampling, timesteps = said_of_runs(path)
+        parts["sampling"] = parts.get("sampling", {}) | sampling
+        if timesteps:
+            parts["scheduler"].register_to_config(timesteps=timesteps)
     check_parts(source, parts)
     return parts
 
