@@ -55,7 +55,7 @@ def tiny_parts(name: str) -> dict:
 
 def pipeline_of(parts: dict):
     """diffusers' own pipeline of a model's parts."""
-    known = {key: value for key, value in parts.items() if key != "family"}
+    known = {key: value for key, value in parts.items() if key not in ("family", "sampling")}
     if "text_encoder_2" in known:
         second = pad_token(copy.deepcopy(known["tokenizer"]), FAMILIES["sdxl"].text[1])
         return StableDiffusionXLPipeline(**known, tokenizer_2=second, add_watermarker=False)
