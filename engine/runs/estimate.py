@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import cast
 
 from grounded_diffusion.engine.checks import duration
 from grounded_diffusion.engine.dataset.record import Record
@@ -91,10 +92,11 @@ def measure(run: Run) -> tuple[float, float]:
 
     seconds(1)  # opens sessions, makes buffers
     one = total = seconds(1)
-    few = min(options.steps, FEW if one < LONG else 2)
+    all_steps = cast(int, options.steps)
+    few = min(all_steps, FEW if one < LONG else 2)
     if few > 1:
         slope = max((seconds(few) - one) / (work(options, few) - work(options, 1)), 0.0)
-        total = max(one + slope * (work(options, options.steps) - work(options, 1)), one)
+        total = max(one + slope * (work(options, all_steps) - work(options, 1)), one)
     made = [result for result in results if isinstance(result, Sample)]
     encoded = [run.format.encode(Record.from_sample(sample, run.plan.split(sample.index))) for sample in made]
     files = list(run.format.pack(0, run.plan.shards, encoded))
@@ -105,7 +107,7 @@ def measure(run: Run) -> tuple[float, float]:
 
 def work(options: Options, steps: int) -> float:
     """What some steps cost, in guided ones: outside the guided interval only half of the network's rows run."""
-    start, end = options.guidance_interval
+    start, end = cast(tuple[float, float], options.guidance_interval)
     guided = sum(start <= step / steps < end for step in range(steps)) if options.guidance_scale != 1 else 0
     return guided + (steps - guided) / 2
 

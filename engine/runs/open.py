@@ -7,7 +7,7 @@ import secrets
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, cast
 
 from grounded_diffusion.bundle import MANIFEST, Bundle, open_bundle, sha256
 from grounded_diffusion.engine.backends.calibrate import CALIBRATED, calibrate, remembered
@@ -24,6 +24,7 @@ from grounded_diffusion.engine.pipeline.pipeline import GroundedPipeline
 from grounded_diffusion.engine.pipeline.shipped import shipped_bundle
 from grounded_diffusion.engine.pipeline.tokenizer import Tokenizer
 from grounded_diffusion.engine.prompts.file import SHOWN, PromptFile, all_of
+from grounded_diffusion.engine.prompts.prompt import Prompt
 from grounded_diffusion.engine.runs.config import RunConfig
 from grounded_diffusion.engine.runs.monitor import check_places
 from grounded_diffusion.engine.runs.plan import Plan, default_shard_size, validation
@@ -50,13 +51,15 @@ def open_run(config: RunConfig, say: Callable[[str], None], stop: Stop, *, quick
         BundleError, BackendError: the model cannot be used.
     """
     check_places(config)
-    prompts = PromptFile(config.prompt_file, config.lines, config.options.images_per_prompt)
+    prompts = PromptFile(config.prompt_file, config.lines, config.options.images_per_prompt, config.skip_bad_lines)
     storage = open_storage(config.out)
     found = check_output(storage)
     if isinstance(storage, LocalStorage) and not quick:
         check_writable(storage.folder)
     bundle = open_bundle(config.model or shipped_bundle(say))
     tokenizer = Tokenizer(bundle)
+    if config.skip_bad_lines:
+        prompts = usable_prompts(config, prompts, tokenizer, say)
     run = settle(config, prompts, storage, bundle, tokenizer, found, say, stop, quick)
     if found and run.settings != found.settings:
         if not config.overwrite:
@@ -65,6 +68,25 @@ def open_run(config: RunConfig, say: Callable[[str], None], stop: Stop, *, quick
         run.pipe.close()
         run = settle(config, prompts, storage, bundle, tokenizer, None, say, stop, quick)  # takes nothing over from it
     return run
+
+
+def usable_prompts(
+    config: RunConfig, found: PromptFile, tokenizer: Tokenizer, say: Callable[[str], None]
+) -> PromptFile:
+    """The prompts that this model and this format can take; the others are listed."""
+    classes = config.format_options.classes(config.format)
+
+    def check(prompt: Prompt) -> None:
+        for name in prompt.objects:
+            tokenizer.encode_query(name)
+        if classes and classes.names:
+            classes.check(prompt.objects, f"the prompt {shorten(prompt.text)!r}")
+
+    images = config.options.images_per_prompt
+    prompts = PromptFile(config.prompt_file, config.lines, images, True, check, found.content)
+    for reason in prompts.skipped:
+        say(f"skipped {reason}")
+    return prompts
 
 
 def settle(
@@ -80,9 +102,11 @@ def settle(
 ) -> Run:
     """Open the model, and settle what is not asked for: as the run that was found has it, or as is best here."""
     before = found.settings if found else None
+    config = replace(config, options=config.options.of_model(bundle.manifest))
     if config.random_seed:
         config = replace(config, random_seed=False, options=replace(config.options, seed=draw_seed(before, say)))
-    build_schedule(bundle.manifest.scheduler, config.options.sampler, config.options.steps)  # raises, as the next does
+    sampler, steps = cast(str, config.options.sampler), cast(int, config.options.steps)
+    build_schedule(bundle.manifest.scheduler, sampler, steps)  # raises, as the next does
     config.options.image_size(bundle.manifest)
     written = format_settings(config, tokenizer, prompts, before, stop)
     if before and not config.overwrite:
