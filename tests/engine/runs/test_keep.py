@@ -79,9 +79,15 @@ def drawn_so_far():
 
 
 def stop_after(arguments, images, number):
-    """Start the command and send it a signal once so many images are drawn; returns the exit status."""
+    """Start the command and send it a signal once so many images are drawn; returns the exit status.
+
+    It may have ended before.
+    """
     pid = start(arguments)
     while drawn_so_far() < images:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
         time.sleep(0.005)
     os.kill(pid, number)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -123,22 +129,10 @@ def test_stopped_again_and_again(command, tmp_path, expected, drawn):
     out, status, parts = tmp_path / "out", 75, 0
     while status == 75:
         CountingBackend.file.unlink(missing_ok=True)
-        status, parts = stop_after_or_end([*command, out], 8), parts + 1
+        status, parts = stop_after([*command, out], 8, signal.SIGTERM), parts + 1
     assert status in (0, 3)
     assert tree(out) == files
     assert parts >= 3
-
-
-def stop_after_or_end(arguments, images):
-    """As stop_after with SIGTERM, where the command may end before."""
-    pid = start(arguments)
-    while drawn_so_far() < images:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.005)
-    os.kill(pid, signal.SIGTERM)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 @pytest.fixture
