@@ -4,7 +4,7 @@
     annotations/instances_train.json, instances_val.json
     annotations/captions_train.json, captions_val.json        the prompts
 
-Beside COCO's own fields an image has its noise's `seed` and `draw`, and an annotation its `score`; readers pass over them.
+Beside COCO's own fields an image has its noise's `seed` and `draw`, an annotation its `score`; readers pass over them.
 
 An annotation a mask that is not empty. Masks may overlap, as COCO's do. Annotation ids count from 1 over the whole
 data set (COCO's evaluator reads 0 as "no match"); an image's id is its sample's index plus 1.
