@@ -8,8 +8,8 @@ import urllib.request
 from contextlib import contextmanager
 
 BROWSERS, DRIVERS = ("chromium", "chromium-browser", "google-chrome"), ("chromedriver",)
-OPTIONS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking",
-           "--force-device-scale-factor=1", "--window-size=1200,900")  # fmt: skip
+OPTIONS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", 
+           "--disable-background-networking", "--force-device-scale-factor=1", "--window-size=1200,900")  # fmt: skip
 KEYS = {"ArrowRight": "\ue014", "ArrowLeft": "\ue012", "Escape": "\ue00c", "Enter": "\ue007", "Tab": "\ue004"}
 
 
@@ -20,9 +20,7 @@ def find(names):
 
 def missing():
     """Which program there is not; "" where a browser can be driven."""
-    return (
-        "" if find(DRIVERS) and find(BROWSERS) else "no chromium with chromedriver (Debian: chromium, chromium-driver)"
-    )
+    return "" if find(DRIVERS) and find(BROWSERS) else "no chromium and chromedriver (Debian: chromium-driver)"
 
 
 class Browser:
@@ -30,9 +28,8 @@ class Browser:
 
     def __init__(self, url):
         options = {"binary": find(BROWSERS), "args": list(OPTIONS)}
-        asked = {
-            "capabilities": {"alwaysMatch": {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}}
-        }
+        match = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
+        asked = {"capabilities": {"alwaysMatch": match}}
         self.session = f"{url}/session"
         self.session += "/" + self.ask("POST", "", asked)["sessionId"]
 

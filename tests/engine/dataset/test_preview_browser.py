@@ -70,7 +70,8 @@ CARDS = "[...document.querySelectorAll('#grid article')].filter(card => card.que
 PROMPTS = f"""return {CARDS}.map(card => [new DOMMatrix(card.style.transform), card])
     .sort((a, b) => a[0].f - b[0].f || a[0].e - b[0].e).map(pair => pair[1].querySelector('p').textContent)"""
 FACTS = "return document.getElementById('facts').textContent"
-CHOOSE = "const node = document.getElementById(arguments[0]); node.value = arguments[1]; node.dispatchEvent(new Event(arguments[2]))"
+CHOOSE = """const node = document.getElementById(arguments[0]);
+    node.value = arguments[1]; node.dispatchEvent(new Event(arguments[2]))"""
 DIALOG = "return document.getElementById('dialog').open && document.querySelector('#dialog p').textContent"
 
 
@@ -123,9 +124,8 @@ def test_words_filter_and_nothing_says_so(page):
     page.wait(f"return {CARDS}.length > 3")
     assert numbers(page)[0] == 77
     choose(page, "find", "nowhere", "input")
-    page.wait(
-        "return document.getElementById('told').textContent === 'Nothing matches.' && !document.getElementById('told').hidden"
-    )
+    told = "document.getElementById('told')"
+    page.wait(f"return {told}.textContent === 'Nothing matches.' && !{told}.hidden")
     assert page.run("return document.querySelectorAll('#grid article').length") == 0
 
 
