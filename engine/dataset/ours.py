@@ -66,7 +66,7 @@ def folder_files(folder: Path, command: str) -> set[str]:
 
 def check_foreign_files(storage: Storage) -> list[str]:
     """All files of an output, which must be ours. Raises UsageError that names what is not."""
-    found = list(storage.walk())
+    found = [path for path in storage.walk() if path != f"{SHARDS}/"]  # empty, of a run that has no shard yet
     check_foreign(storage.root, found, named_files(storage, found))
     return found
 

@@ -55,7 +55,7 @@ def command(tiny_bundle):
     """One shard of two-image batches, a fifth of whose samples fail and are tried again; duplicates are refused."""
     return ["--model", tiny_bundle, "--prompt", "a [dog] and a [cat]", "--images-per-prompt", SAMPLES, "--steps", 2,
             "--sampler", "ddim", "--guidance-interval", 0, 1, "--batch", 2, "--shard-size", SAMPLES, "--attempts", 3,
-            "--min-distance", 12, "--lanes", 1, "--threads", 1, "--out"]  # fmt: skip
+            "--min-area", 0.015, "--min-distance", 12, "--lanes", 1, "--threads", 1, "--out"]  # fmt: skip
 
 
 def tree(folder):
@@ -219,3 +219,16 @@ def test_a_kept_file_holds_any_bytes():
     assert (first["sample"], second["sample"]) == tuple(samples)
     assert (first["hash"], refused["reason"], first["index"]) == (2**63, "no", 3)
     assert keep.decode(b"other", keep.encode(b"run", outcomes)) == []
+
+
+def test_a_run_that_was_stopped_early_can_be_overwritten(command, tmp_path, drawn):
+    """All that it has left is run.json and an empty folder."""
+    out = tmp_path / "out"
+    assert null.main([*command, out], CountingBackend) in (0, 3)
+    for name in [name for name in tree(out) if name != "run.json"]:
+        (out / name).unlink()
+    for folder in sorted((path for path in out.rglob("*") if path.is_dir()), reverse=True):
+        if folder.name != "shards":
+            folder.rmdir()
+    assert null.main([*command, out, "--seed", "8", "--overwrite"], CountingBackend) in (0, 3)
+    assert json.loads((out / "run.json").read_text())["settings"]["seed"] == 8
