@@ -38,6 +38,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             "  examples  images from the model, masks from a detector\n"
             "  real      the same from real images with masks\n"
             "  head      the head, into a checkpoint that gd-export takes\n"
+            "  distill   a student that draws in a few unguided steps\n"
             f"or a grounded model from scratch, as the shipped one was. Stages, in this order:\n{listing}"
         ),
         epilog="A command that was stopped goes on where it was when it is given again.",

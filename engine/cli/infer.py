@@ -83,6 +83,9 @@ def build_parser() -> common.Parser:
     )
     what.add_argument("--seed", type=int, default=default.seed, help=f"seed of the data set (default: {default.seed})")
     what.add_argument(
+        "--val", type=float, metavar="SHARE", help="share of every class that is kept for validation, as in 0.1"
+    )
+    what.add_argument(
         "--overwrite", action="store_true", help="replace another run of ours in --out; this very run goes on"
     )
     what.add_argument(
@@ -159,8 +162,8 @@ def add_sharing_options(parser: argparse.ArgumentParser) -> None:
 
 def config_of(args: argparse.Namespace) -> RunConfig:
     """What a command line asks for. Raises UsageError."""
-    names = ("out", "model", "format", "attempts", "backend", "precision", "device", "threads", "lanes", "shard_size",
-             "shard", "ray", "workers", "overwrite", "log", "metrics_file", "metrics_port")  # fmt: skip
+    names = ("out", "model", "format", "attempts", "backend", "precision", "device", "threads", "lanes", "val",
+             "shard_size", "shard", "ray", "workers", "overwrite", "log", "metrics_file", "metrics_port")  # fmt: skip
     return RunConfig(
         prompt_file=args.prompts,
         prompts=args.prompt,

@@ -1,4 +1,4 @@
-"""gd-train examples, real and head: the paper's training on anybody's model."""
+"""gd-train examples, real, head and distill: the paper's training on anybody's model, and a student of few steps."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from grounded_diffusion.engine.prompts.vocabulary import Vocabulary, built_in, r
 from grounded_diffusion.engine.sampling.options import Options
 from grounded_diffusion.engine.sampling.schedule import SAMPLERS
 from grounded_diffusion.errors import UsageError
+from grounded_diffusion.training.distill import cli as distill
 from grounded_diffusion.training.grounding.config import LOSSES, OPTIMIZERS, PRECISIONS, PRESETS, build
 from grounded_diffusion.training.grounding.loss import ZERO_MASKS
 from grounded_diffusion.training.grounding.splits import Split, built_in_split, split_of
@@ -45,10 +46,10 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; see {self.prog} --help")
 
 
-def parser_of(name: str, description: str) -> Parser:
+def parser_of(name: str, description: str, examples: str = EXAMPLES) -> Parser:
     shape = argparse.RawDescriptionHelpFormatter
     return Parser(
-        f"gd-train {name}", description=description, epilog=EXAMPLES, formatter_class=shape, allow_abbrev=False
+        f"gd-train {name}", description=description, epilog=examples, formatter_class=shape, allow_abbrev=False
     )
 
 
@@ -215,7 +216,21 @@ def head(args: argparse.Namespace, say: Say) -> None:
     train_head(HeadJob(args.base, args.examples, args.out, config, args.validate, args.device, args.tensorboard), say)
 
 
-COMMANDS = {"examples": (examples_parser, examples), "real": (real_parser, real), "head": (head_parser, head)}
+def distill_parser() -> Parser:
+    """Of gd-train distill."""
+    parser = parser_of(
+        "distill", "Train a student that draws in a few unguided steps; writes a LoRA file.", distill.EXAMPLES
+    )
+    distill.add_options(parser)
+    return parser
+
+
+COMMANDS = {
+    "examples": (examples_parser, examples),
+    "real": (real_parser, real),
+    "head": (head_parser, head),
+    "distill": (distill_parser, distill.distill),
+}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
