@@ -15,6 +15,7 @@ from grounded_diffusion.bundle import (
     CPU,
     CUDA,
     OPENVINO,
+    PRESENCE,
     TEXT_ENCODER,
     TIME,
     TOKENIZER,
@@ -59,12 +60,19 @@ def describe(checkpoint: Checkpoint, precision: str) -> Manifest:
         scheduler={"_class_name": type(checkpoint.scheduler).__name__, **scheduler_config(checkpoint)},
         capture_timestep=checkpoint.capture_timestep,
         query_template=checkpoint.query_template,
-        head=checkpoint.head.about(),
+        head=checkpoint.head.about() | told_presence(checkpoint),
         precision=precision,
         names=checkpoint.names,
         base=base_digest({part: getattr(checkpoint, part) for part in PARTS}),
         versions={"grounded-diffusion": __version__} | {name: version(name) for name in MAKERS},
     )
+
+
+def told_presence(checkpoint: Checkpoint) -> dict:
+    """What a manifest says of presence, where the model tells it."""
+    if checkpoint.presence is None:
+        return {}
+    return {PRESENCE: [name for name, _, _ in checkpoint.presence.config.layers]}
 
 
 def scheduler_config(checkpoint: Checkpoint) -> dict:

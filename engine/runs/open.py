@@ -27,7 +27,7 @@ from grounded_diffusion.engine.runs.plan import Plan, default_shard_size, valida
 from grounded_diffusion.engine.runs.run import Run
 from grounded_diffusion.engine.runs.stop import Stop
 from grounded_diffusion.engine.sampling.backend import Backend
-from grounded_diffusion.errors import BackendError
+from grounded_diffusion.errors import BackendError, UsageError
 
 CALIBRATED = 256  # images from which it pays to try which batch is fastest on this machine
 LONG_SHOWN = 5  # prompts that are too long for the model and are shown
@@ -76,6 +76,9 @@ def settle(
     shard_size = config.shard_size or (before or {}).get("shard_size") or default_shard_size(prompts.samples, batch)
     config = replace(config, options=replace(config.options, batch=batch), shard_size=shard_size)
     pipe.schedule(config.options)  # raises for what the model's scheduler does not allow
+    if config.filters.min_presence is not None and not bundle.tells_presence:
+        raise UsageError("this model does not tell presence, so min_presence refuses nothing; train its head with "
+                         "gd-train head --presence, or leave it out", "min_presence")  # fmt: skip
     written = format_settings(config, pipe.tokenizer, prompts, before, stop)
     settings = run_settings(config, bundle, prompts, written)
     begun = found is not None and not found.clearing and before == settings
@@ -110,6 +113,8 @@ def run_settings(config: RunConfig, bundle: Bundle, prompts: PromptFile, written
     }
     if config.options.negative_prompt is None:
         del settings["negative_prompt"]  # earlier versions had none, and their runs go on
+    if config.filters.min_presence is None:
+        del settings["min_presence"]  # likewise
     if config.val is not None:
         settings["val"] = config.val
     return json.loads(json.dumps(settings))  # tuples as lists, as they will be read

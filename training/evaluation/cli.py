@@ -49,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     table = kinds.add_parser("protocol1", parents=[common], formatter_class=shape, help="Table 1: heads, and DAAM")
     table.add_argument(
         "--methods", nargs="+", choices=METHODS, default=list(METHODS),
-        help="head (the trained one), paper_form (the same in the paper's form), attention, daam (default: all)",
+        help="head (trained), presence (the same without absent names), paper_form, attention, daam (default: all)",
     )  # fmt: skip
     ablation = kinds.add_parser(
         "ablation", parents=[common], formatter_class=shape, help="one of the paper's ablations"

@@ -12,12 +12,14 @@ import numpy as np
 from grounded_diffusion.training.evaluation.lab import Lab, key_of
 from grounded_diffusion.training.grounding.batches import Pool
 from grounded_diffusion.training.grounding.config import HeadTraining
-from grounded_diffusion.training.grounding.head import hold_back
+from grounded_diffusion.training.grounding.head import CALIBRATION, hold_back, spread
+from grounded_diffusion.training.grounding.presence import fit_presence
 from grounded_diffusion.training.grounding.splits import Split
 from grounded_diffusion.training.grounding.store import Example, ExampleSet
 from grounded_diffusion.training.grounding.train import LENGTH, HeadTrainer
 from grounded_diffusion.training.grounding.validate import Validation
 from grounded_diffusion.training.head.head import GroundingHead
+from grounded_diffusion.training.head.presence import Presence
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,14 @@ def describe(lab: Lab, recipe: Recipe) -> dict[str, Any]:
         real=recipe.real and recipe.real.name, options=asdict(lab.options),
         labeller=lab.detector(labeller, recipe.split.seen).about,
     )  # fmt: skip
+
+
+def train_presence(lab: Lab, recipe: Recipe, head: GroundingHead) -> Presence:
+    """What tells whether names are there, for a head, from the generated images of a recipe."""
+    found = ExampleSet(lab.examples(recipe.split, recipe.examples, recipe.pair_share, timestep=recipe.timestep))
+    presence, told = fit_presence(lab.base, head, spread(found, CALIBRATION), recipe.split.seen)
+    lab.say(f"presence: {told.line()}")
+    return presence
 
 
 def train_head(lab: Lab, recipe: Recipe) -> GroundingHead:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -12,6 +13,7 @@ from grounded_diffusion.training.generator.base import FrozenBase
 from grounded_diffusion.training.grounding.store import Example
 from grounded_diffusion.training.head.attention import AttentionHead
 from grounded_diffusion.training.head.head import GroundingHead, upsample_logits
+from grounded_diffusion.training.head.presence import Presence
 
 Batch = Sequence[tuple[int, Example]]  # with their places in the set
 Rows = Sequence[Sequence[str]]
@@ -61,12 +63,17 @@ class HeadMethod:
         head: in evaluation mode.
         timestep: None reads the examples as they are. Another one noises their latents up to it, each with its own
             noise: for a head that reads earlier in the denoising than the examples were kept.
+        presence: leaves out the masks of what it says is not there; None leaves out none.
     """
 
     any_name = True
 
-    def __init__(self, base: FrozenBase, head: GroundingHead | AttentionHead, timestep: int | None = None):
+    def __init__(
+        self, base: FrozenBase, head: GroundingHead | AttentionHead, timestep: int | None = None,
+        presence: Presence | None = None,
+    ):  # fmt: skip
         self.base, self.head, self.timestep, self.queries = base, head, timestep, Queries(base)
+        self.presence = presence
 
     @torch.no_grad()
     def look(self, batch: Batch) -> Ask:
@@ -76,14 +83,19 @@ class HeadMethod:
         timesteps = torch.tensor([example.timestep for example in examples])
         if self.timestep is not None:
             latents, timesteps = noised(latents, self.base.parts["scheduler"], self.timestep)
-        with self.head.taps(self.base.unet) as taps:
+        with self.head.taps(self.base.unet) as taps, contextlib.ExitStack() as stack:
+            more = self.presence and stack.enter_context(self.presence.taps(self.base.unet))
             prompts = [example.prompt for example in examples]
             features = self.base.features(latents.to(device), prompts, timesteps.to(device), taps)
 
         @torch.no_grad()
         def ask(names: Rows) -> list[torch.Tensor]:
-            logits = self.head(features, *self.queries.rows(names))
-            masks = (upsample_logits(logits.float(), size) > 0).cpu()
+            queries, valid = self.queries.rows(names)
+            logits = self.head(features, queries, valid).float()
+            masks = upsample_logits(logits, size) > 0
+            if more is not None:
+                masks = masks & (self.presence(more.raw(), logits, queries) > 0)[..., None, None]
+            masks = masks.cpu()
             return [mask[: len(row)] for mask, row in zip(masks, names, strict=True)]
 
         return ask

@@ -9,7 +9,7 @@ from __future__ import annotations
 from grounded_diffusion.training.evaluation.tally import GROUPS
 
 Rows = dict[str, str]
-METHODS = ("head", "paper_form", "attention", "daam")
+METHODS = ("head", "presence", "paper_form", "attention", "daam")
 ABLATIONS = {
     "timestep": "Where the head reads (Fig. 7)",
     "zero-masks": "Objects that the labeller did not find (Table 3)",

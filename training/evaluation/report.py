@@ -17,6 +17,7 @@ from grounded_diffusion.training.evaluation.tally import GROUPS
 TITLES = {"pascal": "PASCAL's names", "coco": "COCO's names", "emoji": "All names of the shipped model", "own": "Names"}
 METHODS = {
     "": "trained head",
+    "presence.": "the same, absent names left out",
     "paper_form.": "the same in the paper's form",
     "attention.": "attention head, untrained",
     "daam.": "DAAM at 0.4",

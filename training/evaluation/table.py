@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from grounded_diffusion.training.evaluation.daam import TAU, TAUS, Daam
-from grounded_diffusion.training.evaluation.heads import Recipe, describe, train_head
+from grounded_diffusion.training.evaluation.heads import Recipe, describe, train_head, train_presence
 from grounded_diffusion.training.evaluation.images import TestImages
 from grounded_diffusion.training.evaluation.lab import Figures, Lab, key_of
 from grounded_diffusion.training.evaluation.methods import HeadMethod, Method, attention_method
@@ -109,9 +109,21 @@ class Bench:
         if method == "head" and plan.trained is not None and plan.trained.fits(split):
             head = plan.trained.head.to(lab.base.device)
             return Entry(["head", weights_digest(head), list(split.seen)], lambda: HeadMethod(lab.base, head))
+        if method == "presence":
+            return self.with_presence(split)
         form = {"variant": "paper"} if method == "paper_form" else {}
         recipe = Recipe(split, replace(plan.training, head={**plan.training.head, **form}), plan.examples)
         return Entry(["head", describe(lab, recipe)], lambda: HeadMethod(lab.base, train_head(lab, recipe)))
+
+    def with_presence(self, split: Split) -> Entry:
+        """The head of a split, calibrated here on the images that such a head is trained on."""
+        lab, recipe, plain = self.lab, Recipe(split, self.plan.training, self.plan.examples), self.entry("head", split)
+
+        def opened() -> Method:
+            head = plain.open().head
+            return HeadMethod(lab.base, head, presence=train_presence(lab, recipe, head))
+
+        return Entry(["presence", plain.key, describe(lab, recipe)], opened)
 
     def measured(self, entry: Entry, images: TestImages, split: Split) -> Measured:
         """What a method reaches on some images; found, or measured now."""

@@ -27,7 +27,7 @@ from grounded_diffusion.engine.dataset.formats.common import (
     png,
 )
 from grounded_diffusion.engine.dataset.formats.tables import Entries, write_tables
-from grounded_diffusion.engine.dataset.record import Record
+from grounded_diffusion.engine.dataset.record import Record, told
 from grounded_diffusion.engine.dataset.storage.base import Storage
 
 
@@ -48,7 +48,7 @@ class PanopticFormat(Format):
             category, mask = self.settings.classes.id(thing.name), labels == thing.label
             colours[thing.label] = class_colour(category)
             entry = {"name": thing.name, "label": category, "area": int(mask.sum()), "box": mask_box(mask)}
-            objects.append({**entry, "score": thing.score})
+            objects.append({**entry, **told(thing)})
         files = {
             f"annotations/panoptic_{record.split}/{record.id}.png": png(Image.fromarray(colours[labels])),
             image_path(record, self.settings): encode_image(record.image, self.settings.jpeg_quality),
