@@ -16,6 +16,7 @@ from grounded_diffusion.bundle import (
     CPU,
     CUDA,
     OPENVINO,
+    PRESENCE,
     TEXT_ENCODER,
     TIME,
     TOKENIZER,
@@ -64,7 +65,7 @@ def describe(checkpoint: Checkpoint, precision: str) -> Manifest:
         scheduler={"_class_name": type(checkpoint.scheduler).__name__, **scheduler_config(checkpoint)},
         capture_timestep=checkpoint.capture_timestep,
         query_template=checkpoint.query_template,
-        head=checkpoint.head.about(),
+        head=checkpoint.head.about() | told_presence(checkpoint),
         precision=precision,
         names=checkpoint.names,
         sampling=own_sampling(checkpoint),
@@ -87,6 +88,13 @@ def own_sampling(checkpoint: Checkpoint) -> dict[str, Any]:
     except UsageError as error:
         raise UsageError(f"runs of this model would fail: {error}; say how to sample, as with --sampler") from None
     return {name: getattr(options, name) for name in SAMPLING if getattr(options, name) is not None}
+
+
+def told_presence(checkpoint: Checkpoint) -> dict:
+    """What a manifest says of presence, where the model tells it."""
+    if checkpoint.presence is None:
+        return {}
+    return {PRESENCE: [name for name, _, _ in checkpoint.presence.config.layers]}
 
 
 def scheduler_config(checkpoint: Checkpoint) -> dict:
