@@ -15,6 +15,7 @@ from typing import cast
 
 from grounded_diffusion import __version__
 from grounded_diffusion.engine.cli import common
+from grounded_diffusion.engine.cli.completion import add_completion_option
 from grounded_diffusion.engine.cli.options import add_format_options, format_options_of
 from grounded_diffusion.engine.dataset.card import CARD, write_card
 from grounded_diffusion.engine.dataset.formats import FORMATS, WITHOUT_CLASSES, open_format
@@ -62,6 +63,7 @@ def build_parser() -> common.Parser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"gd-dataset {__version__}")
+    add_completion_option(parser)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=common.Parser)
     add_convert(commands)
 

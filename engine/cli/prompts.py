@@ -14,6 +14,7 @@ from pathlib import Path
 
 from grounded_diffusion import __version__
 from grounded_diffusion.engine.cli import common
+from grounded_diffusion.engine.cli.completion import add_completion_option
 from grounded_diffusion.engine.prompts.prompt import MAX_COUNT, Prompt, to_line
 from grounded_diffusion.engine.prompts.templates import BUILT_IN as TEMPLATES
 from grounded_diffusion.engine.prompts.templates import PAPER
@@ -51,6 +52,7 @@ def build_parser() -> common.Parser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"gd-prompts {__version__}")
+    add_completion_option(parser)
     words = parser.add_mutually_exclusive_group(required=True)
     words.add_argument("--vocabulary", metavar="NAME", help="voc, coco, or emoji-64 (the names of the shipped model)")
     words.add_argument("--names", metavar="NAMES", help="your own names, in a file; or as --vocabulary")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Container, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import replace
 from functools import partial
@@ -14,7 +14,8 @@ from typing import Any, Self, cast
 import numpy as np
 
 from grounded_diffusion.bundle import Bundle, open_bundle
-from grounded_diffusion.engine.backends.open import open_backend
+from grounded_diffusion.engine.backends.calibrate import CALIBRATED, calibrate, remembered
+from grounded_diffusion.engine.backends.open import DEFAULT_BACKEND, open_backend
 from grounded_diffusion.engine.pipeline.job import Failed, Job, chunks, list_jobs
 from grounded_diffusion.engine.pipeline.shipped import shipped_bundle
 from grounded_diffusion.engine.pipeline.text_encoder import TextEncoder
@@ -46,6 +47,9 @@ class GroundedPipeline:
         self.bundle, self.backend = bundle, backend
         self.tokenizer = Tokenizer(bundle)
         self.text_encoder = TextEncoder(backend, self.tokenizer)
+        self._with_lanes: Callable[[int], Backend] | None = None  # opens the backend anew, where that is ours to choose
+        self._threads: int | None = None
+        self._generating = 0
 
     @classmethod
     def open(
@@ -54,7 +58,7 @@ class GroundedPipeline:
         *,
         backend: str = "onnxruntime",
         threads: int | None = None,
-        lanes: int = 1,
+        lanes: int | None = None,
     ) -> GroundedPipeline:
         """Open a bundle.
 
@@ -64,7 +68,9 @@ class GroundedPipeline:
             backend: one of backends.open.BACKENDS: for the CPU "onnxruntime", "openvino", or in the chip's own
                 precision "openvino-bf16"; for an NVIDIA GPU "cuda", "tensorrt" or "tensorrt-rtx".
             threads: CPU threads; None takes all cores.
-            lanes: batches at once on the CPU, each on its share of the threads: slower for one, faster for many.
+            lanes: batches at once on the CPU, each on its share of the threads: slower for one, faster for many. None
+                has `generate` take what is fastest on this machine, with the batch: as measured before, or measured
+                at the first call for 256 images, which takes half a minute.
 
         Raises:
             BundleError: not a bundle, damaged, or of another version.
@@ -72,7 +78,11 @@ class GroundedPipeline:
             BackendError: the backend is not installed, or finds no GPU.
         """
         opened = open_bundle(shipped_bundle() if bundle is None else bundle)
-        return cls(opened, open_backend(backend, opened, threads=threads, lanes=lanes))
+        pipe = cls(opened, open_backend(backend, opened, threads=threads, lanes=lanes or 1))
+        if lanes is None and backend == DEFAULT_BACKEND:  # of others, the batch may show in the last bits
+            pipe._with_lanes = lambda number: open_backend(backend, opened, threads=threads, lanes=number)
+            pipe._threads = threads
+        return pipe
 
     def close(self) -> None:
         """Wait for what is under way and free the backend's threads and memory; a with statement does it too."""
@@ -132,11 +142,30 @@ class GroundedPipeline:
         return self._generate(jobs, options, noise)
 
     def _generate(self, jobs: list[Job], options: Options, noise: np.ndarray | None) -> Iterator[Sample]:
-        for results in self.batches(chunks(jobs, self.batch_size(options)), options, noise=noise):
-            for result in results:
-                if isinstance(result, Failed):
-                    raise NumericsError(result.reason)
-                yield result
+        self._generating += 1
+        try:
+            options = self._at_best(options, len(jobs))
+            for results in self.batches(chunks(jobs, self.batch_size(options)), options, noise=noise):
+                for result in results:
+                    if isinstance(result, Failed):
+                        raise NumericsError(result.reason)
+                    yield result
+        finally:
+            self._generating -= 1
+
+    def _at_best(self, options: Options, images: int) -> Options:
+        """The options with the batch that is fastest here, and the backend with its lanes where it is idle."""
+        if self._with_lanes is None:
+            return options
+        found = remembered(self.bundle, options, self._threads)
+        if found is None and images >= CALIBRATED:
+            found = calibrate(self.bundle, options, self._threads)
+        if found is None:
+            return options
+        if self._generating == 1 and images >= found.batch * found.lanes and found.lanes > self.backend.lanes:
+            self.backend.close()
+            self.backend = self.text_encoder.backend = self._with_lanes(found.lanes)
+        return replace(options, batch=found.batch)
 
     def batch_size(self, options: Options) -> int:
         """Images to a batch: what was asked for, or what the backend is best at."""
