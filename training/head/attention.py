@@ -180,14 +180,15 @@ class AttentionHead(nn.Module):
 
     def affinity(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
         """Features [B,C,h,w] each -> row-stochastic [B,n,n] over the n cells of the graph."""
-        total = 0
+        units = []
         for feature in features:
             cells = feature.flatten(2).transpose(1, 2)  # [B,n,C]
             cells = cells - cells.mean(1, keepdim=True)
             # Not F.normalize, in whose graph tools lose the shapes.
-            cells = cells * torch.rsqrt(cells.square().sum(-1, keepdim=True) + TINY)
-            total = total + cells @ cells.transpose(1, 2)
-        return (total / (len(features) * self.config.temperature)).softmax(-1)
+            units.append(cells * torch.rsqrt(cells.square().sum(-1, keepdim=True) + TINY))
+        # One product over all channels gives the mean of the cosines, over the temperature.
+        joined = torch.cat(units, -1) * (len(features) * self.config.temperature) ** -0.5
+        return (joined @ joined.transpose(1, 2)).softmax(-1)
 
     def forward(
         self, tapped: Mapping[str, torch.Tensor], queries: torch.Tensor, query_valid: torch.Tensor
@@ -201,9 +202,10 @@ class AttentionHead(nn.Module):
         features = [feature if feature.shape[2:] == size else resize(feature, size) for feature in features]
         maps, alone = (total.flatten(2) for total in self.maps(tapped, queries, query_valid, size))  # [B,O,n]
         strongest = self.strongest(alone.unflatten(2, size))
-        affinity = self.affinity(features).transpose(1, 2)
+        affinity, spread = self.affinity(features), maps.transpose(1, 2)  # [B,n,n], [B,n,O]: the small one is turned
         for _ in range(cfg.spreads):
-            maps = maps @ affinity
+            spread = affinity @ spread
+        maps = spread.transpose(1, 2)
         peak = maps.amax(-1, keepdim=True)
         there = (peak > cfg.presence) & (strongest > cfg.alone)
         needed = torch.where(there, (cfg.relative * peak).clamp(min=cfg.floor), ABSENT)
