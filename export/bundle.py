@@ -80,11 +80,12 @@ def own_sampling(checkpoint: Checkpoint) -> dict[str, Any]:
     Raises UsageError for what the model's scheduler does not allow.
     """
     family, kind = FAMILIES[checkpoint.family], type(checkpoint.scheduler).__name__
-    own = dict(steps=family.steps, guidance_scale=family.guidance_scale, guidance_interval=(0.0, 1.0))
+    own: dict[str, Any] = dict(steps=family.steps, guidance_scale=family.guidance_scale, guidance_interval=(0.0, 1.0))
     own |= {"sampler": SAMPLERS[kind]} if kind in SAMPLERS else {}
     try:
         options = Options(**own | checkpoint.sampling)
-        build_schedule(scheduler_config(checkpoint), options.sampler or SAMPLING["sampler"], options.steps)
+        sampler, steps = options.sampler or SAMPLING["sampler"], options.steps or family.steps
+        build_schedule(scheduler_config(checkpoint), sampler, steps)
     except UsageError as error:
         raise UsageError(f"runs of this model would fail: {error}; say how to sample, as with --sampler") from None
     return {name: getattr(options, name) for name in SAMPLING if getattr(options, name) is not None}
