@@ -146,7 +146,8 @@ class Settings:
             if value is not None and not low <= value <= high:
                 raise UsageError(f"{name} must be from {low} to {high}, not {value}", name)
         if self.void_band and not 0 < self.void_band[0] < self.void_band[1] < 1:
-            raise UsageError(f"void_band takes two probabilities, the lower first, not {self.void_band}", "void_band")
+            line = f"void_band takes two probabilities, the lower first, as 0.3 and 0.7, not {self.void_band}"
+            raise UsageError(line, "void_band")
 
     def as_json(self) -> dict[str, Any]:
         """The settings as run.json has them; earlier versions had no instances, and their runs go on."""

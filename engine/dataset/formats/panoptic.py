@@ -2,6 +2,7 @@
 
     images/train/<id>.jpg, images/val/<id>.jpg
     annotations/panoptic_train.json and panoptic_train/<id>.png, the same for val
+    annotations/captions_train.json, captions_val.json, and fields beside COCO's own: see coco.py
 
 The PNG's colour is the segment's id, R + 256 G + 65536 B; 0 is void, and so is the background. Segments do not
 overlap: a pixel belongs to the object on top. An object has the colour of its class, and so the same id in every image;
@@ -16,7 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from grounded_diffusion.engine.dataset.formats.coco import categories, image_entry, image_path, table_head
+from grounded_diffusion.engine.dataset.formats.coco import (
+    categories,
+    image_entry,
+    image_path,
+    table_head,
+    write_captions,
+)
 from grounded_diffusion.engine.dataset.formats.common import (
     Encoded,
     Format,
@@ -73,6 +80,7 @@ class PanopticFormat(Format):
             "annotations": ((row["split"], annotation(row)) for row in rows),
         }
         write_tables(storage, head, lists, lambda split: f"annotations/panoptic_{split}.json")
+        write_captions(storage, rows, self.settings)
 
 
 def annotation(row: dict[str, Any]) -> dict[str, Any]:
@@ -84,6 +92,7 @@ def annotation(row: dict[str, Any]) -> dict[str, Any]:
             "area": thing["area"],
             "bbox": thing["box"],
             "iscrowd": 0,
+            "score": thing["score"],
         }
         for thing in row["objects"]
         if thing["area"]
