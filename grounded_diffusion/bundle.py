@@ -40,11 +40,12 @@ MAKERS = {"context": CONTEXT, "timestep": TIME}  # graphs by the input that they
 SHARED_ROWS = "S"
 
 # Names and shapes of every graph's inputs and outputs. B images, N = 2B guided rows
-# [unconditional x B; conditional x B], O objects, L tokens, D text width. input_ids are int64, query_valid is bool,
+# [unconditional x B; conditional x B], O objects, T tokens, L rows of a context, which are T or more (context_rows), D
+# text width. input_ids are int64, query_valid is bool,
 # everything else is floating point: float32, or float16 in a bundle of that precision, where timestep and mask_logits
 # stay float32. B, N, O, h and w are free; the plain UNet takes any N.
 GRAPH_IO: dict[str, tuple[dict[str, str], dict[str, str]]] = {
-    TEXT_ENCODER: ({"input_ids": "B,L"}, {"context": "B,L,D"}),
+    TEXT_ENCODER: ({"input_ids": "B,T"}, {"context": "B,L,D"}),
     UNET: ({"latents": "N,4,h,w", "timestep": "N", "context": "N,L,D"}, {"model_output": "N,4,h,w"}),
     UNET_GROUNDED: (
         {
@@ -59,7 +60,7 @@ GRAPH_IO: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     VAE_DECODER: ({"latents": "B,4,h,w"}, {"image": "B,3,H,W"}),
 }
 # Outputs that a graph may have besides, float32 in either precision: whether each object is there, as a logit.
-PRESENCE = "presence"
+PRESENCE, TELLS_PRESENCE = "presence", "presence_layers"
 OPTIONAL_OUTPUTS: dict[str, dict[str, str]] = {UNET_GROUNDED: {PRESENCE: "B,O"}}
 
 
@@ -73,17 +74,22 @@ class Manifest:
         vae_scale_factor: pixels per latent cell.
         latent_channels: channels of the latent, 4 for Stable Diffusion.
         size_multiple: H and W must be multiples of this.
-        context_length: tokens per prompt (L), 77 for CLIP.
+        context_length: tokens per prompt, 77 for CLIP; see also context_rows.
         context_dim: width of the text embedding (D).
         pad_token_id, bos_token_id, eos_token_id: the tokenizer's special ids.
         scheduler: the diffusers `scheduler_config.json` of the checkpoint, as it stands.
         guidance_layout: "uncond_first": row b is unconditional and row B+b conditional of image b.
         capture_timestep: training timestep at which the grounding head reads features.
         query_template: text whose sub-tokens at "{}" make an object's query.
-        head: variant ("released" or "paper"), statistics ("per_image" or "stored") and sizes; "presence" where the
-            grounded graph also says whether an object is there.
+        head: variant ("released" or "paper"), statistics ("per_image" or "stored") and sizes; and TELLS_PRESENCE,
+            the layers that it is read at, where the grounded graph also says whether an object is there.
         precision: floating-point type of the graphs' weights, "fp32" or "fp16".
         names: object names the model was trained to draw, and those its head was trained on.
+        pooled_text: the context has, after the rows of its tokens, one with the text as a whole, as SDXL wants it.
+        guidance_embedding: width of the embedding of the guidance scale that the UNet wants as the context's last row;
+            0 for a UNet that does not. Such a model (LCM) is guided by that alone.
+        sampling: the model's own "sampler", "steps", "guidance_scale" and "guidance_interval", for runs that do not say
+            theirs; those that it lacks are the engine's.
         base: digest of the base model's weights, by which examples for a head are told to be of this model.
         files: SHA-256 of every other file of the bundle, by name.
         versions: of everything that made the bundle.
@@ -107,10 +113,18 @@ class Manifest:
     precision: str
     guidance_layout: str = "uncond_first"
     names: dict[str, list[str]] = field(default_factory=dict)
+    pooled_text: bool = False
+    guidance_embedding: int = 0
+    sampling: dict[str, Any] = field(default_factory=dict)
     base: str = ""
     files: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     schema: int = SCHEMA
+
+    @property
+    def context_rows(self) -> int:
+        """Rows (L) of a context as the UNets take it: of the tokens, and what else the model is told."""
+        return self.context_length + self.pooled_text + (self.guidance_embedding > 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +137,7 @@ class Bundle:
     @property
     def tells_presence(self) -> bool:
         """Whether the grounded graph has the output PRESENCE."""
-        return PRESENCE in self.manifest.head
+        return TELLS_PRESENCE in self.manifest.head
 
     def outputs(self, graph: str) -> dict[str, str]:
         """Shapes of a graph's outputs, those among them that not every bundle has."""

@@ -124,7 +124,7 @@ def rate(backend: Backend, bundle: Bundle, tried: BatchAndLanes, latents: tuple[
     inputs = {
         "latents": noise,
         "timestep": np.full(images, 500, np.float32),
-        "context": np.zeros((2 * images, manifest.context_length, manifest.context_dim), np.float32),
+        "context": np.zeros((2 * images, manifest.context_rows, manifest.context_dim), np.float32),
     }
 
     def lane(rounds: int) -> None:

@@ -22,6 +22,7 @@ from grounded_diffusion.engine.cli.options import (
     add_filter_options,
     add_format_options,
     add_monitor_options,
+    add_sampling_options,
     filters_of,
     format_options_of,
 )
@@ -35,7 +36,6 @@ from grounded_diffusion.engine.runs.open import open_run
 from grounded_diffusion.engine.runs.run import Run
 from grounded_diffusion.engine.runs.stop import Stop
 from grounded_diffusion.engine.sampling.options import Options
-from grounded_diffusion.engine.sampling.schedule import SAMPLERS
 
 # Options that are not called as the field of RunConfig that they set.
 FLAGS = {"prompt_file": "--prompts FILE", "prompts": "--prompt TEXT"}
@@ -71,6 +71,9 @@ def build_parser() -> common.Parser:
     parser.add_argument("--version", action="version", version=f"gd-infer {__version__}")
     what = parser.add_argument_group("what to make")
     what.add_argument("--prompts", type=Path, metavar="FILE", help="prompt file")
+    what.add_argument(
+        "--skip-bad-lines", action="store_true", help="leave out lines of --prompts that cannot be used, listing each"
+    )
     what.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be given repeatedly")
     what.add_argument(
         "--out", required=True, metavar="DIR", help="folder to write to, or a URL such as s3://bucket/name"
@@ -93,18 +96,7 @@ def build_parser() -> common.Parser:
     )
     how = parser.add_argument_group("how to make it")
     how.add_argument("--model", type=Path, metavar="BUNDLE", help="exported model (default: the shipped one)")
-    how.add_argument("--steps", type=int, default=default.steps, help=f"denoising steps (default: {default.steps})")
-    how.add_argument("--sampler", choices=SAMPLERS, default=default.sampler, help=f"default: {default.sampler}")
-    how.add_argument(
-        "--guidance-scale", type=float, default=default.guidance_scale, metavar="W",
-        help=f"how strongly the prompt is followed; 1 turns guidance off (default: {default.guidance_scale})",
-    )  # fmt: skip
-    how.add_argument(
-        "--guidance-interval", type=float, nargs=2, default=default.guidance_interval, metavar=("START", "END"),
-        help="guide only in this part of the way from noise (0) to image (1) (default: {} {})".format(
-            *default.guidance_interval
-        ),
-    )  # fmt: skip
+    add_sampling_options(how, "default: the model's own")
     how.add_argument(
         "--negative-prompt", metavar="TEXT",
         help='what not to draw; works where the prompt is guided. A JSON line may say its own "negative_prompt"',
@@ -162,8 +154,9 @@ def add_sharing_options(parser: argparse.ArgumentParser) -> None:
 
 def config_of(args: argparse.Namespace) -> RunConfig:
     """What a command line asks for. Raises UsageError."""
-    names = ("out", "model", "format", "attempts", "backend", "precision", "device", "threads", "lanes", "val",
-             "shard_size", "shard", "ray", "workers", "overwrite", "log", "metrics_file", "metrics_port")  # fmt: skip
+    names = ("out", "model", "skip_bad_lines", "format", "attempts", "backend", "precision", "device", "threads",
+             "lanes", "val", "shard_size", "shard", "ray", "workers", "overwrite", "log", "metrics_file",
+             "metrics_port")  # fmt: skip
     return RunConfig(
         prompt_file=args.prompts,
         prompts=args.prompt,

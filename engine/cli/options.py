@@ -1,4 +1,4 @@
-"""Groups of options: of a format, which gd-infer and gd-dataset convert share, of the filters, and of the monitor."""
+"""Groups of options, some of which commands share: sampling, a format, the filters, the monitor."""
 
 from __future__ import annotations
 
@@ -8,7 +8,22 @@ from typing import Any
 
 from grounded_diffusion.engine.dataset.formats import FormatOptions
 from grounded_diffusion.engine.runs.filters import Filters
+from grounded_diffusion.engine.sampling.schedule import SAMPLERS
 from grounded_diffusion.files import local_path
+
+
+def add_sampling_options(group: argparse._ArgumentGroup, otherwise: str) -> None:
+    """How images are drawn; `otherwise` tells what is taken where an option is not given."""
+    group.add_argument("--sampler", choices=SAMPLERS, metavar="NAME", help=f"%(choices)s ({otherwise})")
+    group.add_argument("--steps", type=int, metavar="N", help=f"denoising steps ({otherwise})")
+    group.add_argument(
+        "--guidance-scale", type=float, metavar="W",
+        help=f"how strongly the prompt is followed; 1 turns guidance off ({otherwise})",
+    )  # fmt: skip
+    group.add_argument(
+        "--guidance-interval", type=float, nargs=2, metavar=("START", "END"),
+        help=f"guide only in this part of the way from noise (0) to image (1) ({otherwise})",
+    )  # fmt: skip
 
 
 def add_format_options(parser: argparse.ArgumentParser, *, band: bool) -> None:

@@ -9,7 +9,7 @@ from concurrent.futures import Future, wait
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from grounded_diffusion.engine.pipeline.tokenizer import Tokenizer
 from grounded_diffusion.engine.prompts.prompt import Prompt, as_prompts
 from grounded_diffusion.engine.sampling.backend import Backend
 from grounded_diffusion.engine.sampling.batch import BatchRequest, BatchResult, Conditioning
+from grounded_diffusion.engine.sampling.guidance import guidance_row
 from grounded_diffusion.engine.sampling.noise import batch_normal
 from grounded_diffusion.engine.sampling.options import Options
 from grounded_diffusion.engine.sampling.sample import ObjectMask, Sample
@@ -85,7 +86,8 @@ class GroundedPipeline:
 
     def schedule(self, options: Options) -> Schedule:
         """The sampler's table for this model. Raises UsageError for what the model's scheduler does not allow."""
-        return build_schedule(self.bundle.manifest.scheduler, options.sampler, options.steps)
+        own = options.of_model(self.bundle.manifest)
+        return build_schedule(self.bundle.manifest.scheduler, cast(str, own.sampler), cast(int, own.steps))
 
     def latent_shape(self, options: Options) -> tuple[int, int, int]:
         """(channels, h, w) of one latent. Raises UsageError for a size the model cannot make."""
@@ -114,7 +116,7 @@ class GroundedPipeline:
             UsageError: a prompt or an option that cannot be used.
             BackendError, NumericsError: while iterating.
         """
-        options = replace(options or Options(), **changes)
+        options = replace(options or Options(), **changes).of_model(self.bundle.manifest)
         jobs = list_jobs(as_prompts(prompts), options)
         self.schedule(options)  # raises for what the model's scheduler does not allow
         shape = self.latent_shape(options)
@@ -155,6 +157,7 @@ class GroundedPipeline:
         Raises:
             BackendError: the backend has failed.
         """
+        options = options.of_model(self.bundle.manifest)
         schedule = self.schedule(options)
         submitted: deque[tuple[Sequence[Job], BatchRequest, Future[BatchResult]]] = deque()
         try:
@@ -179,11 +182,11 @@ class GroundedPipeline:
         keys = [(job.seed, job.draw) for job in jobs]
         return BatchRequest(
             schedule,
-            self.condition([job.prompt for job in jobs], options.negative_prompt),
+            self.condition([job.prompt for job in jobs], options.negative_prompt, cast(float, options.guidance_scale)),
             batch_normal(keys, shape) if noise is None else noise[[job.index for job in jobs]].astype(np.float32),
             size=options.image_size(self.bundle.manifest),
-            guidance_scale=options.guidance_scale,
-            guidance_interval=options.guidance_interval,
+            guidance_scale=1.0 if self.bundle.manifest.guidance_embedding else cast(float, options.guidance_scale),
+            guidance_interval=cast(tuple[float, float], options.guidance_interval),
             capture=schedule.capture_index(self.bundle.manifest.capture_timestep),
             step_noise=lambda row: batch_normal(keys, shape, row + 1),
             names=[f"sample {job.index}" for job in jobs],
@@ -205,13 +208,24 @@ class GroundedPipeline:
         futures = [self.backend.submit(part) for _, part in alone]
         return [self._results(*given, future)[0] for given, future in zip(alone, futures, strict=True)]
 
-    def condition(self, prompts: list[Prompt], negative_prompt: str | None = None) -> Conditioning:
-        """Encode the prompts and object queries of a batch; `negative_prompt` is of prompts that have none."""
+    def condition(
+        self, prompts: list[Prompt], negative_prompt: str | None = None, guidance_scale: float = 1.0
+    ) -> Conditioning:
+        """Encode the prompts and object queries of a batch.
+
+        Args:
+            negative_prompt: of prompts that have none.
+            guidance_scale: what a model is told that has it as an input.
+        """
         conditional = self.text_encoder.contexts(prompt.text for prompt in prompts)  # [B,L,D]
         own = (prompt.negative_prompt for prompt in prompts)
         unconditional = self.text_encoder.contexts((negative_prompt or "") if text is None else text for text in own)
         queries, valid = self.text_encoder.queries([prompt.objects for prompt in prompts])
-        return Conditioning(np.concatenate([unconditional, conditional]), queries, valid)
+        context, manifest = np.concatenate([unconditional, conditional]), self.bundle.manifest
+        if width := manifest.guidance_embedding:
+            row = guidance_row(guidance_scale, width, manifest.context_dim)
+            context = np.concatenate([context, np.broadcast_to(row, (len(context), 1, len(row)))], 1)
+        return Conditioning(context, queries, valid)
 
 
 def make_sample(job: Job, b: int, made: BatchResult) -> Sample:

@@ -7,7 +7,7 @@ import io
 import os
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -25,25 +25,39 @@ class PromptFile:
         path: the file, or None.
         texts: more prompts, one a string, in either of the forms that a line has.
         images: of each prompt that does not say its own count.
+        skip_bad: leave out lines of the file that cannot be used, and say which in `skipped`.
+        check: with `skip_bad`, raises UsageError for further prompts that cannot be used.
 
     Attributes:
         prompts, samples: how many there are.
+        skipped: what is wrong with the lines left out, with file and line.
         digest: SHA-256 of the lines that count: not of comments, empty lines and line ends.
 
     Raises:
         UsageError: the file cannot be read, has no prompts, or a count in it is wrong.
     """
 
-    def __init__(self, path: str | Path | None, texts: Sequence[str] = (), images: int = 1):
+    def __init__(
+        self,
+        path: str | Path | None,
+        texts: Sequence[str] = (),
+        images: int = 1,
+        skip_bad: bool = False,
+        check: Callable[[Prompt], object] = lambda prompt: None,
+    ):
         self.path, self.images = None if path is None else Path(path), images
         self.name = "prompt" if path is None else str(path)
         self.texts = [" ".join(text.split()).encode(errors="surrogatepass") for text in texts]
+        self._bad: set[int] = set()  # places of lines that are left out
+        self.skipped: list[str] = []
         self._content: bytes | None = None  # of what cannot be read twice, such as a pipe
         self._stat: tuple[int, int, int] | None = None
         self.prompts = self.samples = 0
         self._places, self._firsts = array("q"), array("q")  # where a line begins; index of its first sample
         digest = hashlib.sha256()
         for place, number, line in self._lines():
+            if skip_bad and place >= 0 and not self._usable(place, number, line, check):
+                continue
             if self.prompts % STRIDE == 0:
                 self._places.append(place)
                 self._firsts.append(self.samples)
@@ -52,7 +66,8 @@ class PromptFile:
             self.samples += self._count(line, number)
         self.digest = digest.hexdigest()
         if not self.prompts and path is not None:
-            raise UsageError(f"{path} has no prompts; write one a line, {HOW_TO_MARK}")
+            bad = f" that can be used; {self.skipped[0]}" if self.skipped else f"; write one a line, {HOW_TO_MARK}"
+            raise UsageError(f"{path} has no prompts{bad}")
         if not self.prompts:
             raise UsageError("no prompts; give `prompt_file` or `prompts`", "prompt_file", "prompts")
 
@@ -79,6 +94,21 @@ class PromptFile:
             if first >= stop:
                 return
 
+    def _usable(self, place: int, number: int, line: bytes, check: Callable[[Prompt], object]) -> bool:
+        """Whether a line can be used; one that cannot is noted."""
+        where = self._where(number)
+        try:
+            prompt = parse_line(line, where)
+            try:
+                check(prompt)
+            except UsageError as error:
+                raise UsageError(f"{where}: {error}") from None
+        except UsageError as error:
+            self._bad.add(place)
+            self.skipped.append(str(error))
+            return False
+        return True
+
     def _where(self, number: int) -> str:
         return f"{self.name}{':' if self.path else ' '}{number}" if number > 0 else f"prompt {-number}"
 
@@ -98,7 +128,7 @@ class PromptFile:
                 stream.seek(place)
                 for number, raw in enumerate(stream, 1):
                     line = (raw.removeprefix(BOM) if place == 0 else raw).strip()
-                    if line and not line.startswith(b"#"):
+                    if line and not line.startswith(b"#") and place not in self._bad:
                         yield place, number, line
                     place += len(raw)
         for k, text in enumerate(self.texts, 1):

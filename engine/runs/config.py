@@ -31,6 +31,7 @@ class RunConfig:
         out: folder to write to, or a URL such as "s3://bucket/name".
         prompts: what to draw: strings with the objects in brackets, JSON lines or Prompt objects.
         prompt_file: a file of such lines; its prompts come first.
+        skip_bad_lines: leave out lines of `prompt_file` that cannot be used, and say which.
         model: a bundle that gd-export wrote; None takes the shipped model.
         options: how to draw: sampler, steps, guidance, size, seed, images of each prompt, batch.
         format: one of FORMATS.
@@ -63,6 +64,7 @@ class RunConfig:
     out: str | Path
     prompts: str | Prompt | tuple[str | Prompt, ...] | list[str | Prompt] = ()
     prompt_file: str | Path | None = None
+    skip_bad_lines: bool = False
     model: str | Path | None = None
     options: Options = field(default_factory=Options)
     format: str = "folder"

@@ -22,6 +22,7 @@ from grounded_diffusion.engine.pipeline.pipeline import GroundedPipeline
 from grounded_diffusion.engine.pipeline.shipped import shipped_bundle
 from grounded_diffusion.engine.pipeline.tokenizer import Tokenizer
 from grounded_diffusion.engine.prompts.file import PromptFile
+from grounded_diffusion.engine.prompts.prompt import Prompt
 from grounded_diffusion.engine.runs.config import RunConfig
 from grounded_diffusion.engine.runs.plan import Plan, default_shard_size, validation
 from grounded_diffusion.engine.runs.run import Run
@@ -44,10 +45,12 @@ def open_run(config: RunConfig, say: Callable[[str], None], stop: Stop) -> Run:
         UsageError: a prompt or the output cannot be used, or the output has a run with other settings.
         BundleError, BackendError: the model cannot be used.
     """
-    prompts = PromptFile(config.prompt_file, config.lines, config.options.images_per_prompt)
+    prompts = PromptFile(config.prompt_file, config.lines, config.options.images_per_prompt, config.skip_bad_lines)
     storage = open_storage(config.out)
     found = check_output(storage)
     bundle = open_bundle(config.model or shipped_bundle(say))
+    if config.skip_bad_lines:
+        prompts = usable_prompts(config, bundle, say)
     run = settle(config, prompts, storage, bundle, found, say, stop)
     if found and run.settings != found.settings:
         if not config.overwrite:
@@ -56,6 +59,22 @@ def open_run(config: RunConfig, say: Callable[[str], None], stop: Stop) -> Run:
         run.pipe.close()
         run = settle(config, prompts, storage, bundle, None, say, stop)  # takes nothing over from the run that goes
     return run
+
+
+def usable_prompts(config: RunConfig, bundle: Bundle, say: Callable[[str], None]) -> PromptFile:
+    """The prompts that this model and this format can take; the others are listed."""
+    tokenizer, classes = Tokenizer(bundle), config.format_options.classes(config.format)
+
+    def check(prompt: Prompt) -> None:
+        for name in prompt.objects:
+            tokenizer.encode_query(name)
+        if classes and classes.names:
+            classes.check(prompt.objects, f"the prompt {shorten(prompt.text)!r}")
+
+    prompts = PromptFile(config.prompt_file, config.lines, config.options.images_per_prompt, True, check)
+    for reason in prompts.skipped:
+        say(f"skipped {reason}")
+    return prompts
 
 
 def settle(
@@ -69,6 +88,7 @@ def settle(
 ) -> Run:
     """Open the model, and settle what is not asked for: as the run that was found has it, or as is best here."""
     before = found.settings if found else None
+    config = replace(config, options=config.options.of_model(bundle.manifest))
     config = replace(config, backend=choose_backend(config, bundle, prompts.samples, before or {}, say), precision=None)
     batch, lanes = batch_and_lanes(config, bundle, prompts.samples, before or {}, say)
     pipe = GroundedPipeline(bundle, backend_of(config, bundle, lanes))
