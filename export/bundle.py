@@ -16,7 +16,7 @@ from grounded_diffusion.bundle import (
     CPU,
     CUDA,
     OPENVINO,
-    PRESENCE,
+    TELLS_PRESENCE,
     TEXT_ENCODER,
     TIME,
     TOKENIZER,
@@ -74,6 +74,13 @@ def describe(checkpoint: Checkpoint, precision: str) -> Manifest:
     )
 
 
+def told_presence(checkpoint: Checkpoint) -> dict:
+    """What a manifest says of presence, where the model tells it."""
+    if checkpoint.presence is None:
+        return {}
+    return {TELLS_PRESENCE: [name for name, _, _ in checkpoint.presence.config.layers]}
+
+
 def own_sampling(checkpoint: Checkpoint) -> dict[str, Any]:
     """How a run that says nothing draws: as the checkpoint says, else as its family and its scheduler do.
 
@@ -89,13 +96,6 @@ def own_sampling(checkpoint: Checkpoint) -> dict[str, Any]:
     except UsageError as error:
         raise UsageError(f"runs of this model would fail: {error}; say how to sample, as with --sampler") from None
     return {name: getattr(options, name) for name in SAMPLING if getattr(options, name) is not None}
-
-
-def told_presence(checkpoint: Checkpoint) -> dict:
-    """What a manifest says of presence, where the model tells it."""
-    if checkpoint.presence is None:
-        return {}
-    return {PRESENCE: [name for name, _, _ in checkpoint.presence.config.layers]}
 
 
 def scheduler_config(checkpoint: Checkpoint) -> dict:

@@ -2,8 +2,8 @@
 
     CHECKPOINT/{model_index.json,unet/,vae/,text_encoder/,tokenizer/,scheduler/}   what diffusers itself loads
     CHECKPOINT/grounding_head/{config.json,model.safetensors}                      what this project adds,
-    CHECKPOINT/sampling.json                                                       and how the model is best run
                               presence.safetensors                                 and this where it tells presence
+    CHECKPOINT/sampling.json                                                       and how the model is best run
 
 The other forms people have are a plain model (see training/generator/model.py) and the paper's `grounding_module.pth`
 for it, or no head at all.
@@ -54,8 +54,8 @@ class Checkpoint:
         names: object names, such as {"seen": [...], "unseen": [...]}; empty where unknown.
         text_encoder_2: of a family with two.
         family: one of FAMILIES.
-        sampling: what the model's runs are to take, instead of what its family and scheduler say; see SAMPLING.
         presence: says whether an object is there at all; None for a head without it.
+        sampling: what the model's runs are to take, instead of what its family and scheduler say; see SAMPLING.
     """
 
     unet: UNet2DConditionModel
@@ -69,8 +69,8 @@ class Checkpoint:
     names: dict[str, list[str]] = field(default_factory=dict)
     text_encoder_2: CLIPTextModelWithProjection | None = None
     family: str = "sd1"
-    sampling: dict[str, Any] = field(default_factory=dict)
     presence: Presence | None = None
+    sampling: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         steps = self.scheduler.config.num_train_timesteps

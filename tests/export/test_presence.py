@@ -9,7 +9,7 @@ import torch
 from helpers.fake_gpu import HostDevice, HostRuntime
 from helpers.tiny import tiny_model
 
-from grounded_diffusion.bundle import GRAPH_IO, PRESENCE, UNET_GROUNDED, open_bundle
+from grounded_diffusion.bundle import GRAPH_IO, PRESENCE, TELLS_PRESENCE, UNET_GROUNDED, open_bundle
 from grounded_diffusion.engine import Filters, GroundedPipeline, Options, RunConfig, make_dataset
 from grounded_diffusion.engine.backends.gpu.backend import DeviceBackend
 from grounded_diffusion.engine.backends.onnxruntime_cpu import OnnxRuntimeBackend
@@ -61,7 +61,7 @@ def test_every_graph_equals_its_module(checkpoint, bundle):
 def test_the_manifest_says_so(checkpoint, bundle):
     opened = open_bundle(bundle)
     assert opened.tells_presence
-    assert opened.manifest.head[PRESENCE] == [name for name, _, _ in checkpoint.presence.config.layers]
+    assert opened.manifest.head[TELLS_PRESENCE] == [name for name, _, _ in checkpoint.presence.config.layers]
     assert list(opened.outputs(UNET_GROUNDED)) == [*GRAPH_IO[UNET_GROUNDED][1], PRESENCE]
 
 

@@ -162,7 +162,7 @@ def open_lab(args: argparse.Namespace, say: Say):
     trained = None
     if not args.base:
         checkpoint = load_checkpoint(args.ckpt or shipped_checkpoint())
-        trained = Trained(checkpoint.head, checkpoint.names)
+        trained = Trained(checkpoint.head, checkpoint.names, checkpoint.presence)
     options = Options(
         sampler="ddim", steps=args.steps, guidance_scale=args.guidance_scale, guidance_interval=(0.0, 1.0),
         batch=args.batch,

@@ -96,7 +96,7 @@ def heat_maps(
     length = context.shape[1]
     words = torch.stack([word_tokens(base.tokenizer, e.prompt, e.names, length) for e in examples]).to(base.device)
     context = torch.cat([base.contexts([""]).expand_as(context), context])
-    scheduler = DDIMScheduler.from_config(base.parts["scheduler"].config, timestep_spacing="leading")
+    scheduler = DDIMScheduler.from_config(base.parts["scheduler"].config)
     scheduler.set_timesteps(options.steps)
     latents = torch.from_numpy(batch_normal(list(keys), shape)).to(base.device)
     with recording(unet, words) as recorders:

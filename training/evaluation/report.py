@@ -43,7 +43,7 @@ name; `make results` writes this page from [bench/results/truth.json](../bench/r
 def cell(figures: Figures, name: str) -> str:
     """A figure with the paper's in brackets; a dash where it was not measured."""
     own = f"{figures[name]:.1f}" if name in figures else "–"
-    return f"{own} ({PAPER[name]:.1f})" if name in PAPER else own
+    return f"{own} ({PAPER[name]:.1f})" if name in PAPER and figures is not PAPER else own
 
 
 def group_rows(figures: Figures, rows: Iterable[tuple[str, str]], track: str, first: str) -> list[str]:

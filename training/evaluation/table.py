@@ -35,14 +35,19 @@ from grounded_diffusion.training.grounding.annotations import Annotations
 from grounded_diffusion.training.grounding.config import HeadTraining
 from grounded_diffusion.training.grounding.splits import Split
 from grounded_diffusion.training.head.head import GroundingHead
+from grounded_diffusion.training.head.presence import Presence
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Trained:
-    """A head that was trained elsewhere, and the names that it was trained on ("seen") and kept from ("unseen")."""
+    """A head that was trained elsewhere, and the names that it was trained on ("seen") and kept from ("unseen").
+
+    `presence` is what came with it; None calibrates it here.
+    """
 
     head: GroundingHead
     names: Mapping[str, Sequence[str]]
+    presence: Presence | None = None
 
     def fits(self, split: Split) -> bool:
         """Whether it was kept from exactly the unseen names of a split."""
@@ -116,8 +121,13 @@ class Bench:
         return Entry(["head", describe(lab, recipe)], lambda: HeadMethod(lab.base, train_head(lab, recipe)))
 
     def with_presence(self, split: Split) -> Entry:
-        """The head of a split, calibrated here on the images that such a head is trained on."""
+        """The head of a split with what came with it, or else calibrated on images that such a head is trained on."""
         lab, recipe, plain = self.lab, Recipe(split, self.plan.training, self.plan.examples), self.entry("head", split)
+        trained = self.plan.trained
+        if trained is not None and trained.presence is not None and trained.fits(split):
+            own = trained.presence.to(lab.base.device)
+            key = ["presence", plain.key, weights_digest(own), own.weight.tolist(), own.bias.item()]
+            return Entry(key, lambda: HeadMethod(lab.base, plain.open().head, presence=own))
 
         def opened() -> Method:
             head = plain.open().head

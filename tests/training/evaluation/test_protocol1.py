@@ -162,7 +162,7 @@ def test_daams_recorder_changes_no_output(model):
     with recording(model.unet, torch.ones(1, 77, 1)) as recorders:
         recorded = model.unet(latents, 1, context).sample
     assert torch.allclose(recorded, plain, atol=1e-5)
-    assert len(recorders) == 5  # two of the way down, four of the way up, less the middle
+    assert len(recorders) == 6  # two on the way down and four on the way up; not the one of the middle
     for recorder in recorders:
         assert torch.allclose(recorder.sums, torch.ones_like(recorder.sums), atol=1e-5)  # of all words together
 

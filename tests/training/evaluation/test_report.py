@@ -41,8 +41,9 @@ def test_the_papers_figures_are_those_of_its_tables():
     assert PAPER["daam.coco.split2.oracle.two_unseen"] == 33.22
     assert PAPER["ablation.real.real.exact.one_unseen"] == 34.80
     assert len(PAPER) == 5 * (16 + 2 + 3 + 5 + 3) + 2 * 3
-    for vocabulary in ("pascal", "coco"):  # the paper's own averages, to its rounding
-        for group in GROUPS:
+    wrong = [("coco", "two_seen")]  # of the paper's averages this one is not: 64.16, of 64.58
+    for vocabulary in ("pascal", "coco"):  # the others, to its rounding
+        for group in (group for group in GROUPS if (vocabulary, group) not in wrong):
             splits = [PAPER[f"{vocabulary}.split{n}.oracle.{group}"] for n in (1, 2, 3)]
             assert np.mean(splits) == pytest.approx(PAPER[f"{vocabulary}.oracle.{group}"], abs=0.011)
 
@@ -58,12 +59,13 @@ def test_the_page_has_what_was_measured_and_nothing_else():
     assert "| trained head | 90.0 (90.3) | – (83.1) | – (79.1) | – (67.9) | 60.0 (55.7) |" in text
     assert "| trained head, split2 | 89.0 (90.1) |" in text
     assert "| DAAM at 0.4 | 55.0 (64.8) |" in text
-    assert "| masks exchanged | 1.5 | – |" in text
+    assert "| masks exchanged | 1.5 |" in text
     assert "| one seen | 92 | 90.0, missed | 93.0 |" in text
     assert "Twenty names." in text
     assert "(Fig. 7)" in text
     assert "(Table 6)" not in text
     assert "COCO" not in text
+    assert "| the paper's two | 88.3 | 82.9 | 80.6 | 68.1 | 56.4 |" in text
 
 
 def test_charts_are_well_formed(tmp_path):
