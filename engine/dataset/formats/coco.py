@@ -30,7 +30,7 @@ from grounded_diffusion.engine.dataset.formats.polygons import solid_polygons
 from grounded_diffusion.engine.dataset.formats.rle import encode_rle
 from grounded_diffusion.engine.dataset.formats.tables import Entries, write_tables
 from grounded_diffusion.engine.dataset.instances import mask_box
-from grounded_diffusion.engine.dataset.record import Record
+from grounded_diffusion.engine.dataset.record import Record, told
 from grounded_diffusion.engine.dataset.storage.base import Storage
 from grounded_diffusion.engine.prompts.vocabulary import COCO_SUPERCATEGORIES
 
@@ -53,7 +53,7 @@ class CocoFormat(Format):
             entry = {"name": thing.name, "label": category, "area": int(mask.sum()), "box": mask_box(mask)}
             if entry["area"]:
                 entry["segmentation"] = polygon_lists(mask) if self.settings.polygons else encode_rle(mask)
-            objects.append({**entry, "score": thing.score})
+            objects.append({**entry, **told(thing)})
         files = {image_path(record, self.settings): encode_image(record.image, self.settings.jpeg_quality)}
         return Encoded(files, {**describe(record), "split": record.split, "objects": objects})
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from grounded_diffusion.engine.dataset.instances import by_components
-from grounded_diffusion.engine.dataset.record import SPLITS, Record
+from grounded_diffusion.engine.dataset.record import SPLITS, Record, told
 from grounded_diffusion.engine.dataset.storage.base import Storage
 from grounded_diffusion.errors import UsageError
 from grounded_diffusion.kernels import mask_epilogue
@@ -264,7 +264,7 @@ def describe_objects(record: Record, classes: Classes | None = None) -> list[dic
             "label": classes.id(thing.name) if classes else thing.label,
             "area": thing.area,
             "box": list(thing.box),
-            "score": thing.score,
+            **told(thing),
         }
         for thing in record.objects
     ]

@@ -37,7 +37,7 @@ from grounded_diffusion.engine.dataset.formats.common import (
 )
 from grounded_diffusion.engine.dataset.formats.tables import Entries, write_tables
 from grounded_diffusion.engine.dataset.instances import mask_box
-from grounded_diffusion.engine.dataset.record import Record
+from grounded_diffusion.engine.dataset.record import Record, told
 from grounded_diffusion.engine.dataset.storage.base import Storage
 
 
@@ -65,7 +65,7 @@ class PanopticFormat(Format):
             colours[thing.label] = colour
             entry = {"name": thing.name, "label": category, "area": int(mask.sum()), "box": mask_box(mask)}
             segment = {} if self.settings.instances is None else {"segment": colour_id(colour)}
-            objects.append({**entry, "score": thing.score, **segment})
+            objects.append({**entry, **told(thing), **segment})
         files = {
             f"annotations/panoptic_{record.split}/{record.id}.png": png(Image.fromarray(colours[labels])),
             image_path(record, self.settings): encode_image(record.image, self.settings.jpeg_quality),
