@@ -147,7 +147,7 @@ class AttentionHead(nn.Module):
     def shares(
         self, layer: int, image: torch.Tensor, queries: torch.Tensor, valid: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Image queries [B,hw,C] of a layer, object queries [B,O,D] -> an object's part of the attention, [B,O,hw] each.
+        """Image queries [B,hw,C] of a layer, object queries [B,O,D] -> what an object has of it, [B,O,hw] each.
 
         First its share beside the other objects, then its log-odds against the template alone; means over heads.
         """
