@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from grounded_diffusion.errors import BundleError
 from grounded_diffusion.files import replace_file
+from grounded_diffusion.reading import Count, Misfit, Number, as_type, load_json
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -87,17 +90,17 @@ class Manifest:
     """
 
     family: str
-    image_size: tuple[int, int]
-    vae_scale_factor: int
-    latent_channels: int
-    size_multiple: int
-    context_length: int
-    context_dim: int
-    pad_token_id: int
-    bos_token_id: int
-    eos_token_id: int
+    image_size: tuple[Count, Count]
+    vae_scale_factor: Count
+    latent_channels: Count
+    size_multiple: Count
+    context_length: Count
+    context_dim: Count
+    pad_token_id: Number
+    bos_token_id: Number
+    eos_token_id: Number
     scheduler: dict[str, Any]
-    capture_timestep: int
+    capture_timestep: Number
     query_template: str
     head: dict[str, Any]
     precision: str
@@ -126,6 +129,12 @@ class Bundle:
         return self.file(name if name in self.manifest.files else graph)
 
 
+class HasSchema(msgspec.Struct):
+    """What a manifest of any version has."""
+
+    schema: int
+
+
 def sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file."""
     with path.open("rb") as stream:
@@ -144,24 +153,16 @@ def read_manifest(path: Path) -> Manifest:
         raise BundleError(f"there is no bundle at {path}; make one with gd-export --ckpt CHECKPOINT --out {path}")
     if not file.is_file():
         raise BundleError(f"{path} has no {MANIFEST}, so its export did not finish; run gd-export again")
+    content = file.read_bytes()
     try:
-        raw: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        schema = raw["schema"]
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise BundleError(f"{file} is not a manifest ({error}); run gd-export again") from None
-    if schema != SCHEMA:
-        raise BundleError(
-            f"{file} has schema {schema}, this version reads schema {SCHEMA}; "
-            + ("upgrade grounded-diffusion" if isinstance(schema, int) and schema > SCHEMA else "run gd-export again")
-        )
-    known = {f.name for f in fields(Manifest)}
-    if unknown := sorted(raw.keys() - known):
-        raise BundleError(f"{file} has unknown fields {', '.join(unknown)}; run gd-export again")
-    try:
-        raw["image_size"] = tuple(raw["image_size"])
-        return Manifest(**raw)
-    except (TypeError, KeyError) as error:
-        raise BundleError(f"{file} lacks a field ({error}); run gd-export again") from None
+        raw = load_json(content)
+        schema = as_type(raw, HasSchema, content).schema
+        if schema != SCHEMA:
+            repair = "upgrade grounded-diffusion" if schema > SCHEMA else "run gd-export again"
+            raise BundleError(f"{file} has schema {schema}, this version reads schema {SCHEMA}; {repair}")
+        return as_type(raw, Manifest, content)
+    except Misfit as error:
+        raise BundleError(f"{error.at(file)}; run gd-export again") from None
 
 
 def open_bundle(path: str | Path, verify: bool = True) -> Bundle:

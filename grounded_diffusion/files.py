@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import stat
 from collections.abc import Callable, Iterable, Iterator
@@ -15,10 +16,29 @@ from grounded_diffusion.errors import StorageError, UsageError
 SHOWN = 3  # names that a message lists
 
 
+def check_place(text: str, *fields: str) -> None:
+    """Raise UsageError for what nobody means by a path or a URL, though the system would take it as it stands.
+
+    Args:
+        text: as it was given.
+        fields: the field that it was given for, if it has a name.
+    """
+    shown = text if len(text) <= 100 else f"{text[:97]}..."
+    named = f"`{fields[0]}`" if fields else "a path"
+    if not text.strip():
+        raise UsageError(f"{named} is empty, which would be the current folder; write . if that is meant", *fields)
+    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+        raise UsageError(f"{named} {shown!r} has a character that no file is called by here; rename the file", *fields)
+    if text.startswith("~"):
+        raise UsageError(f"{shown} begins with ~, which only a shell knows; write it in full, or ./{shown}", *fields)
+    if match := re.match(r"([a-zA-Z][a-zA-Z0-9+.-]+):/(?!/)", text):
+        line = f"{shown} is a folder called {match[1]}: here; write {match[1]}:// for a URL, or ./{shown}"
+        raise UsageError(line, *fields)
+
+
 def local_path(text: str) -> Path:
-    """A path of this machine, as a command line gives it. Raises UsageError for "" and for a URL."""
-    if not text:
-        raise UsageError("a path is empty, which would be the current folder; write . if that is meant")
+    """A path of this machine, as a command line gives it. Raises UsageError for "", a URL, and as `check_place`."""
+    check_place(text)
     scheme, separator, rest = text.partition("://")
     if separator and scheme != "file":
         raise UsageError(f"{text} is a URL, and this takes a path of this machine; copy the files here first")

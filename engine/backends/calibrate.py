@@ -24,6 +24,7 @@ from grounded_diffusion.engine.backends.open import DEFAULT_BACKEND, open_backen
 from grounded_diffusion.engine.checks import usable_cores
 from grounded_diffusion.engine.sampling.backend import Backend
 from grounded_diffusion.engine.sampling.options import MAX_BATCH, Options
+from grounded_diffusion.reading import Count, Misfit, decode
 
 BUDGET = 25.0  # seconds; at large images only a few candidates are tried
 TIMED = 1.0  # seconds of calls to a candidate in each of two rounds, at least one call a lane
@@ -34,8 +35,8 @@ WORTH = 1.015  # a larger candidate must be faster by this, or the smaller one, 
 class BatchAndLanes:
     """Images to a batch, and batches at once; `rate` is guided calls of one image a second with them."""
 
-    batch: int
-    lanes: int
+    batch: Count
+    lanes: Count
     rate: float = field(default=0.0, compare=False)
 
 
@@ -67,8 +68,8 @@ def calibrate(
         asked["backend"] = backend
     key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:24]
     file = cache_folder() / "placements" / f"{key}.json"
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        return BatchAndLanes(**json.loads(file.read_text(encoding="utf-8")))
+    with contextlib.suppress(OSError, Misfit):
+        return decode(file.read_bytes(), BatchAndLanes)
     tries = list(candidates(options, height * width, threads))
     rates = measure(lambda lanes: open_backend(backend, bundle, threads=threads, lanes=lanes), bundle, tries,
                     (height, width))  # fmt: skip

@@ -27,6 +27,7 @@ from grounded_diffusion.engine.dataset.formats.polygons import solid_polygons
 from grounded_diffusion.engine.dataset.formats.rle import encode_rle
 from grounded_diffusion.engine.dataset.formats.tables import Entries, write_tables
 from grounded_diffusion.engine.dataset.record import Record
+from grounded_diffusion.engine.dataset.rows import CocoRow
 from grounded_diffusion.engine.dataset.storage.base import Storage
 from grounded_diffusion.engine.prompts.vocabulary import COCO_SUPERCATEGORIES
 
@@ -35,6 +36,7 @@ class CocoFormat(Format):
     """See common.Format."""
 
     name = "coco"
+    row = CocoRow
 
     def __init__(self, settings: Settings):
         self.settings = settings

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from grounded_diffusion.engine.dataset.record import Record
+from grounded_diffusion.engine.dataset.rows import AnyRow, Row
 from grounded_diffusion.engine.dataset.storage.base import Storage
 from grounded_diffusion.errors import UsageError
 from grounded_diffusion.kernels import mask_epilogue
@@ -43,6 +44,7 @@ class Format(Protocol):
 
     name: str
     settings: Settings
+    row: type[AnyRow] = Row  # of which it writes its lists
 
     @abstractmethod
     def encode(self, record: Record) -> Encoded:

@@ -13,7 +13,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
-from grounded_diffusion.engine.dataset.storage.base import JOURNAL, PARTIAL, SHARDS, holder, lock_path, record_path
+from grounded_diffusion.engine.dataset.storage.base import (
+    JOURNAL,
+    PARTIAL,
+    SHARDS,
+    holder,
+    lock_path,
+    read_holder,
+    record_path,
+)
 from grounded_diffusion.errors import DiskFullError, StorageError, UsageError
 from grounded_diffusion.files import files_below, inside, writing
 
@@ -121,7 +129,7 @@ class LocalStorage:
                     try:
                         fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
                     except BlockingIOError:
-                        held[name.removesuffix(".lock")] = json.loads(stream.read())
+                        held[name.removesuffix(".lock")] = read_holder(stream.read())
         return held
 
     def commit(self, shard: int, files: Iterable[tuple[str, bytes]], record: bytes) -> None:
