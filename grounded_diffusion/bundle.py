@@ -160,9 +160,26 @@ def read_manifest(path: Path) -> Manifest:
         if schema != SCHEMA:
             repair = "upgrade grounded-diffusion" if schema > SCHEMA else "run gd-export again"
             raise BundleError(f"{file} has schema {schema}, this version reads schema {SCHEMA}; {repair}")
-        return as_type(raw, Manifest, content)
+        return checked(as_type(raw, Manifest, content))
     except Misfit as error:
         raise BundleError(f"{error.at(file)}; run gd-export again") from None
+
+
+def checked(manifest: Manifest) -> Manifest:
+    """A manifest whose fields make sense together. Raises Misfit."""
+    if manifest.query_template.count("{}") != 1:
+        raise Misfit(f"query_template must have {{}} once, not be {manifest.query_template!r}")
+    if manifest.precision not in ("fp32", "fp16"):
+        raise Misfit(f"precision must be fp32 or fp16, not {manifest.precision!r}")
+    if manifest.guidance_layout != "uncond_first":
+        raise Misfit(f"guidance_layout must be uncond_first, not {manifest.guidance_layout!r}")
+    if manifest.size_multiple % manifest.vae_scale_factor:
+        raise Misfit(f"size_multiple must be a multiple of vae_scale_factor {manifest.vae_scale_factor}")
+    if not all(side % manifest.size_multiple == 0 for side in manifest.image_size):
+        raise Misfit(f"image_size must be multiples of size_multiple {manifest.size_multiple}")
+    if manifest.context_length < 3:
+        raise Misfit("context_length must be at least 3: begin, a word and end")
+    return manifest
 
 
 def open_bundle(path: str | Path, verify: bool = True) -> Bundle:

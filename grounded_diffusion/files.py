@@ -14,6 +14,8 @@ from typing import BinaryIO
 from grounded_diffusion.errors import StorageError, UsageError
 
 SHOWN = 3  # names that a message lists
+MAX_LINE = 100_000  # bytes: a prompt with 254 names of 64 characters, whatever they are, takes fewer
+MAX_STREAM = 1 << 30  # bytes of what cannot be read twice
 
 
 def check_place(text: str, *fields: str) -> None:
@@ -43,6 +45,26 @@ def local_path(text: str) -> Path:
     if separator and scheme != "file":
         raise UsageError(f"{text} is a URL, and this takes a path of this machine; copy the files here first")
     return Path(rest if separator else text)
+
+
+def lines_of(stream: BinaryIO, name: object) -> Iterator[bytes]:
+    """Lines of a file that people write, read piece by piece. Raises UsageError for one of over MAX_LINE bytes."""
+    number = 1
+    while line := stream.readline(MAX_LINE + 1):
+        if len(line) > MAX_LINE:
+            raise UsageError(f"{name}:{number}: the line has over {MAX_LINE:,} bytes; is this a file of lines?")
+        yield line
+        number += 1
+
+
+def read_stream(stream: BinaryIO, name: object) -> bytes:
+    """All lines of what has an end, and cannot be read twice. Raises UsageError as `lines_of`, and over MAX_STREAM."""
+    content = bytearray()
+    for line in lines_of(stream, name):
+        content += line
+        if len(content) > MAX_STREAM:
+            raise UsageError(f"{name} has over {MAX_STREAM:,} bytes; write it to a file, which is read piece by piece")
+    return bytes(content)
 
 
 def inside(root: Path, path: str) -> Path:

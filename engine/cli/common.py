@@ -115,10 +115,11 @@ def tell(
         where = "" if error.filename or not is_output_broken() else "standard output: "
         note(command, f"{where}{os_error_line(error)}")
         return UsageError.exit_code
-    if isinstance(error, MemoryError):
-        note(command, "there is not enough memory for this; try less at once")
+    if isinstance(error, MemoryError) or "can't start new thread" in str(error):
+        note(command, "there is not enough memory, or there are too many threads, for this; try less at once")
         return GroundedDiffusionError.exit_code
-    note(command, f"this is a bug, {type(error).__name__}: {one_line(str(error))[:200]}; {report(command, error, words)}")
+    what = f"{type(error).__name__}: {one_line(str(error))[:200]}"
+    note(command, f"this is a bug, {what}; {report(command, error, words)}")
     return GroundedDiffusionError.exit_code
 
 

@@ -1,7 +1,7 @@
 """gd-infer: prompts in, images with masks out.
 
 Exit status: 0 complete; 3 complete, but for samples that were rejected or failed; 75 interrupted or out of disk space,
-and the same command goes on; 2 an option, prompt or output cannot be used; 1 any other failure.
+and the same command goes on; 2 an option, prompt, model or output cannot be used; 1 any other failure.
 """
 
 from __future__ import annotations
@@ -11,10 +11,8 @@ import functools
 import sys
 import warnings
 from dataclasses import fields
-from pathlib import Path
 from typing import TextIO
 
-from grounded_diffusion import __version__
 from grounded_diffusion.engine.backends.open import BACKENDS, DEFAULT_BACKEND, PRECISIONS
 from grounded_diffusion.engine.cli import common
 from grounded_diffusion.engine.cli.common import parse_size
@@ -36,6 +34,7 @@ from grounded_diffusion.engine.runs.run import Run
 from grounded_diffusion.engine.runs.stop import Stop
 from grounded_diffusion.engine.sampling.options import Options
 from grounded_diffusion.engine.sampling.schedule import SAMPLERS
+from grounded_diffusion.files import local_path
 
 # Options that are not called as the field of RunConfig that they set.
 FLAGS = {"prompt_file": "--prompts FILE", "prompts": "--prompt TEXT"}
@@ -55,7 +54,7 @@ examples:
 The same command given again makes what is missing. Several at once share the work, shard by shard.
 
 exit status: 0 complete; 3 complete, but for samples that were rejected or failed; 75 interrupted or out of disk
-space, and the same command goes on; 2 an option, prompt or output cannot be used; 1 any other failure
+space, and the same command goes on; 2 an option, prompt, model or output cannot be used; 1 any other failure
 """
 
 
@@ -68,9 +67,8 @@ def build_parser() -> common.Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"gd-infer {__version__}")
     what = parser.add_argument_group("what to make")
-    what.add_argument("--prompts", type=Path, metavar="FILE", help="prompt file")
+    what.add_argument("--prompts", type=local_path, metavar="FILE", help="prompt file")
     what.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be given repeatedly")
     what.add_argument(
         "--out", required=True, metavar="DIR", help="folder to write to, or a URL such as s3://bucket/name"
@@ -83,13 +81,16 @@ def build_parser() -> common.Parser:
     )
     what.add_argument("--seed", type=int, default=default.seed, help=f"seed of the data set (default: {default.seed})")
     what.add_argument(
+        "--val", type=float, metavar="SHARE", help="share of every class that is kept for validation, as in 0.1"
+    )
+    what.add_argument(
         "--overwrite", action="store_true", help="replace another run of ours in --out; this very run goes on"
     )
     what.add_argument(
         "--dry-run", action="store_true", help="tell what would be made, how long it takes and how much it is"
     )
     how = parser.add_argument_group("how to make it")
-    how.add_argument("--model", type=Path, metavar="BUNDLE", help="exported model (default: the shipped one)")
+    how.add_argument("--model", type=local_path, metavar="BUNDLE", help="exported model (default: the shipped one)")
     how.add_argument("--steps", type=int, default=default.steps, help=f"denoising steps (default: {default.steps})")
     how.add_argument("--sampler", choices=SAMPLERS, default=default.sampler, help=f"default: {default.sampler}")
     how.add_argument(
@@ -159,8 +160,8 @@ def add_sharing_options(parser: argparse.ArgumentParser) -> None:
 
 def config_of(args: argparse.Namespace) -> RunConfig:
     """What a command line asks for. Raises UsageError."""
-    names = ("out", "model", "format", "attempts", "backend", "precision", "device", "threads", "lanes", "shard_size",
-             "shard", "ray", "workers", "overwrite", "log", "metrics_file", "metrics_port")  # fmt: skip
+    names = ("out", "model", "format", "attempts", "backend", "precision", "device", "threads", "lanes", "val",
+             "shard_size", "shard", "ray", "workers", "overwrite", "log", "metrics_file", "metrics_port")  # fmt: skip
     return RunConfig(
         prompt_file=args.prompts,
         prompts=args.prompt,
@@ -232,7 +233,7 @@ def main(argv: list[str] | None = None) -> int:
             warnings.showwarning = show_warning  # ty: ignore[invalid-assignment]
             return run(build_parser().parse_args(argv), stop)
 
-    return common.run_command("gd-infer", body, FLAGS)
+    return common.run_command("gd-infer", body, FLAGS, argv=argv)
 
 
 if __name__ == "__main__":

@@ -109,6 +109,12 @@ def read_rows(storage: Storage) -> Iterator[FolderRow]:
     """Checked lines of a data set's metadata. Raises UsageError."""
     file, last, number = f"{storage.root}/{METADATA}", -1, 0
     if not storage.exists(METADATA):
+        about = read_about(storage)
+        if about and about.format != "folder":
+            raise UsageError(
+                f"{storage.root} has the format {about.format}, and only folder is read again; gd-infer --val makes "
+                "any format with its split, gd-dataset convert any format of a folder data set"
+            )
         if any(path.startswith(f"{SHARDS}/") for path in storage.walk()):
             raise UsageError(
                 f"{storage.root} has no {METADATA}: either it is not finished, and the same gd-infer command finishes "

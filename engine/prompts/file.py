@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 from grounded_diffusion.engine.prompts.prompt import HOW_TO_MARK, Prompt, parse_line
 from grounded_diffusion.errors import UsageError
+from grounded_diffusion.files import lines_of, read_stream
 
 STRIDE = 64  # prompts from one remembered place to the next
 BOM = b"\xef\xbb\xbf"
@@ -96,7 +97,7 @@ class PromptFile:
         if self.path is not None and place >= 0:
             with self._open(self.path) as stream:
                 stream.seek(place)
-                for number, raw in enumerate(stream, 1):
+                for number, raw in enumerate(lines_of(stream, self.name), 1):
                     line = (raw.removeprefix(BOM) if place == 0 else raw).strip()
                     if line and not line.startswith(b"#"):
                         yield place, number, line
@@ -113,7 +114,7 @@ class PromptFile:
             stream = path.open("rb")
             if not path.is_file():
                 with stream:
-                    self._content = stream.read()
+                    self._content = read_stream(stream, self.name)
                 return io.BytesIO(self._content)
         except FileNotFoundError:
             raise UsageError(f"there is no prompt file {path}") from None

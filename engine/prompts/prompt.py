@@ -87,10 +87,15 @@ def clean_negative(text: object) -> str | None:
     return text if text is None else clean(text, "the negative prompt")
 
 
+def tidy(name: str) -> str:
+    """A name with single spaces, composed: however "\N{LATIN SMALL LETTER E WITH ACUTE}" is typed, it is one name."""
+    return unicodedata.normalize("NFC", " ".join(name.split()))
+
+
 def check_name(name: str) -> str:
-    """An object's name with single spaces. Raises UsageError where it cannot be part of a file name."""
+    """An object's name, tidy. Raises UsageError where it cannot be part of a file name."""
     shown = name if len(name) <= MAX_NAME else name[:MAX_NAME] + "..."
-    name = clean(name, f"object name {shown!r}")
+    name = tidy(clean(name, f"object name {shown!r}"))
     if not name:
         raise UsageError(f"an object has an empty name; {HOW_TO_MARK}")
     if len(name) > MAX_NAME:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import cast
 
 from grounded_diffusion.engine.backends.open import BACKENDS, DEFAULT_BACKEND, check_precision
-from grounded_diffusion.engine.checks import check_int
-from grounded_diffusion.engine.dataset.formats import FormatOptions, open_format
+from grounded_diffusion.engine.checks import check_float, check_int
+from grounded_diffusion.engine.dataset.formats import WITHOUT_SPLITS, FormatOptions, open_format
 from grounded_diffusion.engine.prompts.prompt import Prompt, to_line
 from grounded_diffusion.engine.runs.filters import Filters
 from grounded_diffusion.engine.runs.metrics import parse_address
@@ -36,6 +36,8 @@ class RunConfig:
         format: one of FORMATS.
         format_options: class names, JPEG or PNG, void pixels.
         filters: which samples to refuse.
+        val: share of every class that is kept for validation, between 0 and 1; None has no split. A sample's split
+            depends on those before it alone, so that a data set that grows keeps it.
         attempts: noises to try for a sample that fails or is refused.
         backend: one of BACKENDS.
         device: number of the GPU, of those that CUDA_VISIBLE_DEVICES leaves; None takes the first or, where a launcher
@@ -72,6 +74,7 @@ class RunConfig:
     precision: str | None = None
     threads: int | None = None
     lanes: int | None = None
+    val: float | None = None
     shard_size: int | None = None
     shard: Share | str | None = None
     ray: str | None = None
@@ -134,6 +137,17 @@ class RunConfig:
                 "overwrite with shard would remove what other workers make; remove the output first",
                 "overwrite", "shard",
             )  # fmt: skip
+        if self.val is not None:
+            check_share(self.val, self.format)
         if self.metrics_port is not None:
             parse_address(self.metrics_port)
         open_format(self.format, self.format_options.settings(self.format))
+
+
+def check_share(val: float, format: str) -> None:
+    """Raise UsageError where a run cannot have this share of val, or its format no split."""
+    check_float(val, "val", 0, 1)
+    if not 0 < val < 1:
+        raise UsageError(f"`val` must lie between 0 and 1, as in 0.1, not {val:g}", "val")
+    if format in WITHOUT_SPLITS:
+        raise UsageError(f"{format} has no split into train and val; leave `val` out", "val")

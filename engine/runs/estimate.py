@@ -40,7 +40,8 @@ def measure(run: Run) -> tuple[float, float]:
     start = time.perf_counter()
     results = [result for batch in run.pipe.batches(batches, options) for result in batch]
     seconds = (time.perf_counter() - start) / len(batches)
-    encoded = [run.format.encode(Record.from_sample(result)) for result in results if isinstance(result, Sample)]
+    made = [result for result in results if isinstance(result, Sample)]
+    encoded = [run.format.encode(Record.from_sample(sample, run.plan.split(sample.index))) for sample in made]
     files = list(run.format.pack(0, run.plan.shards, encoded))
     record = encode_shard(0, 0, [sample.row for sample in encoded], files)
     size = len(record) + sum(len(content) for _, content in files)

@@ -23,7 +23,7 @@ from grounded_diffusion.engine.pipeline.shipped import shipped_bundle
 from grounded_diffusion.engine.pipeline.tokenizer import Tokenizer
 from grounded_diffusion.engine.prompts.file import PromptFile
 from grounded_diffusion.engine.runs.config import RunConfig
-from grounded_diffusion.engine.runs.plan import Plan, default_shard_size
+from grounded_diffusion.engine.runs.plan import Plan, default_shard_size, validation
 from grounded_diffusion.engine.runs.run import Run
 from grounded_diffusion.engine.runs.stop import Stop
 from grounded_diffusion.engine.sampling.backend import Backend
@@ -79,7 +79,8 @@ def settle(
     written = format_settings(config, pipe.tokenizer, prompts, before, stop)
     settings = run_settings(config, bundle, prompts, written)
     begun = found is not None and not found.clearing and before == settings
-    plan = Plan(prompts, config.options.seed, batch, shard_size)
+    in_val = None if config.val is None else validation(prompts, config.val, stop)
+    plan = Plan(prompts, config.options.seed, batch, shard_size, in_val)
     format = open_format(config.format, written)
     return Run(config, pipe, plan, storage, format, settings, begun, say, stop)
 
@@ -109,6 +110,8 @@ def run_settings(config: RunConfig, bundle: Bundle, prompts: PromptFile, written
     }
     if config.options.negative_prompt is None:
         del settings["negative_prompt"]  # earlier versions had none, and their runs go on
+    if config.val is not None:
+        settings["val"] = config.val
     return json.loads(json.dumps(settings))  # tuples as lists, as they will be read
 
 

@@ -9,9 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from grounded_diffusion.engine.checks import check_int
+from grounded_diffusion.engine.dataset.record import SPLITS
+from grounded_diffusion.engine.dataset.splits import Splitter
 from grounded_diffusion.engine.pipeline.job import Job, chunks
 from grounded_diffusion.engine.prompts.file import PromptFile
+from grounded_diffusion.engine.runs.stop import Stop
 
 MAX_SHARD = 1_000_000
 BATCHES = 16  # to a shard, unless asked otherwise: little is lost when a worker is killed
@@ -29,6 +34,7 @@ class Plan:
         seed: of prompts that have no seed of their own.
         batch: images to one call of the network.
         shard_size: samples of a shard; the last one may have fewer.
+        in_val: bool [samples], whether a sample is kept for validation; None has none.
 
     Raises:
         UsageError: a size outside its range.
@@ -38,6 +44,7 @@ class Plan:
     seed: int
     batch: int
     shard_size: int
+    in_val: np.ndarray | None = None
 
     def __post_init__(self):
         check_int(self.shard_size, "shard_size", 1, MAX_SHARD)
@@ -55,6 +62,10 @@ class Plan:
         first = shard * self.shard_size
         return range(first, min(first + self.shard_size, self.samples))
 
+    def split(self, index: int) -> str:
+        """The split of a sample."""
+        return SPLITS[int(self.in_val is not None and self.in_val[index])]
+
     def jobs(self, shard: int) -> list[Job]:
         """The samples of a shard."""
         indices = self.indices(shard)
@@ -64,6 +75,18 @@ class Plan:
     def batches(self, jobs: list[Job]) -> Iterator[tuple[Job, ...]]:
         """Samples of one shard in batches."""
         return chunks(jobs, self.batch)
+
+
+def validation(prompts: PromptFile, share: float, stop: Stop) -> np.ndarray:
+    """Whether each sample is kept for validation, bool [samples]: as many of every class as its share asks for."""
+    splitter, chosen = Splitter(share), np.zeros(prompts.samples, np.bool_)
+    index = 0
+    for count, prompt in prompts:
+        stop.check()
+        for _ in range(count):
+            chosen[index] = splitter.in_val(index, prompt.objects)
+            index += 1
+    return chosen
 
 
 def default_shard_size(samples: int, batch: int) -> int:

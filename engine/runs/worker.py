@@ -220,7 +220,7 @@ class Worker:
 
     def _encode(self, sample: Sample) -> Encoded:
         try:
-            encoded = self.format.encode(Record.from_sample(sample))
+            encoded = self.format.encode(Record.from_sample(sample, self.plan.split(sample.index)))
         finally:
             self._room.release()
         self.monitor.accepted()

@@ -7,6 +7,8 @@ With x the latents and o the (guided) model output at a row:
 
 The tables reproduce diffusers' schedulers of the same name, built from the same `scheduler_config.json`; where that
 file is silent, the class's own default holds. Computed once, in float64.
+
+One option is our own: `timesteps`, the whole schedule of a model that was made for few steps, for ddim and dpmpp-2m.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ COMMON: dict[str, Any] = {
 SIGMA_SPACINGS = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
 # Defaults of each solver where they differ from COMMON, then the options of its own.
 OPTIONS: dict[str, dict[str, Any]] = {
-    "ddim": {"set_alpha_to_one": True, "clip_sample": False, "thresholding": False},
+    "ddim": {"set_alpha_to_one": True, "clip_sample": False, "thresholding": False, "timesteps": None},
     "pndm": {"set_alpha_to_one": False, "skip_prk_steps": True},
     "euler": {
         "timestep_spacing": "linspace",
@@ -63,6 +65,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "use_lu_lambdas": False,
         "use_flow_sigmas": False,
         "use_dynamic_shifting": False,
+        "timesteps": None,
         **SIGMA_SPACINGS,
     },
     "lcm": {
@@ -159,11 +162,22 @@ def read_options(config: Mapping[str, Any], sampler: str) -> dict[str, Any]:
         if name in NUMBERS:
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 raise UsageError(f"the model's scheduler has {name} = {value!r}, which is not a number")
+        elif name == "timesteps":
+            check_timesteps(value, int(config.get("num_train_timesteps", COMMON["num_train_timesteps"])))
         elif value not in (choices := CHOICES.get(name, (options[name],))) and (value or options[name]):
             supported = " or ".join(map(repr, choices))
             raise UsageError(f"sampler {sampler} supports {name} = {supported}, the model's scheduler has {value!r}")
         options[name] = value
     return options
+
+
+def check_timesteps(value: Any, trained: int) -> None:
+    """Raise UsageError unless these are the timesteps of a schedule that is given whole, from noisy to clean."""
+    whole = isinstance(value, list | tuple) and all(type(t) is int and 0 <= t < trained for t in value)
+    if not whole or not value or sorted(set(value), reverse=True) != list(value):
+        raise UsageError(
+            f"the model's scheduler has timesteps = {value!r}; they must be whole numbers below {trained}, falling"
+        )
 
 
 def training_alpha_bar(options: Mapping[str, Any]) -> np.ndarray:

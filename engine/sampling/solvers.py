@@ -75,6 +75,10 @@ Table = tuple[list[Row], float]
 
 def spaced(levels: NoiseLevels, options: Mapping[str, Any], steps: int, rounded: bool = True) -> np.ndarray:
     """Timesteps from noisy to clean, [steps] (Lin et al. 2024, Table 2)."""
+    if given := options.get("timesteps"):
+        if steps != len(given):
+            raise UsageError(f"the model's schedule is given whole, {len(given)} steps; {steps} cannot be had of it")
+        return levels.check(np.array(given), steps)
     trained, spacing = len(levels.alpha_bar), options["timestep_spacing"]
     if spacing == "linspace":
         timesteps = np.linspace(0, trained - 1, steps)[::-1]
@@ -97,10 +101,11 @@ def to_x0(prediction: str, alpha: float, sigma: float) -> tuple[float, float]:
 
 def ddim(levels: NoiseLevels, options: Mapping[str, Any], steps: int) -> Table:
     """DDIM with eta 0 (Song et al. 2021, Eq. 12): x' = alpha' x0 + sigma' epsilon, in terms of x and o."""
-    stride = len(levels.alpha_bar) // steps
+    stride, timesteps = len(levels.alpha_bar) // steps, spaced(levels, options, steps).tolist()
+    following = [*timesteps[1:], -1] if options["timesteps"] else [t - stride for t in timesteps]
     rows = []
-    for t in spaced(levels, options, steps).tolist():
-        now, after = float(levels.alpha_bar[t]), levels.before(t - stride, options)
+    for t, to in zip(timesteps, following, strict=True):
+        now, after = float(levels.alpha_bar[t]), levels.before(to, options)
         alpha, sigma, alpha_, sigma_ = math.sqrt(now), math.sqrt(1 - now), math.sqrt(after), math.sqrt(1 - after)
         if options["prediction_type"] == "epsilon":
             a, b = alpha_ / alpha, sigma_ - alpha_ * sigma / alpha
@@ -177,7 +182,7 @@ def dpmpp_2m(levels: NoiseLevels, options: Mapping[str, Any], steps: int) -> Tab
 
     diffusers spaces its timesteps as if there were one step more, except with trailing spacing.
     """
-    if options["timestep_spacing"] == "trailing":
+    if options["timestep_spacing"] == "trailing" or options["timesteps"]:
         timesteps = spaced(levels, options, steps)
     elif options["timestep_spacing"] == "leading" and len(levels.alpha_bar) // (steps + 1) < 1:
         raise UsageError(f"{steps} steps do not fit the model's {len(levels.alpha_bar)} timesteps; use fewer")

@@ -1,4 +1,4 @@
-"""A small random Mask2Former, saved as transformers saves one."""
+"""Random Mask2Formers, saved as transformers saves them."""
 
 import torch
 
@@ -25,4 +25,20 @@ def save_mask2former(path, labels, seed=0):
     transformers.Mask2FormerImageProcessorPil(size={"height": 64, "width": 64}, num_labels=len(labels)).save_pretrained(
         path
     )
+    return path
+
+
+def save_large_mask2former(path, labels):
+    """A Mask2Former of the sizes of its authors' largest for COCO, on a Swin-L."""
+    import transformers
+
+    torch.manual_seed(0)
+    backbone = transformers.SwinConfig(
+        image_size=384, embed_dim=192, depths=[2, 2, 18, 2], num_heads=[6, 12, 24, 48], window_size=12,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )  # fmt: skip
+    config = transformers.Mask2FormerConfig(backbone_config=backbone, num_queries=200, id2label=dict(enumerate(labels)))
+    transformers.Mask2FormerForUniversalSegmentation(config).save_pretrained(path)
+    sizes = {"shortest_edge": 800, "longest_edge": 1333}
+    transformers.Mask2FormerImageProcessorPil(size=sizes, num_labels=len(labels)).save_pretrained(path)
     return path

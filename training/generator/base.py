@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from grounded_diffusion.training.checkpoint import RELEASED_TEMPLATE, Checkpoint, load_base
+from grounded_diffusion.training.devices import check_device
 from grounded_diffusion.training.fingerprint import weights_digest
 from grounded_diffusion.training.head.head import GroundingHead
 from grounded_diffusion.training.head.taps import Taps
@@ -31,6 +32,7 @@ class FrozenBase:
     """
 
     def __init__(self, source: str | Path, device: torch.device | str = "cpu", template: str = RELEASED_TEMPLATE):
+        check_device(str(device))
         self.source, self.device, self.template = str(source), torch.device(device), template
         self.parts = load_base(source)
         self.digest = base_digest(self.parts)

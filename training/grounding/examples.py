@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -87,8 +87,18 @@ class ExamplesJob:
         return (*self.split.seen, *self.split.unseen) if self.test else self.split.seen
 
 
-def make_examples(job: ExamplesJob, say: Say) -> dict[str, dict[str, int]]:
-    """Make the examples, or what is missing of them. Returns what came of each name, see store.yields.
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of each name, see store.yields, and what an image cost: seconds for it and for its masks; None where
+    there was nothing left to make.
+    """
+
+    names: dict[str, dict[str, int]]
+    seconds: float | None
+
+
+def make_examples(job: ExamplesJob, say: Say) -> Outcome:
+    """Make the examples, or what is missing of them.
 
     Raises:
         UsageError: the detector lacks a name, or `job.out` has other examples.
@@ -110,12 +120,14 @@ def make_examples(job: ExamplesJob, say: Say) -> dict[str, dict[str, int]]:
         out=job.out, prompts=prompts, model=job.model, options=job.options, format="examples", **job.run
     )  # fmt: skip
     mend(storage, say)
-    began = time.monotonic()
+    before, began = set(finished_shards(storage)), time.monotonic()
     made = make_dataset(config)
-    say(f"{made.accepted} images, {time.monotonic() - began:.1f} s")
+    images = Cost(time.monotonic() - began, count_rows(storage, set(finished_shards(storage)) - before))
+    say(f"{images.count} images, {images.spent:.1f} s")
     began = time.monotonic()
     count = make_masks(storage, detector, job.detector_batch, say)
-    say(f"masks of {count} images, {time.monotonic() - began:.1f} s")
+    masks = Cost(time.monotonic() - began, count)
+    say(f"masks of {masks.count} images, {masks.spent:.1f} s")
     if made.finished:
         source = dict(
             model=Path(job.model).name, examples=made.accepted, sampler=job.options.sampler, steps=job.options.steps,
@@ -125,7 +137,20 @@ def make_examples(job: ExamplesJob, say: Say) -> dict[str, dict[str, int]]:
             manifest.base, manifest.capture_timestep, manifest.query_template, job.split.seen, job.split.unseen, source
         )
         storage.put(ABOUT, about.encode())
-    return yields(storage, finished_shards(storage))
+    each = [cost.spent / cost.count for cost in (images, masks) if cost.count]
+    return Outcome(yields(storage, finished_shards(storage)), sum(each) if each else None)
+
+
+class Cost(NamedTuple):
+    """Seconds spent on some images."""
+
+    spent: float
+    count: int
+
+
+def count_rows(storage: Storage, shards: Iterable[int]) -> int:
+    """Images of some finished shards."""
+    return sum(len(read_shard(storage, shard)["rows"]) for shard in shards)
 
 
 def check_detector(storage: Storage, detector: Detector) -> None:
@@ -201,9 +226,13 @@ def detect_shard(storage: Storage, shard: int, detector: Detector, batch: int) -
     return len(rows)
 
 
-def table(counts: dict[str, dict[str, int]]) -> str:
-    """What came of each name, for a terminal."""
-    width = max(map(len, counts), default=0)
-    lines = [f"{'':{width}}  images   found    zero"]
-    lines += [f"{name:{width}}  {c['images']:6}  {c['found']:6}  {c['zero']:6}" for name, c in counts.items()]
+def table(outcome: Outcome) -> str:
+    """What came of each name, for a terminal; `s/mask` is what a found one has cost, images without it included."""
+    width = max(map(len, outcome.names), default=0)
+    cost = lambda c: f"{outcome.seconds * c['images'] / c['found']:8.2f}" if outcome.seconds and c["found"] else " " * 8
+    lines = [f"{'':{width}}  images   found    zero   s/mask"]
+    lines += [
+        f"{name:{width}}  {c['images']:6}  {c['found']:6}  {c['zero']:6} {cost(c)}".rstrip()
+        for name, c in outcome.names.items()
+    ]
     return "\n".join(lines)

@@ -8,7 +8,17 @@ from grounded_diffusion.engine.dataset.formats.common import Classes, Encoded, F
 from grounded_diffusion.engine.dataset.formats.options import WITHOUT_CLASSES, FormatOptions
 from grounded_diffusion.errors import UsageError
 
-__all__ = ["FORMATS", "WITHOUT_CLASSES", "Classes", "Encoded", "Format", "FormatOptions", "Settings", "open_format"]
+__all__ = [
+    "FORMATS",
+    "WITHOUT_CLASSES",
+    "WITHOUT_SPLITS",
+    "Classes",
+    "Encoded",
+    "Format",
+    "FormatOptions",
+    "Settings",
+    "open_format",
+]
 
 # format -> where it is. Modules are imported when used, since Parquet needs an optional package.
 FORMATS = {
@@ -25,6 +35,7 @@ FORMATS = {
     "examples": ("examples", "ExamplesFormat"),
     "null": ("common", "NullFormat"),
 }
+WITHOUT_SPLITS = ("examples", "null")
 WITHOUT_VOID = ("coco", "yolo", "yolo-seg", "examples", "null")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import re
+import unicodedata
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from grounded_diffusion.engine.dataset.record import Record
+from grounded_diffusion.engine.dataset.record import SPLITS, Record
 from grounded_diffusion.engine.dataset.rows import AnyRow, Row
 from grounded_diffusion.engine.dataset.storage.base import Storage
 from grounded_diffusion.errors import UsageError
@@ -55,8 +56,8 @@ class Format(Protocol):
         """Files of a shard by path: those of its samples as they are, unless the format has archives.
 
         Args:
-            shard, of: the shard's number and how many there are. A data set with splits counts each split's shards by
-                itself, and a shard has samples of one split.
+            shard, of: the shard's number and how many there are. A conversion counts each split's shards by itself; a
+                run's shards may have samples of both.
             samples: those that were accepted, in order; there may be none.
         """
         for sample in samples:
@@ -115,7 +116,7 @@ class Classes:
 
 def key(name: str) -> str:
     """A name as it is compared."""
-    return "".join(name.casefold().split())
+    return unicodedata.normalize("NFC", "".join(name.casefold().split()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +152,12 @@ class Settings:
     def suffix(self) -> str:
         """Of image files, without the dot."""
         return "png" if self.jpeg_quality is None else "jpg"
+
+
+def by_split(samples: Sequence[Encoded]) -> list[tuple[str, list[Encoded]]]:
+    """The samples of each split that has any, by their rows; without any, the first split's."""
+    parts = [(split, [sample for sample in samples if sample.row["split"] == split]) for split in SPLITS]
+    return [(split, part) for split, part in parts if part] or [(SPLITS[0], [])]
 
 
 def encode_image(image: np.ndarray, quality: int | None) -> bytes:

@@ -4,6 +4,7 @@ images/003/003072.png           the image; a thousand samples share a folder (.j
 masks/003/003072.png            palette label map: 0 background, k the k-th object of the record, 255 void
 objects/003/003072_0_dog.png    one binary mask an object; these may overlap
 index.html, preview/            a page to look at it
+train.txt, val.txt              ids a line, where the run has a split (--val)
 metadata.jsonl                  one record a line; written last, so that it is there when all is
 """
 
@@ -25,8 +26,9 @@ from grounded_diffusion.engine.dataset.formats.common import (
     object_map,
     png,
 )
+from grounded_diffusion.engine.dataset.formats.tables import write_lines
 from grounded_diffusion.engine.dataset.preview import write_preview
-from grounded_diffusion.engine.dataset.record import Record, subfolder
+from grounded_diffusion.engine.dataset.record import SPLITS, Record, subfolder
 from grounded_diffusion.engine.dataset.rows import FolderRow
 from grounded_diffusion.engine.dataset.storage.base import Storage
 
@@ -55,13 +57,19 @@ class FolderFormat(Format):
         for thing, described, path in zip(record.objects, row["objects"], masks, strict=True):
             described["mask"] = path
             contents.append(png(Image.fromarray(thing.mask)))
+        if record.split != SPLITS[0]:
+            row["split"] = record.split
         return Encoded(dict(zip(paths, contents, strict=True)), row)
 
     def finish(self, storage: Storage, rows: Iterable[dict[str, Any]], run: Mapping[str, Any]) -> None:
         write_preview(storage, rows, dict(run))
+        if "val" in run:
+            lines = ((row.get("split", SPLITS[0]), row["id"]) for row in rows)
+            for split in set(SPLITS) - write_lines(storage, lines, "{}.txt".format).keys():
+                storage.put(f"{split}.txt", b"")
         with storage.create(METADATA) as stream:
             for row in rows:
-                stream.write(to_line(row))
+                stream.write(to_line({name: value for name, value in row.items() if name != "split"}))
 
 
 def file_paths(index: int, names: list[str], suffix: str) -> list[str]:

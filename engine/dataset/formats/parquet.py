@@ -14,6 +14,7 @@ from grounded_diffusion.engine.dataset.formats.common import (
     Encoded,
     Format,
     Settings,
+    by_split,
     class_map,
     describe,
     describe_objects,
@@ -22,7 +23,7 @@ from grounded_diffusion.engine.dataset.formats.common import (
 )
 from grounded_diffusion.engine.dataset.formats.imagefolder import HF_SPLITS, OBJECTS, SCALARS, card
 from grounded_diffusion.engine.dataset.formats.tables import count_splits
-from grounded_diffusion.engine.dataset.record import SPLITS, Record
+from grounded_diffusion.engine.dataset.record import Record
 from grounded_diffusion.engine.dataset.storage.base import Storage
 from grounded_diffusion.errors import UsageError
 
@@ -53,13 +54,13 @@ class ParquetFormat(Format):
         return Encoded(files, {**describe(record), "split": record.split, "objects": objects})
 
     def pack(self, shard: int, of: int, samples: Sequence[Encoded]) -> Iterable[tuple[str, bytes]]:
-        split = HF_SPLITS[samples[0].row["split"] if samples else SPLITS[0]]
-        stream = self.arrow.BufferOutputStream()
-        with self.arrow.parquet.ParquetWriter(stream, self.schema) as writer:
-            for start in range(0, len(samples), ROW_GROUP):
-                rows = [self._columns(sample) for sample in samples[start : start + ROW_GROUP]]
-                writer.write_table(self.arrow.Table.from_pylist(rows, self.schema))
-        yield f"data/{split}-{shard:05d}-of-{of:05d}.parquet", stream.getvalue().to_pybytes()
+        for split, part in by_split(samples):
+            stream = self.arrow.BufferOutputStream()
+            with self.arrow.parquet.ParquetWriter(stream, self.schema) as writer:
+                for start in range(0, len(part), ROW_GROUP):
+                    rows = [self._columns(sample) for sample in part[start : start + ROW_GROUP]]
+                    writer.write_table(self.arrow.Table.from_pylist(rows, self.schema))
+            yield f"data/{HF_SPLITS[split]}-{shard:05d}-of-{of:05d}.parquet", stream.getvalue().to_pybytes()
 
     def _columns(self, sample: Encoded) -> dict[str, Any]:
         image, mask = ({"bytes": content, "path": name} for name, content in sample.files.items())

@@ -1,4 +1,4 @@
-"""WebDataset: a tar file a shard, `train-000000.tar` upward, the members of a sample side by side.
+"""WebDataset: a tar file a shard, `train-000000.tar` upward, of val `val-000000.tar`, a sample's members side by side.
 
     <id>.jpg (or .png), <id>.seg.png with class ids, <id>.json, <id>.txt with the prompt
 
@@ -17,13 +17,14 @@ from grounded_diffusion.engine.dataset.formats.common import (
     Encoded,
     Format,
     Settings,
+    by_split,
     class_map,
     describe,
     describe_objects,
     encode_image,
     encode_labels,
 )
-from grounded_diffusion.engine.dataset.record import SPLITS, Record
+from grounded_diffusion.engine.dataset.record import Record
 from grounded_diffusion.engine.dataset.storage.base import Storage
 
 
@@ -46,15 +47,15 @@ class WebDatasetFormat(Format):
         return Encoded(files, {**row, "split": record.split})
 
     def pack(self, shard: int, of: int, samples: Sequence[Encoded]) -> Iterable[tuple[str, bytes]]:
-        stream = io.BytesIO()
-        with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for sample in samples:
-                for name, content in sample.files.items():
-                    member = tarfile.TarInfo(name)
-                    member.size, member.mode, member.mtime = len(content), 0o644, 0
-                    tar.addfile(member, io.BytesIO(content))
-        split = samples[0].row["split"] if samples else SPLITS[0]
-        yield f"{split}-{shard:06d}.tar", stream.getvalue()
+        for split, part in by_split(samples):
+            stream = io.BytesIO()
+            with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+                for sample in part:
+                    for name, content in sample.files.items():
+                        member = tarfile.TarInfo(name)
+                        member.size, member.mode, member.mtime = len(content), 0o644, 0
+                        tar.addfile(member, io.BytesIO(content))
+            yield f"{split}-{shard:06d}.tar", stream.getvalue()
 
     def finish(self, storage: Storage, rows: Iterable[dict[str, Any]], run: Mapping[str, Any]) -> None:
         """Nothing: the tar files say it all."""

@@ -18,6 +18,7 @@ from grounded_diffusion.engine.dataset.storage.open import open_storage
 from grounded_diffusion.errors import UsageError
 from grounded_diffusion.training import cli
 from grounded_diffusion.training.generator.base import FrozenBase
+from grounded_diffusion.training.grounding.examples import Outcome, table
 from grounded_diffusion.training.grounding.prompts import draw_prompts
 from grounded_diffusion.training.grounding.splits import UNSEEN, built_in_split
 from grounded_diffusion.training.grounding.store import ExampleSet, read_about, yields
@@ -116,6 +117,16 @@ def test_zero_masks_are_counted_not_dropped(example_options, tmp_path, capsys):
     assert sum(count["zero"] for count in counts.values()) == sum(count["images"] for count in counts.values())
     assert len(ExampleSet(tmp_path / "none")) == 24
     assert "zero" in capsys.readouterr().out
+
+
+def test_the_read_out_says_what_a_mask_has_cost():
+    names = {"dog": {"images": 10, "found": 4, "zero": 6}, "emu": {"images": 3, "found": 0, "zero": 3}}
+    assert table(Outcome(names, 0.2)).splitlines() == [
+        "     images   found    zero   s/mask",
+        "dog      10       4       6     0.50",
+        "emu       3       0       3",
+    ]
+    assert table(Outcome(names, None)).splitlines()[1] == "dog      10       4       6"
 
 
 def test_a_damaged_shard_is_made_again(example_options, examples, tmp_path, capsys):

@@ -1,0 +1,127 @@
+"""A student of few steps: its schedule, its change as a LoRA file, and the whole command on a small random model."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from grounded_diffusion.engine.sampling.schedule import build_schedule
+from grounded_diffusion.errors import UsageError
+from grounded_diffusion.training import cli
+from grounded_diffusion.training.distill.low_rank import add_changes, save_changes
+from grounded_diffusion.training.distill.trajectories import FOLDER, Teaching, read
+from grounded_diffusion.training.generator.lora import fuse
+from grounded_diffusion.training.generator.model import load_base
+
+TRAIN = ["--timesteps", "999,600,200", "--substeps", 2, "--rank", 4, "--batch", 4, "--iterations", 24, "--lr", 0.01]
+
+
+def gd_train(*arguments):
+    return cli.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("a photograph of a [dog]\na photograph of a [cat]\n" * 20)
+    return path
+
+
+@pytest.fixture(scope="module")
+def options(base, base_bundle, prompts):
+    return ["distill", "--base", base, "--model", base_bundle, "--prompts", prompts, "--threads", 1, *TRAIN]
+
+
+@pytest.fixture(scope="module")
+def student(options, tmp_path_factory):
+    """A trained student. Do not write to it."""
+    out = tmp_path_factory.mktemp("student") / "out"
+    assert gd_train(*options, "--out", out) == 0
+    return out
+
+
+def test_the_teacher_steps_between_the_students():
+    assert Teaching((900, 600, 300), 3).teacher_timesteps == [900, 800, 700, 600, 500, 400, 300, 200, 100]
+    assert Teaching((999, 130), 1).teacher_timesteps == [999, 130]
+    for timesteps in ((300, 600), (600, 600), (600, 1)):
+        with pytest.raises(UsageError, match="do not fall by 3 and more"):
+            Teaching(timesteps, 3)
+
+
+def test_a_schedule_given_whole_is_that_of_the_same_spacing():
+    config = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    config |= {"prediction_type": "v_prediction", "timestep_spacing": "trailing"}
+    given = {**config, "timesteps": [999, 749, 499, 249]}
+    for sampler in ("ddim", "dpmpp-2m"):
+        assert build_schedule(given, sampler, 4).rows == build_schedule(config, sampler, 4).rows
+
+
+@pytest.mark.parametrize("timesteps", [[1000, 3], [3, 9], [5, 5], [], "999", [True], [9.0]])
+def test_timesteps_that_are_none_are_refused(timesteps):
+    with pytest.raises(UsageError, match="must be whole numbers below 1000, falling"):
+        build_schedule({"timesteps": timesteps}, "ddim", 2)
+
+
+def test_another_number_of_steps_than_given_is_refused():
+    with pytest.raises(UsageError, match="given whole, 2 steps; 20 cannot be had"):
+        build_schedule({"timesteps": [999, 400]}, "ddim", 20)
+
+
+def test_a_change_is_none_at_first_and_a_lora_file_later(base, tmp_path):
+    changed, plain = load_base(base), load_base(base)
+    given = torch.randn(1, 4, 16, 16), torch.tensor(500), torch.randn(1, 77, 32)
+    run = lambda parts: parts["unet"](*given, return_dict=False)[0]
+    with torch.no_grad():
+        before = run(plain)
+        changes = add_changes(changed["unet"], 2)
+        assert torch.equal(run(changed), before)
+        for change in changes.values():
+            change.up.normal_(std=0.02)
+            change.up.copy_(change.up.half())
+            change.down.copy_(change.down.half())
+        after = run(changed)
+        assert (after - before).abs().max() > 0.01
+        save_changes(changes, tmp_path / "change.safetensors", {})
+        fuse(tmp_path / "change.safetensors", 1.0, plain)
+        assert torch.allclose(run(plain), after, atol=1e-5)
+
+
+def test_the_student_comes_nearer_to_its_teacher(student):
+    lines = (student / "student.json").read_text()
+    measured = json.loads(lines)
+    assert measured["error"] < 0.9 * measured["untrained"]
+    with safe_open(student / "student.safetensors", "pt") as file:
+        assert file.metadata() == {
+            "format": "pt", "sampler": "ddim", "timesteps": "999,600,200", "guidance_scale": "1"
+        }  # fmt: skip
+
+
+def test_a_stopped_run_goes_on_to_the_same_student(student, options, tmp_path):
+    assert gd_train(*options, "--out", tmp_path, "--iterations", 10) == 0
+    file = tmp_path / FOLDER / "000000.npz"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:1000])
+    assert read(file, 40) is None
+    assert gd_train(*options, "--out", tmp_path) == 0
+    assert file.read_bytes() == whole
+    made, expected = (np.load(folder / FOLDER / "000000.npz")["latents"] for folder in (tmp_path, student))
+    assert made.shape == (40, 4, 4, 16, 16)
+    assert np.array_equal(made, expected)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (["--guidance-scale", 3], "trajectories with another guidance_scale"),
+        (["--timesteps", "999,500"], "trajectories with another timesteps"),
+        (["--timesteps", "a"], "must be whole numbers with commas"),
+        (["--rank", 0], "rank is 0"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_line(student, options, changed, message, capsys):
+    assert gd_train(*options, *changed, "--out", student) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert len(said.strip().splitlines()) == 1
