@@ -9,7 +9,7 @@ SOURCES := pyproject.toml CMakeLists.txt constraints.txt \
 	$(shell git ls-files "grounded_diffusion/*.py" kernels engine training export bench models)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format bench gpu-test gpu-bench clean
+.PHONY: help demo test test-slow lint format docs bench gpu-test gpu-bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,10 @@ format: $(READY) ## repair style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cuh' '*.cu')
+
+docs: $(READY) ## build the documentation's site into build/site; a link that leads nowhere fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "open build/site/index.html"
 
 bench: $(READY) ## measure this machine's CPU against what one would use instead: under 10 minutes
 	$(BIN)/gd-bench speed --out bench/results

@@ -30,10 +30,11 @@ from grounded_diffusion.bench.work import EVERY_STEP, Output, PeerForm, Work
 from grounded_diffusion.engine import Options, Prompt
 from grounded_diffusion.errors import UsageError
 from grounded_diffusion.export.reference import reference_pipeline
-from grounded_diffusion.training.checkpoint import Checkpoint, load_checkpoint
+from grounded_diffusion.training.checkpoint import Checkpoint
+from grounded_diffusion.training.generator.model import load_base
 from grounded_diffusion.training.generator.text import object_queries
+from grounded_diffusion.training.head.attention import AttentionHead
 from grounded_diffusion.training.head.head import GroundingHead, upsample_logits
-from grounded_diffusion.training.head.taps import Taps
 
 SCHEDULERS = {  # the engine's samplers that draw no noise of their own, by diffusers' names
     "ddim": "DDIMScheduler",
@@ -41,6 +42,7 @@ SCHEDULERS = {  # the engine's samplers that draw no noise of their own, by diff
     "euler": "EulerDiscreteScheduler",
     "dpmpp-2m": "DPMSolverMultistepScheduler",
 }
+TOKENS = 77  # of a prompt
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Part = Callable[..., Any]
 
@@ -54,11 +56,11 @@ def put(module: nn.Module, precision: str, form: PeerForm, device: str) -> nn.Mo
 class PlainGrounding(nn.Module):
     """A UNet and the plain head on its features: latents, timestep, context, queries, query_valid -> output, logits."""
 
-    def __init__(self, unet: nn.Module, head: GroundingHead):
+    def __init__(self, unet: nn.Module, head: GroundingHead | AttentionHead):
         super().__init__()
         shared = {id(tensor): tensor for tensor in (*unet.parameters(), *unet.buffers())}
         self.unet, self.head = copy.deepcopy(unet, shared), head  # a twin: the plain UNet is to have no hooks
-        self.taps = Taps(self.unet).__enter__()
+        self.taps = head.taps(self.unet).__enter__()
 
     def forward(self, latents, timestep, context, queries, query_valid):
         output = self.unet(latents, timestep, context, return_dict=False)[0]
@@ -143,6 +145,8 @@ class Peer:
             raise UsageError(f"peers sample with {', '.join(SCHEDULERS)} and guidance at every step, not as asked")
         if options.threshold != 0.5 or options.size is not None:
             raise UsageError("peers make images of the model's own size and masks at threshold 0.5, not as asked")
+        if checkpoint.text_encoder_2 is not None or checkpoint.denoiser.told:
+            raise UsageError(f"peers are of models such as Stable Diffusion 1.x and 2.x, not of {checkpoint.family}")
         self.checkpoint, self.options, self.form, self.device = checkpoint, options, form, device
         self.name, self.dtype = f"{self.kind} {precision}", DTYPES[precision]
         given = checkpoint.unet, checkpoint.vae, checkpoint.text_encoder
@@ -243,17 +247,16 @@ def fastest_form(
     The peers are to run at their best, as the engine is.
     """
     torch.set_num_threads(threads)
-    model, rates, dtype = load_checkpoint(checkpoint), {}, DTYPES[precision]
-    text = model.text_encoder.config
+    unet, rates, dtype = load_base(checkpoint)["unet"], {}, DTYPES[precision]
     for channels_last in (True, False):
-        unet = put(model.unet, precision, PeerForm(0, channels_last), device)
+        copied = put(unet, precision, PeerForm(0, channels_last), device)
         for batch in tries:
             latents = torch.randn(2 * batch, *shape, device=device, dtype=dtype)
-            context = torch.randn(2 * batch, text.max_position_embeddings, text.hidden_size, device=device, dtype=dtype)
+            context = torch.randn(2 * batch, TOKENS, unet.config.cross_attention_dim, device=device, dtype=dtype)
             timestep = torch.ones(2 * batch, device=device)
 
             @torch.no_grad()
-            def call(unet=unet, latents=latents, timestep=timestep, context=context) -> None:
+            def call(unet=copied, latents=latents, timestep=timestep, context=context) -> None:
                 unet(latents, timestep, context, return_dict=False)[0].sum().item()  # waits for a GPU, too
 
             rates[PeerForm(batch, channels_last)] = batch / min(repeat(call, 2).seconds)

@@ -116,7 +116,8 @@ def open_setting(setting: Setting, pipes: Mapping[str, GroundedPipeline], checkp
     if setting.system == "engine":
         return Engine(pipe, setting.options)
     form = PeerForm(setting.options.batch, channels_last=setting.precision == "fp32")
-    return open_peer(f"{setting.system} {setting.precision}", checkpoint, setting.options, capture, form)
+    peer = f"{setting.system} {setting.precision}"
+    return open_peer(peer, checkpoint, pipe.bundle.manifest, setting.options, capture, form)
 
 
 class Judge:
@@ -216,9 +217,10 @@ def measure_quality(
     if images < turn:
         raise UsageError(f"{images} images are fewer than the {turn} of a turn; ask for more, or for a smaller batch")
     oracle = load_oracle(oracle_file)
-    chosen = [make_setting(setting, batch) for setting in settings]
-    systems = [open_setting(setting, pipes, checkpoint) for setting in chosen]
     pipe = next(iter(pipes.values()))
+    made = [make_setting(setting, batch) for setting in settings]
+    chosen = [replace(setting, options=setting.options.of_model(pipe.bundle.manifest)) for setting in made]
+    systems = [open_setting(setting, pipes, checkpoint) for setting in chosen]
     work, rows = make_work(oracle.names, pipe.latent_shape(chosen[0].options), images, objects)
     cut = lambda low, high: Work(work.prompts[low:high], work.noise[low:high])
     judges = [Judge(oracle) for _ in chosen]

@@ -83,7 +83,8 @@ def open_named(name: str, pipe: GroundedPipeline, plan: Plan) -> System:
     import torch
 
     torch.set_num_threads(plan.threads)
-    capture = pipe.schedule(plan.options).capture_index(pipe.bundle.manifest.capture_timestep)
+    asked = plan.options.of_model(pipe.bundle.manifest)
+    capture = pipe.schedule(asked).capture_index(pipe.bundle.manifest.capture_timestep)
     exports = plan.folder / "exports"
     exports.mkdir(exist_ok=True)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(plan.folder / "inductor")  # nothing is compiled before it is timed
@@ -94,7 +95,7 @@ def open_named(name: str, pipe: GroundedPipeline, plan: Plan) -> System:
         size=pipe.latent_shape(plan.options)[1:],
         threads=0 if plan.threads == usable_cores() else plan.threads,
     )
-    return open_peer(name, plan.checkpoint, plan.options, capture, plan.form(name), **more)
+    return open_peer(name, plan.checkpoint, pipe.bundle.manifest, asked, capture, plan.form(name), **more)
 
 
 def agreement(name: str, output: Output, expected: Output) -> dict[str, float]:

@@ -13,7 +13,7 @@ import numpy as np
 from grounded_diffusion.bench.flops import axis_sizes, count_flops
 from grounded_diffusion.bench.timing import Timing, repeat
 from grounded_diffusion.bench.work import OBJECTS, Work
-from grounded_diffusion.bundle import CPU, OPENVINO, TEXT_ENCODER, UNET, UNET_GROUNDED, VAE_DECODER
+from grounded_diffusion.bundle import CPU, OPENVINO, TEXT_ENCODER, UNET, UNET_GROUNDED, VAE_DECODER, Manifest
 from grounded_diffusion.engine import GroundedPipeline, Options
 from grounded_diffusion.engine.dataset.formats import Settings, open_format
 from grounded_diffusion.engine.dataset.record import Record
@@ -112,21 +112,20 @@ def measure_epilogues(pipe: GroundedPipeline, work: Work, options: Options, repe
     yield Stage("writer, folder format", 1, repeat(lambda: form.encode(record), repeats))
 
 
-def torch_heads(checkpoint: Path, work: Work, repeats: int) -> Iterator[Stage]:
+def torch_heads(checkpoint: Path, manifest: Manifest, work: Work, repeats: int) -> Iterator[Stage]:
     """The head in torch on features of one UNet call: plain, as released, and folded, as exported."""
     import torch
 
     from grounded_diffusion.bench.flops import count_torch_flops
-    from grounded_diffusion.training.checkpoint import load_checkpoint
+    from grounded_diffusion.training.checkpoint import as_exported
     from grounded_diffusion.training.head.folded import fold
-    from grounded_diffusion.training.head.taps import Taps
 
-    model = load_checkpoint(checkpoint)
+    model = as_exported(checkpoint, manifest)
     text, batch = model.text_encoder.config, len(work.prompts)
     noise = torch.from_numpy(work.noise).repeat(2, 1, 1, 1)
     context = torch.randn(2 * batch, text.max_position_embeddings, text.hidden_size)
     queries, valid = torch.randn(batch, OBJECTS, text.hidden_size), torch.ones(batch, OBJECTS, dtype=torch.bool)
-    with torch.no_grad(), Taps(model.unet) as taps:
+    with torch.no_grad(), model.head.taps(model.unet) as taps:
         model.unet(noise, torch.ones(2 * batch), context)
         folded = fold(model.head)
         runs: dict[str, Callable[[], Any]] = {
@@ -144,4 +143,4 @@ def measure_stages(
     schedule = pipe.schedule(options)
     timestep = schedule.rows[schedule.capture_index(pipe.bundle.manifest.capture_timestep)].timestep
     stages = [*measure_graphs(pipe, work, timestep, repeats), *measure_epilogues(pipe, work, options, repeats)]
-    return stages + list(torch_heads(checkpoint, work, repeats) if checkpoint else ())
+    return stages + list(torch_heads(checkpoint, pipe.bundle.manifest, work, repeats) if checkpoint else ())

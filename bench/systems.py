@@ -134,11 +134,14 @@ def missing_packages(peer: str) -> list[str]:
     return [name for name in needed if importlib.util.find_spec(name) is None]
 
 
-def open_peer(name: str, checkpoint: Path, options: Options, capture: int, form: PeerForm, **more: Any) -> System:
-    """A peer on a checkpoint directory.
+def open_peer(
+    name: str, checkpoint: Path, manifest: Manifest, options: Options, capture: int, form: PeerForm, **more: Any
+) -> System:
+    """A peer on a checkpoint, or on a model with the head that the engine's bundle has.
 
     Args:
         name: its kind and precision, as in PEERS.
+        manifest: of the engine's bundle.
         capture: index of the UNet call at which the head reads.
         form: batch and layout at which it is fastest.
         more: `device`; and for exported ones `folder`, `objects`, `size` and `threads`.
@@ -150,9 +153,9 @@ def open_peer(name: str, checkpoint: Path, options: Options, capture: int, form:
     if name not in {peer for peers in PEERS.values() for peer in peers}:
         raise UsageError(f"there is no peer {name!r}; choose from {', '.join(map(', '.join, PEERS.values()))}")
     from grounded_diffusion.bench.peers_onnx import KINDS
-    from grounded_diffusion.training.checkpoint import load_checkpoint
+    from grounded_diffusion.training.checkpoint import as_exported
 
     kind, precision = name.split()
     if kind not in EXPORTED:
         more = {key: value for key, value in more.items() if key == "device"}
-    return KINDS[kind](load_checkpoint(checkpoint), options, capture, precision, form, **more)
+    return KINDS[kind](as_exported(checkpoint, manifest), options, capture, precision, form, **more)

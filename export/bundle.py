@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import onnx_ir
 
@@ -25,6 +26,8 @@ from grounded_diffusion.bundle import (
     sha256,
     write_manifest,
 )
+from grounded_diffusion.engine.sampling.options import SAMPLING, Options
+from grounded_diffusion.engine.sampling.schedule import build_schedule
 from grounded_diffusion.errors import UsageError
 from grounded_diffusion.export.cpu import cut, for_cpu, share_halves
 from grounded_diffusion.export.graphs import latent_multiple, trace, without_grounding
@@ -32,7 +35,7 @@ from grounded_diffusion.export.openvino import cut_shared, decoder_for_openvino,
 from grounded_diffusion.export.rewrites.winograd import LARGEST, winograd
 from grounded_diffusion.export.staging import check_output, staged
 from grounded_diffusion.export.weights import WeightStore
-from grounded_diffusion.families import FAMILIES
+from grounded_diffusion.families import FAMILIES, SAMPLERS
 from grounded_diffusion.training.checkpoint import PARTS, Checkpoint
 from grounded_diffusion.training.generator.base import base_digest
 
@@ -52,7 +55,9 @@ def describe(checkpoint: Checkpoint, precision: str) -> Manifest:
         latent_channels=unet.in_channels,
         size_multiple=scale * latent_multiple(checkpoint),
         context_length=checkpoint.text_encoder.config.max_position_embeddings,
-        context_dim=checkpoint.text_encoder.config.hidden_size,
+        context_dim=unet.cross_attention_dim,
+        pooled_text=checkpoint.text_encoder_2 is not None,
+        guidance_embedding=checkpoint.denoiser.told,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -62,9 +67,26 @@ def describe(checkpoint: Checkpoint, precision: str) -> Manifest:
         head=checkpoint.head.about(),
         precision=precision,
         names=checkpoint.names,
-        base=base_digest({part: getattr(checkpoint, part) for part in PARTS}),
+        sampling=own_sampling(checkpoint),
+        base=base_digest({part: getattr(checkpoint, part) for part in (*PARTS, "text_encoder_2")}),
         versions={"grounded-diffusion": __version__} | {name: version(name) for name in MAKERS},
     )
+
+
+def own_sampling(checkpoint: Checkpoint) -> dict[str, Any]:
+    """How a run that says nothing draws: as the checkpoint says, else as its family and its scheduler do.
+
+    Raises UsageError for what the model's scheduler does not allow.
+    """
+    family, kind = FAMILIES[checkpoint.family], type(checkpoint.scheduler).__name__
+    own = dict(steps=family.steps, guidance_scale=family.guidance_scale, guidance_interval=(0.0, 1.0))
+    own |= {"sampler": SAMPLERS[kind]} if kind in SAMPLERS else {}
+    try:
+        options = Options(**own | checkpoint.sampling)
+        build_schedule(scheduler_config(checkpoint), options.sampler or SAMPLING["sampler"], options.steps)
+    except UsageError as error:
+        raise UsageError(f"runs of this model would fail: {error}; say how to sample, as with --sampler") from None
+    return {name: getattr(options, name) for name in SAMPLING if getattr(options, name) is not None}
 
 
 def scheduler_config(checkpoint: Checkpoint) -> dict:
@@ -150,18 +172,14 @@ def export_bundle(
         report: told, in one line each, what is going on.
 
     Raises:
-        UsageError: `out` cannot be used, `fused` without "fp16", or a model with two text encoders.
+        UsageError: `out` cannot be used, or `fused` without "fp16".
         ParityError: from `verify`.
     """
     out = Path(out)
     if fused and precision != "fp16":
         raise UsageError("the graphs of fused operators are of fp16; give --precision fp16 with --fused")
-    if checkpoint.text_encoder_2 is not None:
-        title = FAMILIES[checkpoint.family].title
-        raise UsageError(
-            f"{title} cannot be exported yet: only models of one text encoder can, SD 1.x, 2.x and SD-Turbo"
-        )
     check_output(out, overwrite)
+    own_sampling(checkpoint)  # raises before the minutes that tracing takes
     with staged(out) as work:
         write_bundle(checkpoint, work, precision, fused, report)
         if verify:

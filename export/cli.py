@@ -7,11 +7,18 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from grounded_diffusion.engine.cli.common import Parser, run_command
+from grounded_diffusion.engine.cli.options import add_sampling_options
+from grounded_diffusion.engine.sampling.options import SAMPLING
 from grounded_diffusion.export import engine_cli
 from grounded_diffusion.families import FAMILIES
 from grounded_diffusion.files import local_path
+
+if TYPE_CHECKING:
+    from grounded_diffusion.training.checkpoint import Checkpoint
 
 DESCRIPTION = "Export a grounded checkpoint as a bundle that gd-infer runs without torch, and verify it."
 BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -46,6 +53,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "released one's)",
     )  # fmt: skip
     model_options(parser)
+    sampling_options(parser)
     parser.add_argument("--out", type=local_path, help="the bundle's directory, made by this command")
     parser.add_argument(
         "--precision",
@@ -81,6 +89,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("give --base MODEL, --ckpt CHECKPOINT, or --bundle BUNDLE")
     if args.bundle and (args.base or args.lora or args.vae):
         parser.error("--base, --lora and --vae are for exporting a model; a --bundle has its weights already")
+    if args.bundle and (args.spacing or any(getattr(args, name) is not None for name in SAMPLING)):
+        parser.error("how to sample is for exporting a model; a --bundle says it already, and gd-infer takes options")
     if not args.bundle and not args.out:
         parser.error(f"{'--ckpt' if args.ckpt else '--base'} needs --out, the bundle's directory")
     engine_cli.check(parser, args)
@@ -104,6 +114,26 @@ def model_options(parser: argparse.ArgumentParser) -> None:
         "--lora", type=lora, action="append", default=[], metavar="FILE[:SCALE]",
         help="add a LoRA to the weights, SCALE times (default: 1); may be repeated",
     )  # fmt: skip
+
+
+def sampling_options(parser: argparse.ArgumentParser) -> None:
+    """What a bundle says that its runs are to take."""
+    about = "what gd-infer takes from this bundle where its own options say nothing"
+    group = parser.add_argument_group("sampling", about)
+    add_sampling_options(group, "default: the model's own")
+    group.add_argument(
+        "--spacing", choices=["leading", "linspace", "trailing"],
+        help="how steps are spread over the timesteps; few-step LoRAs want trailing (default: the model's own)",
+    )  # fmt: skip
+
+
+def with_sampling(checkpoint: Checkpoint, args: argparse.Namespace) -> Checkpoint:
+    """The checkpoint, run as the options say."""
+    given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
+    scheduler = checkpoint.scheduler
+    if args.spacing:
+        scheduler = type(scheduler).from_config(scheduler.config, timestep_spacing=args.spacing)
+    return replace(checkpoint, scheduler=scheduler, sampling=checkpoint.sampling | given)
 
 
 def lora(text: str) -> tuple[str, float]:
@@ -143,6 +173,7 @@ def export(args: argparse.Namespace, report: Callable[[str], None]) -> None:
         checkpoint = untrained_checkpoint(args.base, args.capture_timestep, **model)
     else:
         checkpoint = load_checkpoint(args.ckpt, args.base, head=args.head, report=report, **model)
+    checkpoint = with_sampling(checkpoint, args)
     if args.statistics:
         checkpoint = with_statistics(checkpoint, args.statistics)
     verify = None if args.no_verify else (lambda c, folder: verify_bundle(c, folder, report))

@@ -25,11 +25,13 @@ from torch.export import Dim
 
 from grounded_diffusion.bundle import GRAPH_IO, TEXT_ENCODER, UNET, UNET_GROUNDED, VAE_DECODER
 from grounded_diffusion.export.rewrites.fused import fuse_silu, fused
-from grounded_diffusion.export.rewrites.half import to_half
+from grounded_diffusion.export.rewrites.half import FLOAT, HALF, to_half
+from grounded_diffusion.families import FAMILIES
 from grounded_diffusion.training.checkpoint import Checkpoint
 from grounded_diffusion.training.head.folded import fold
 
 OPSET = 20
+EXAMPLE_GUIDANCE = 8.0
 EXAMPLE_BATCH, EXAMPLE_OBJECTS = 2, 3  # not 1, which the tracer would take for a constant
 SAME_TYPE = ("InstanceNormalization", "Mul", "Reshape", "Transpose")  # ops whose output has their first input's type
 MAX_TRACED_BATCH = 31  # diffusers copies a tensor first from 64 rows on; the tracer has to know it is on one side
@@ -163,12 +165,13 @@ def example_inputs(checkpoint: Checkpoint, graph: str, sizes: Sizes, seed: int =
     if graph == VAE_DECODER:
         return {"latents": latents}
     embed = lambda n: checkpoint.tower(random_ids(checkpoint, n, g))  # [n,L,D]
+    context = lambda n: checkpoint.denoiser.with_guidance(embed(n), EXAMPLE_GUIDANCE)
     valid = torch.ones(b, o, dtype=torch.bool)
     valid[-1, -1] = o == 1
     inputs = {
         "latents": latents.repeat(2, 1, 1, 1),
         "timestep": torch.full((2 * b,), float(checkpoint.capture_timestep)),
-        "context": embed(2 * b),
+        "context": context(2 * b),
         "queries": embed(b * o)[:, 2].unflatten(0, (b, o)),
         "query_valid": valid,
     }
@@ -232,7 +235,10 @@ def trace(checkpoint: Checkpoint, graph: str, precision: str = "fp32", cuda: boo
         model = tidy(program.model, graph)
     if cuda:
         fuse_silu(model)
-    return to_half(model, graph) if precision == "fp16" else model
+    if precision == "fp16":
+        upcast = graph == VAE_DECODER and FAMILIES[checkpoint.family].fp32_decoder
+        return to_half(model, graph, inside=FLOAT if upcast else HALF)
+    return model
 
 
 def tidy(model: onnx_ir.Model, graph: str) -> onnx_ir.Model:

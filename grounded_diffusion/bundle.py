@@ -43,11 +43,12 @@ MAKERS = {"context": CONTEXT, "timestep": TIME}  # graphs by the input that they
 SHARED_ROWS = "S"
 
 # Names and shapes of every graph's inputs and outputs. B images, N = 2B guided rows
-# [unconditional x B; conditional x B], O objects, L tokens, D text width. input_ids are int64, query_valid is bool,
+# [unconditional x B; conditional x B], O objects, T tokens, L rows of a context, which are T or more (context_rows), D
+# text width. input_ids are int64, query_valid is bool,
 # everything else is floating point: float32, or float16 in a bundle of that precision, where timestep and mask_logits
 # stay float32. B, N, O, h and w are free; the plain UNet takes any N.
 GRAPH_IO: dict[str, tuple[dict[str, str], dict[str, str]]] = {
-    TEXT_ENCODER: ({"input_ids": "B,L"}, {"context": "B,L,D"}),
+    TEXT_ENCODER: ({"input_ids": "B,T"}, {"context": "B,L,D"}),
     UNET: ({"latents": "N,4,h,w", "timestep": "N", "context": "N,L,D"}, {"model_output": "N,4,h,w"}),
     UNET_GROUNDED: (
         {
@@ -73,7 +74,7 @@ class Manifest:
         vae_scale_factor: pixels per latent cell.
         latent_channels: channels of the latent, 4 for Stable Diffusion.
         size_multiple: H and W must be multiples of this.
-        context_length: tokens per prompt (L), 77 for CLIP.
+        context_length: tokens per prompt, 77 for CLIP; see also context_rows.
         context_dim: width of the text embedding (D).
         pad_token_id, bos_token_id, eos_token_id: the tokenizer's special ids.
         scheduler: the diffusers `scheduler_config.json` of the checkpoint, as it stands.
@@ -83,6 +84,11 @@ class Manifest:
         head: variant ("released" or "paper"), statistics ("per_image" or "stored") and sizes.
         precision: floating-point type of the graphs' weights, "fp32" or "fp16".
         names: object names the model was trained to draw, and those its head was trained on.
+        pooled_text: the context has, after the rows of its tokens, one with the text as a whole, as SDXL wants it.
+        guidance_embedding: width of the embedding of the guidance scale that the UNet wants as the context's last row;
+            0 for a UNet that does not. Such a model (LCM) is guided by that alone.
+        sampling: the model's own "sampler", "steps", "guidance_scale" and "guidance_interval", for runs that do not say
+            theirs; those that it lacks are the engine's.
         base: digest of the base model's weights, by which examples for a head are told to be of this model.
         files: SHA-256 of every other file of the bundle, by name.
         versions: of everything that made the bundle.
@@ -106,10 +112,18 @@ class Manifest:
     precision: str
     guidance_layout: str = "uncond_first"
     names: dict[str, list[str]] = field(default_factory=dict)
+    pooled_text: bool = False
+    guidance_embedding: Number = 0
+    sampling: dict[str, Any] = field(default_factory=dict)
     base: str = ""
     files: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     schema: int = SCHEMA
+
+    @property
+    def context_rows(self) -> int:
+        """Rows (L) of a context as the UNets take it: of the tokens, and what else the model is told."""
+        return self.context_length + self.pooled_text + (self.guidance_embedding > 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +141,16 @@ class Bundle:
         """Path of a graph as written for a runtime, CPU, CUDA or OPENVINO; else of the standard one."""
         name = f"{prefix}{graph}"
         return self.file(name if name in self.manifest.files else graph)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """What a manifest's `sampling` may have; the values here are not looked at."""
+
+    sampler: str = ""
+    steps: Count = 1
+    guidance_scale: float = 1.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
 
 
 class HasSchema(msgspec.Struct):
@@ -177,6 +201,10 @@ def checked(manifest: Manifest) -> Manifest:
         raise Misfit(f"size_multiple must be a multiple of vae_scale_factor {manifest.vae_scale_factor}")
     if not all(side % manifest.size_multiple == 0 for side in manifest.image_size):
         raise Misfit(f"image_size must be multiples of size_multiple {manifest.size_multiple}")
+    try:
+        as_type(manifest.sampling, Sampling)
+    except Misfit as error:
+        raise Misfit(f"sampling: {error}") from None
     if manifest.context_length < 3:
         raise Misfit("context_length must be at least 3: begin, a word and end")
     return manifest

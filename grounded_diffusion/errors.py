@@ -1,5 +1,7 @@
 """The exceptions users meet. Each message says what is wrong, where, and how to repair it."""
 
+from collections.abc import Sequence
+
 
 class GroundedDiffusionError(Exception):
     """Base of every error this package raises on purpose; `exit_code` is what a command ends with."""
@@ -21,6 +23,22 @@ class UsageError(GroundedDiffusionError):
     def __init__(self, message: str = "", *fields: str):
         super().__init__(message)
         self.fields = fields
+
+
+class BadPrompts(UsageError):  # noqa: N818 - what they are
+    """Several prompts cannot be used.
+
+    Args:
+        message: says how many; the first problem is added to it.
+        problems: what is wrong with each, with its file and line; a command shows them all.
+    """
+
+    def __init__(self, message: str, problems: Sequence[UsageError]):
+        super().__init__(f"{message}; the first is {problems[0]}")
+        self.message, self.problems = message, problems
+
+    def __reduce__(self):
+        return BadPrompts, (self.message, self.problems)
 
 
 class BundleError(GroundedDiffusionError):

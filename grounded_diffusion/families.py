@@ -54,6 +54,8 @@ class Family:
         prediction: "epsilon" or "v_prediction".
         scheduler: diffusers' class, and what its configuration has besides NOISE.
         scaling_factor: of the latents.
+        fp32_decoder: whether its autoencoder overflows in FP16.
+        steps, guidance_scale: what the models' cards say; a scale of 1 is no guidance.
         zero_negative: whether an empty negative prompt is a context of zeros.
     """
 
@@ -65,6 +67,9 @@ class Family:
     scheduler: tuple[str, Mapping[str, Any]] = ("DDIMScheduler", MappingProxyType({}))
     scaling_factor: float = 0.18215
     zero_negative: bool = False
+    fp32_decoder: bool = False
+    steps: int = 50
+    guidance_scale: float = 7.5
 
     @property
     def layout(self) -> tuple[str, ...]:
@@ -79,20 +84,37 @@ CLIP_L_XL = TextTower("conditioner.embedders.0.transformer.", "quick_gelu", penu
 OPEN_CLIP_G = TextTower(
     "conditioner.embedders.1.model.", "gelu", open_clip=True, penultimate=True, pooled=True, pad="!"
 )
+# A run's own names of diffusers' schedulers.
+SAMPLERS = {
+    "DDIMScheduler": "ddim",
+    "PNDMScheduler": "pndm",
+    "EulerDiscreteScheduler": "euler",
+    "EulerAncestralDiscreteScheduler": "euler-ancestral",
+    "DPMSolverMultistepScheduler": "dpmpp-2m",
+    "LCMScheduler": "lcm",
+}
 TRAILING = ("EulerDiscreteScheduler", MappingProxyType(dict(timestep_spacing="trailing")))
+LCM = ("LCMScheduler", MappingProxyType({}))
+XL: dict[str, Any] = dict(heads=None, scaling_factor=0.13025, zero_negative=True, fp32_decoder=True)
 
 FAMILIES: dict[str, Family] = {
     "sd1": Family("Stable Diffusion 1.x", 512, (CLIP_L,), heads=8),
     "sd2": Family("Stable Diffusion 2.x at 768 pixels", 768, (OPEN_CLIP_H,), heads=None, prediction="v_prediction"),
     "sd2-base": Family("Stable Diffusion 2.x at 512 pixels", 512, (OPEN_CLIP_H,), heads=None),
-    "sd-turbo": Family("SD-Turbo", 512, (OPEN_CLIP_H,), heads=None, scheduler=TRAILING),
+    "sd-turbo": Family(
+        "SD-Turbo", 512, (OPEN_CLIP_H,), heads=None, scheduler=TRAILING, steps=1, guidance_scale=1.0,
+    ),
+    "lcm": Family("LCM of Stable Diffusion 1.x", 512, (CLIP_L,), heads=8, scheduler=LCM, steps=4, guidance_scale=8.0),
     "sdxl": Family(
-        "SDXL", 1024, (CLIP_L_XL, OPEN_CLIP_G), heads=None, scaling_factor=0.13025, zero_negative=True,
-        scheduler=("EulerDiscreteScheduler", MappingProxyType(dict(timestep_spacing="leading"))),
+        "SDXL", 1024, (CLIP_L_XL, OPEN_CLIP_G), **XL,
+        scheduler=("EulerDiscreteScheduler", MappingProxyType(dict(timestep_spacing="leading"))), guidance_scale=5.0,
     ),
     "sdxl-turbo": Family(
-        "SDXL-Turbo", 512, (CLIP_L_XL, OPEN_CLIP_G), heads=None, scaling_factor=0.13025, zero_negative=True,
-        scheduler=TRAILING,
+        "SDXL-Turbo", 512, (CLIP_L_XL, OPEN_CLIP_G), **XL,
+        scheduler=("EulerAncestralDiscreteScheduler", TRAILING[1]), steps=1, guidance_scale=1.0,
+    ),
+    "sdxl-lcm": Family(
+        "LCM of SDXL", 1024, (CLIP_L_XL, OPEN_CLIP_G), **XL, scheduler=LCM, steps=4, guidance_scale=8.0,
     ),
 }  # fmt: skip
 

@@ -58,6 +58,24 @@ def tiny_bundle(request, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def attention_bundle(tiny_checkpoint, tmp_path_factory):
+    """(checkpoint, directory of its bundle) of the tiny model with an attention head that finds something anywhere."""
+    from dataclasses import replace
+
+    from grounded_diffusion.export.bundle import export_bundle
+    from grounded_diffusion.training.checkpoint import load_checkpoint
+    from grounded_diffusion.training.head.attention import AttentionHead
+
+    checkpoint = load_checkpoint(tiny_checkpoint, head="attention")
+    config = replace(checkpoint.head.config, presence=0.0, floor=0.0, alone=0.0, relative=0.9)
+    head = AttentionHead(config, checkpoint.unet, checkpoint.head.template, checkpoint.latent_size)
+    checkpoint = replace(checkpoint, head=head.eval().requires_grad_(False))
+    path = tmp_path_factory.mktemp("attention") / "bundle"
+    export_bundle(checkpoint, path)
+    return checkpoint, path
+
+
+@pytest.fixture(scope="session")
 def half_bundle(tiny_bundle, tmp_path_factory):
     """Directory of the tiny bundle in FP16. Do not write to it."""
     from helpers.half import to_half_bundle

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -135,6 +136,42 @@ print(grounded_diffusion.__file__)
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert Path(result.stdout.strip()).is_relative_to(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_wheel_runs_where_there_is_no_compiler(built, tiny_bundle, tmp_path):
+    """gd-infer from the wheel, in an environment of its own, with nothing on the path but Python."""
+    _, wheel, _ = built
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "env"], check=True)
+    (site,) = (tmp_path / "env").glob("lib/python*/site-packages")
+    zipfile.ZipFile(wheel).extractall(site)
+    (site / "dependencies.pth").write_text(str(Path(np.__file__).parents[1]))  # after the wheel's own folder
+    empty = tmp_path / "path"
+    empty.mkdir()
+    code = """
+import shutil, sys
+assert not [name for name in ("cc", "c++", "gcc", "g++", "clang", "nvcc", "cmake", "ninja") if shutil.which(name)]
+import grounded_diffusion._kernels as compiled
+assert compiled.__file__.startswith(sys.prefix), compiled.__file__
+from grounded_diffusion.engine.cli.infer import main
+sys.exit(main(sys.argv[1:]))
+"""
+    options = ["--model", tiny_bundle, "--prompt", "a [dog]", "--steps", "1", "--out", tmp_path / "out"]
+    result = subprocess.run(
+        [tmp_path / "env/bin/python", "-c", code, *options],
+        cwd=tmp_path, env={"PATH": str(empty), "HOME": str(tmp_path)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "out" / "summary.json").is_file()
+
+
+def test_wheels_are_built_for_every_python_that_is_supported():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    built = re.findall(r"cp3(\d+)-", project["tool"]["cibuildwheel"]["build"])
+    (oldest,) = re.findall(r"^>=3\.(\d+)$", project["project"]["requires-python"])
+    assert [int(minor) for minor in built] == list(range(int(oldest), int(oldest) + len(built)))
+    named = {f"Programming Language :: Python :: 3.{minor}" for minor in built}
+    assert named <= set(project["project"]["classifiers"])
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """Checkpoints: a diffusers-format Stable Diffusion directory with a grounding head beside it.
 
     CHECKPOINT/{model_index.json,unet/,vae/,text_encoder/,tokenizer/,scheduler/}   what diffusers itself loads
-    CHECKPOINT/grounding_head/{config.json,model.safetensors}                      what this project adds
+    CHECKPOINT/grounding_head/{config.json,model.safetensors}                      what this project adds,
+    CHECKPOINT/sampling.json                                                       and how the model is best run
 
 The other forms people have are a plain model (see training/generator/model.py) and the paper's `grounding_module.pth`
 for it, or no head at all.
@@ -22,14 +23,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from grounded_diffusion.bundle import Manifest
 from grounded_diffusion.errors import CheckpointError, UsageError
 from grounded_diffusion.families import FAMILIES
 from grounded_diffusion.reading import Misfit, Number, decode
-from grounded_diffusion.training.generator.attention import NOUNS, attention_head
+from grounded_diffusion.training.generator.attention import GUIDANCE, NOUNS, attention_head
 from grounded_diffusion.training.generator.denoiser import Denoiser
-from grounded_diffusion.training.generator.model import PARTS, first_line, load_base
-from grounded_diffusion.training.generator.text import TextTower
-from grounded_diffusion.training.head.attention import CAPTURE_TIMESTEP, AttentionHead
+from grounded_diffusion.training.generator.model import PARTS, SAMPLING, first_line, load_base
+from grounded_diffusion.training.generator.text import TextTower, template_states
+from grounded_diffusion.training.head.attention import CAPTURE_TIMESTEP, AttentionConfig, AttentionHead
 from grounded_diffusion.training.head.head import GroundingHead, HeadConfig, load_released, load_state
 
 HEAD = "grounding_head"
@@ -50,6 +52,7 @@ class Checkpoint:
         names: object names, such as {"seen": [...], "unseen": [...]}; empty where unknown.
         text_encoder_2: of a family with two.
         family: one of FAMILIES.
+        sampling: what the model's runs are to take, instead of what its family and scheduler say; see SAMPLING.
     """
 
     unet: UNet2DConditionModel
@@ -63,6 +66,7 @@ class Checkpoint:
     names: dict[str, list[str]] = field(default_factory=dict)
     text_encoder_2: CLIPTextModelWithProjection | None = None
     family: str = "sd1"
+    sampling: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         steps = self.scheduler.config.num_train_timesteps
@@ -144,6 +148,8 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint, dtype: torch.dtype
         names=checkpoint.names,
     )
     (path / HEAD / "config.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    if checkpoint.sampling:
+        (path / SAMPLING).write_text(json.dumps(checkpoint.sampling, indent=1) + "\n", encoding="utf-8")
 
 
 def _load_head(folder: Path) -> tuple[GroundingHead, dict[str, Any]]:
@@ -228,6 +234,23 @@ def load_checkpoint(
     return Checkpoint(**parts, head=load_released(path, config))
 
 
+def as_exported(base: str | Path, manifest: Manifest) -> Checkpoint:
+    """The torch model behind a bundle: with a trained head that of the checkpoint `base`, else the attention head that
+    the bundle says it has, on the model `base`. Raises CheckpointError.
+    """
+    if manifest.head.get("variant") != "attention":
+        return load_checkpoint(base)
+    given = manifest.head | {"layers": tuple(manifest.head["layers"].items())}
+    config = AttentionConfig(**given | {"features": tuple(given["features"])})
+    bare = Checkpoint(
+        **load_base(base), head=None, capture_timestep=manifest.capture_timestep,
+        query_template=manifest.query_template, names=manifest.names,
+    )  # fmt: skip
+    words = template_states(bare.tower, bare.tokenizer, bare.query_template)
+    head = AttentionHead(config, bare.unet, words, bare.latent_size)
+    return replace(bare, head=head.eval().requires_grad_(False))
+
+
 def context_width(parts: dict[str, Any]) -> int:
     """Width of the text states that a model's UNet reads."""
     return parts["unet"].config.cross_attention_dim
@@ -246,6 +269,7 @@ def with_attention(
     head = attention_head(
         bare.unet, bare.tower, bare.tokenizer, bare.scheduler, query_template,
         latent_size=bare.latent_size, vae_scale_factor=bare.vae_scale_factor,
-        nouns=[name for group in names.values() for name in group] or NOUNS, report=report,
+        nouns=[name for group in names.values() for name in group] or NOUNS,
+        guidance=GUIDANCE if FAMILIES[bare.family].guidance_scale > 1 else 1.0, report=report,
     )  # fmt: skip
     return replace(bare, head=head.eval().requires_grad_(False))

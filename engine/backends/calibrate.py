@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -26,6 +27,7 @@ from grounded_diffusion.engine.sampling.backend import Backend
 from grounded_diffusion.engine.sampling.options import MAX_BATCH, Options
 from grounded_diffusion.reading import Count, Misfit, decode
 
+CALIBRATED = 256  # images from which it pays to try which batch is fastest on this machine
 BUDGET = 25.0  # seconds; at large images only a few candidates are tried
 TIMED = 1.0  # seconds of calls to a candidate in each of two rounds, at least one call a lane
 WORTH = 1.015  # a larger candidate must be faster by this, or the smaller one, with its smaller memory, is taken
@@ -56,20 +58,9 @@ def calibrate(
         backend: name of a backend on the CPU.
     """
     threads = threads or usable_cores()
-    height, width = (side // bundle.manifest.vae_scale_factor for side in options.image_size(bundle.manifest))
-    asked = {
-        "model": sha256(bundle.file(MANIFEST)),
-        "latents": [height, width],
-        "batch": options.batch,
-        "threads": threads,
-        "host": [platform.node(), platform.machine()],
-    }
-    if backend != DEFAULT_BACKEND:
-        asked["backend"] = backend
-    key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:24]
-    file = cache_folder() / "placements" / f"{key}.json"
-    with contextlib.suppress(OSError, Misfit):
-        return decode(file.read_bytes(), BatchAndLanes)
+    if found := remembered(bundle, options, threads, backend):
+        return found
+    height, width = latent_size(bundle, options)
     tries = list(candidates(options, height * width, threads))
     rates = measure(lambda lanes: open_backend(backend, bundle, threads=threads, lanes=lanes), bundle, tries,
                     (height, width))  # fmt: skip
@@ -77,8 +68,38 @@ def calibrate(
     for tried, rate in rates.items():
         report(f"{backend}, batch {tried.batch} x {tried.lanes}: {rate:.2f} guided calls of one image a second")
     with contextlib.suppress(OSError):  # a cache that cannot be written is measured again
-        write_cached(file, json.dumps(asdict(chosen)).encode())
+        write_cached(cache_file(bundle, options, threads, backend), json.dumps(asdict(chosen)).encode())
     return chosen
+
+
+def remembered(
+    bundle: Bundle, options: Options, threads: int | None = None, backend: str = DEFAULT_BACKEND
+) -> BatchAndLanes | None:
+    """What `calibrate` has found before; None where it would have to measure."""
+    with contextlib.suppress(OSError, Misfit):
+        return decode(cache_file(bundle, options, threads or usable_cores(), backend).read_bytes(), BatchAndLanes)
+    return None
+
+
+def latent_size(bundle: Bundle, options: Options) -> tuple[int, int]:
+    """(h, w) of the latents. Raises UsageError for a size that the model cannot make."""
+    height, width = options.image_size(bundle.manifest)
+    return height // bundle.manifest.vae_scale_factor, width // bundle.manifest.vae_scale_factor
+
+
+def cache_file(bundle: Bundle, options: Options, threads: int, backend: str) -> Path:
+    """Where what was measured is remembered."""
+    asked = {
+        "model": sha256(bundle.file(MANIFEST)),
+        "latents": list(latent_size(bundle, options)),
+        "batch": options.batch,
+        "threads": threads,
+        "host": [platform.node(), platform.machine()],
+    }
+    if backend != DEFAULT_BACKEND:
+        asked["backend"] = backend
+    key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:24]
+    return cache_folder() / "placements" / f"{key}.json"
 
 
 def candidates(options: Options, cells: int, threads: int) -> Iterator[BatchAndLanes]:
@@ -125,7 +146,7 @@ def rate(backend: Backend, bundle: Bundle, tried: BatchAndLanes, latents: tuple[
     inputs = {
         "latents": noise,
         "timestep": np.full(images, 500, np.float32),
-        "context": np.zeros((2 * images, manifest.context_length, manifest.context_dim), np.float32),
+        "context": np.zeros((2 * images, manifest.context_rows, manifest.context_dim), np.float32),
     }
 
     def lane(rounds: int) -> None:

@@ -15,7 +15,7 @@ from typing import Any, NoReturn, cast
 
 from grounded_diffusion import __version__
 from grounded_diffusion.cache import cache_folder, private_folder, write_cached
-from grounded_diffusion.errors import GroundedDiffusionError, UsageError
+from grounded_diffusion.errors import BadPrompts, GroundedDiffusionError, UsageError
 from grounded_diffusion.files import os_error_line
 
 INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + SIGINT and 128 + SIGPIPE, as shells have it
@@ -52,6 +52,13 @@ def parse_size(text: str) -> tuple[int, int]:
     if not (match := re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)):
         raise argparse.ArgumentTypeError(f"{text!r} is not a size; give pixels, as in 512, or HEIGHTxWIDTH")
     return int(match[1]), int(match[2] or match[1])
+
+
+def parse_seed(text: str) -> int | str:
+    """A seed, or "random"."""
+    if text != "random" and not re.fullmatch(r"-?\d{1,30}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a seed; give a whole number, or random")
+    return text if text == "random" else int(text)
 
 
 def note(command: str, line: str) -> None:
@@ -102,6 +109,8 @@ def tell(
 ) -> int:
     """Say in a line how a command has ended; returns its exit status."""
     if isinstance(error, GroundedDiffusionError):
+        for problem in error.problems if isinstance(error, BadPrompts) else ():
+            note(command, in_flags(problem, flags or {}))
         note(command, str(error) if flags is None else in_flags(error, flags))
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
@@ -172,7 +181,7 @@ def in_flags(error: GroundedDiffusionError, flags: Mapping[str, str]) -> str:
 
     Where a field is in backquotes, because its name is a word of the line as well, only that place is meant.
     """
-    line = str(error)
+    line = error.message if isinstance(error, BadPrompts) else str(error)
     for field in getattr(error, "fields", ()):
         place = f"`{field}`" if f"`{field}`" in line else rf"(?<![\w-]){field}(?!\w)"
         line = re.sub(place, flags.get(field, f"--{field.replace('_', '-')}"), line)

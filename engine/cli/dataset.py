@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import cast
 
 from grounded_diffusion.engine.cli import common
+from grounded_diffusion.engine.cli.completion import add_completion_option
 from grounded_diffusion.engine.cli.options import add_format_options, format_options_of
 from grounded_diffusion.engine.dataset.card import CARD, write_card
 from grounded_diffusion.engine.dataset.formats import FORMATS, WITHOUT_CLASSES, open_format
@@ -60,6 +61,7 @@ def build_parser() -> common.Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    add_completion_option(parser)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=common.Parser)
     add_convert(commands)
 

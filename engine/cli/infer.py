@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import sys
 import warnings
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import TextIO
 
 from grounded_diffusion.engine.backends.open import BACKENDS, DEFAULT_BACKEND, PRECISIONS
 from grounded_diffusion.engine.cli import common
-from grounded_diffusion.engine.cli.common import parse_size
+from grounded_diffusion.engine.cli.common import parse_seed, parse_size
+from grounded_diffusion.engine.cli.completion import add_completion_option
+from grounded_diffusion.engine.cli.config_file import add_config_option, parse_with_config
 from grounded_diffusion.engine.cli.options import (
     add_filter_options,
     add_format_options,
     add_monitor_options,
+    add_output_options,
+    add_sampling_options,
     filters_of,
     format_options_of,
 )
@@ -33,11 +38,12 @@ from grounded_diffusion.engine.runs.open import open_run
 from grounded_diffusion.engine.runs.run import Run
 from grounded_diffusion.engine.runs.stop import Stop
 from grounded_diffusion.engine.sampling.options import Options
-from grounded_diffusion.engine.sampling.schedule import SAMPLERS
+from grounded_diffusion.errors import UsageError
 from grounded_diffusion.files import local_path
 
 # Options that are not called as the field of RunConfig that they set.
 FLAGS = {"prompt_file": "--prompts FILE", "prompts": "--prompt TEXT"}
+RANDOM = "random"  # as a seed
 LOST = 3  # exit status of a run that is complete without some of its samples
 
 EXAMPLES = """\
@@ -67,19 +73,24 @@ def build_parser() -> common.Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    add_completion_option(parser)
     what = parser.add_argument_group("what to make")
-    what.add_argument("--prompts", type=local_path, metavar="FILE", help="prompt file")
-    what.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be given repeatedly")
+    what.add_argument("--prompts", type=local_path, metavar="FILE", help="prompt file; - is standard input")
     what.add_argument(
-        "--out", required=True, metavar="DIR", help="folder to write to, or a URL such as s3://bucket/name"
+        "--skip-bad-lines", action="store_true", help="leave out lines of --prompts that cannot be used, listing each"
     )
+    what.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be given repeatedly")
+    what.add_argument("--out", metavar="DIR", help="folder to write to, or a URL such as s3://bucket/name (required)")
     what.add_argument(
         "--format", choices=FORMATS, default="folder", metavar="NAME", help="%(choices)s (default: folder)"
     )
     what.add_argument(
         "--images-per-prompt", type=int, default=1, metavar="N", help="images of each prompt (default: 1)"
     )
-    what.add_argument("--seed", type=int, default=default.seed, help=f"seed of the data set (default: {default.seed})")
+    what.add_argument(
+        "--seed", type=parse_seed, default=default.seed, metavar="N",
+        help=f"seed of the data set; random draws one, once, and run.json has it (default: {default.seed})",
+    )  # fmt: skip
     what.add_argument(
         "--val", type=float, metavar="SHARE", help="share of every class that is kept for validation, as in 0.1"
     )
@@ -89,20 +100,10 @@ def build_parser() -> common.Parser:
     what.add_argument(
         "--dry-run", action="store_true", help="tell what would be made, how long it takes and how much it is"
     )
+    add_config_option(what)
     how = parser.add_argument_group("how to make it")
     how.add_argument("--model", type=local_path, metavar="BUNDLE", help="exported model (default: the shipped one)")
-    how.add_argument("--steps", type=int, default=default.steps, help=f"denoising steps (default: {default.steps})")
-    how.add_argument("--sampler", choices=SAMPLERS, default=default.sampler, help=f"default: {default.sampler}")
-    how.add_argument(
-        "--guidance-scale", type=float, default=default.guidance_scale, metavar="W",
-        help=f"how strongly the prompt is followed; 1 turns guidance off (default: {default.guidance_scale})",
-    )  # fmt: skip
-    how.add_argument(
-        "--guidance-interval", type=float, nargs=2, default=default.guidance_interval, metavar=("START", "END"),
-        help="guide only in this part of the way from noise (0) to image (1) (default: {} {})".format(
-            *default.guidance_interval
-        ),
-    )  # fmt: skip
+    add_sampling_options(how, "default: the model's own")
     how.add_argument(
         "--negative-prompt", metavar="TEXT",
         help='what not to draw; works where the prompt is guided. A JSON line may say its own "negative_prompt"',
@@ -134,6 +135,7 @@ def build_parser() -> common.Parser:
     add_filter_options(parser)
     add_sharing_options(parser)
     add_monitor_options(parser)
+    add_output_options(parser)
     return parser
 
 
@@ -160,12 +162,19 @@ def add_sharing_options(parser: argparse.ArgumentParser) -> None:
 
 def config_of(args: argparse.Namespace) -> RunConfig:
     """What a command line asks for. Raises UsageError."""
-    names = ("out", "model", "format", "attempts", "backend", "precision", "device", "threads", "lanes", "val",
-             "shard_size", "shard", "ray", "workers", "overwrite", "log", "metrics_file", "metrics_port")  # fmt: skip
+    if args.out is None:
+        raise UsageError("the following arguments are required: --out; see gd-infer --help")
+    names = ("out", "model", "skip_bad_lines", "format", "attempts", "backend", "precision", "device", "threads",
+             "lanes", "val", "shard_size", "shard", "ray", "workers", "overwrite", "log", "metrics_file",
+             "metrics_port")  # fmt: skip
+    options = {field.name: getattr(args, field.name) for field in fields(Options)}
+    if random := options["seed"] == RANDOM:
+        options["seed"] = Options().seed
     return RunConfig(
+        random_seed=random,
         prompt_file=args.prompts,
         prompts=args.prompt,
-        options=Options(**{field.name: getattr(args, field.name) for field in fields(Options)}),
+        options=Options(**options),
         format_options=format_options_of(args),
         filters=filters_of(args),
         **{name: getattr(args, name) for name in names},
@@ -190,15 +199,16 @@ def show_warning(
 def run(args: argparse.Namespace, stop: Stop) -> int:
     """The whole command; returns the exit status."""
     config = config_of(args)
-    run = open_run(config, note, stop)
+    say = (lambda line: None) if args.quiet else note
+    run = open_run(config, say, stop, quick=args.dry_run)
     with run.pipe:
         if args.dry_run:
-            for line in estimate(run):
-                print(line)
+            found = estimate(run)
+            print(json.dumps(asdict(found)) if args.json else "\n".join(found.lines()))
             return 0
-        monitor = open_monitor(config, note)
+        monitor = open_monitor(config, None if args.quiet else note)
         stop.last = functools.partial(last_words, monitor)
-        return report(run, carry_out(run, monitor))
+        return report(run, carry_out(run, monitor), args)
 
 
 def last_words(monitor: Monitor, name: str) -> None:
@@ -207,15 +217,18 @@ def last_words(monitor: Monitor, name: str) -> None:
     monitor.close("interrupted")
 
 
-def report(run: Run, result: DatasetResult) -> int:
+def report(run: Run, result: DatasetResult, args: argparse.Namespace) -> int:
     """Say what came of it; returns the exit status."""
+    show = print if not args.quiet and not args.json else lambda line: None
+    if args.json:
+        print(json.dumps(asdict(result), ensure_ascii=False))
     if not result.finished:
         there, shards = len(finished_shards(run.storage)), len(run.shards)
-        print(f"{run.config.share}: all of its {shards} shards are made; {there} of the run's {run.plan.shards} are")
+        show(f"{run.config.share}: all of its {shards} shards are made; {there} of the run's {run.plan.shards} are")
         return LOST if result.accepted < result.samples else 0
     of = "" if result.accepted == result.samples else f" of {result.samples}"
     look = f"; look at {result.path}/index.html" if run.storage.exists("index.html") else ""
-    print(f"{result.accepted}{of} images with {result.masks} masks in {result.path}{look}")
+    show(f"{result.accepted}{of} images with {result.masks} masks in {result.path}{look}")
     if result.accepted == result.samples:
         return 0
     reasons = ", ".join(f"{reason} {n}" for reason, n in result.reasons.items())
@@ -231,7 +244,7 @@ def main(argv: list[str] | None = None) -> int:
         with Stop() as stop, warnings.catch_warnings():
             warnings.simplefilter("once", UserWarning)
             warnings.showwarning = show_warning  # ty: ignore[invalid-assignment]
-            return run(build_parser().parse_args(argv), stop)
+            return run(parse_with_config(build_parser(), sys.argv[1:] if argv is None else argv), stop)
 
     return common.run_command("gd-infer", body, FLAGS, argv=argv)
 

@@ -1,4 +1,4 @@
-"""Groups of options: of a format, which gd-infer and gd-dataset convert share, of the filters, and of the monitor."""
+"""Groups of options, some of which commands share: sampling, a format, the filters, the monitor."""
 
 from __future__ import annotations
 
@@ -7,8 +7,24 @@ from dataclasses import fields
 from typing import Any
 
 from grounded_diffusion.engine.dataset.formats import FormatOptions
+from grounded_diffusion.engine.dataset.formats.options import INSTANCES, LEAST_PART
 from grounded_diffusion.engine.runs.filters import Filters
+from grounded_diffusion.engine.sampling.schedule import SAMPLERS
 from grounded_diffusion.files import local_path
+
+
+def add_sampling_options(group: argparse._ArgumentGroup, otherwise: str) -> None:
+    """How images are drawn; `otherwise` tells what is taken where an option is not given."""
+    group.add_argument("--sampler", choices=SAMPLERS, metavar="NAME", help=f"%(choices)s ({otherwise})")
+    group.add_argument("--steps", type=int, metavar="N", help=f"denoising steps ({otherwise})")
+    group.add_argument(
+        "--guidance-scale", type=float, metavar="W",
+        help=f"how strongly the prompt is followed; 1 turns guidance off ({otherwise})",
+    )  # fmt: skip
+    group.add_argument(
+        "--guidance-interval", type=float, nargs=2, metavar=("START", "END"),
+        help=f"guide only in this part of the way from noise (0) to image (1) ({otherwise})",
+    )  # fmt: skip
 
 
 def add_format_options(parser: argparse.ArgumentParser, *, band: bool) -> None:
@@ -32,6 +48,15 @@ def add_format_options(parser: argparse.ArgumentParser, *, band: bool) -> None:
             "--void-band", type=float, nargs=2, metavar=("LOW", "HIGH"),
             help="mark pixels as 255 at which an object's probability lies between these, as in 0.3 0.7",
         )  # fmt: skip
+    group.add_argument(
+        "--instances", choices=INSTANCES, default=INSTANCES[0],
+        help="coco, coco-panoptic, yolo: one object a class, or one for each connected part of its mask "
+        "(default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--instance-area", type=float, metavar="P",
+        help=f"components: least share of the image that a part covers (default: {LEAST_PART:g})",
+    )  # fmt: skip
     group.add_argument("--polygons", action="store_true", help="coco: polygons instead of run lengths")
 
 
@@ -74,3 +99,10 @@ def add_monitor_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--metrics-port", metavar="[HOST:]PORT", help="serve /metrics for Prometheus there (host: 127.0.0.1)"
     )
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    """What the command says of itself, as a group."""
+    group = parser.add_argument_group("what is said")
+    group.add_argument("--quiet", action="store_true", help="say nothing but what goes wrong")
+    group.add_argument("--json", action="store_true", help="print what came of it as JSON, on standard output")

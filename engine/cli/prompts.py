@@ -15,7 +15,10 @@ from itertools import repeat
 from pathlib import Path
 
 from grounded_diffusion.engine.cli import common
+from grounded_diffusion.engine.cli.completion import add_completion_option
 from grounded_diffusion.engine.prompts.prompt import MAX_COUNT, Prompt, to_line
+from grounded_diffusion.engine.prompts.templates import BUILT_IN as TEMPLATES
+from grounded_diffusion.engine.prompts.templates import PAPER
 from grounded_diffusion.engine.prompts.vocabulary import (
     BUILT_IN,
     Vocabulary,
@@ -28,17 +31,17 @@ from grounded_diffusion.errors import UsageError
 from grounded_diffusion.files import check_target, local_path, readable_errors, replace_file
 
 MAX_SHUFFLED = 2_000_000  # lines, which are in memory at once
-TEMPLATES = ("a photograph of a {}", "a photograph of a {} and a {}")  # the paper's, for one name and for two
-
 EXAMPLES = """\
 examples:
   gd-prompts --vocabulary voc --out prompts.jsonl                  10,000 images of a name, 10,082 of a pair
+  gd-prompts --vocabulary voc --templates varied --out prompts.jsonl
   gd-prompts --names names.txt --pairs pairs.txt --per-name 100 --per-pair 20 --out prompts.jsonl
 
 files:
   names       one name a line
   pairs       two names a line, with a comma between
-  templates   one template a line; {} stands for a name, so those with one {} are for names, with two for pairs
+  templates   one template a line; {} stands for a name, so those with one {} are for names, with two for pairs;
+              varied, in the place of a file, has 504 sentences of different views, places and light
 """
 
 
@@ -50,6 +53,7 @@ def build_parser() -> common.Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    add_completion_option(parser)
     words = parser.add_mutually_exclusive_group(required=True)
     words.add_argument("--vocabulary", metavar="NAME", help="voc, coco, or emoji-64 (the names of the shipped model)")
     words.add_argument("--names", metavar="NAMES", help="your own names, in a file; or as --vocabulary")
@@ -57,12 +61,18 @@ def build_parser() -> common.Parser:
     parser.add_argument("--per-name", type=int, default=500, metavar="N", help="images of each name (default: 500)")
     parser.add_argument("--per-pair", type=int, default=71, metavar="N", help="images of each pair (default: 71)")
     parser.add_argument(
-        "--templates", type=local_path, metavar="FILE", help=f"your own templates (default: {TEMPLATES[0]!r})"
-    )
+        "--templates", default="paper", metavar="NAME",
+        help=f"{' or '.join(TEMPLATES)}, or your own in a file (default: paper, which is {PAPER[0]!r})",
+    )  # fmt: skip
     parser.add_argument("--shuffle-seed", type=int, metavar="N", help="a line an image, in mixed order")
     parser.add_argument("--out", type=local_path, required=True, metavar="FILE", help="prompt file to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the file")
     return parser
+
+
+def choose_templates(given: str) -> tuple[list[str], list[str]]:
+    """(for names, for pairs) of the option."""
+    return TEMPLATES[given] if given in TEMPLATES else read_templates(Path(given))
 
 
 def read_templates(path: Path) -> tuple[list[str], list[str]]:
@@ -119,7 +129,7 @@ def run(args: argparse.Namespace) -> None:
         raise UsageError(f"{args.out} exists; choose another --out" + ("" if args.out.is_dir() else ", or --overwrite"))
     check_replaced(args)
     vocabulary = choose_vocabulary(args)
-    single, double = read_templates(args.templates) if args.templates else ([TEMPLATES[0]], [TEMPLATES[1]])
+    single, double = choose_templates(args.templates)
     names = [(name,) for name in vocabulary.names] if args.per_name else []
     pairs = list(vocabulary.pairs) if args.per_pair else []
     for words, templates, what, option in ((names, single, "one {}", "name"), (pairs, double, "two {}", "pair")):

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from grounded_diffusion.bundle import MANIFEST, SHIPPED, read_manifest, sha256
 from grounded_diffusion.cache import cache_folder
-from grounded_diffusion.engine.dataset.formats.common import yaml_string
+from grounded_diffusion.engine.dataset.formats.tables import yaml_string
 from grounded_diffusion.engine.dataset.rows import Row
 from grounded_diffusion.engine.dataset.runfile import INFER, read_about, read_summary
 from grounded_diffusion.engine.dataset.shards import Recording, Rows, finished_shards, note_files

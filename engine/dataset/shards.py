@@ -24,7 +24,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from io import BytesIO
 from itertools import islice
 from typing import Any, BinaryIO, TypeVar, cast
@@ -296,6 +296,6 @@ def write_dataset(
         storage.put(RUN, run_json(format.name, dict(run)))
         return write_shards(storage, format, parts, encode, shard_size, run)
     settings = format.settings
-    about = asdict(settings) | {"classes": {name: k for k, name in settings.classes.items()}}
+    about = settings.as_json()
     last = lambda samples: {MARKER: to_bytes({"format": format.name, "samples": samples, **about})}
     return write_shards(storage, format, parts, encode, shard_size, {}, last)

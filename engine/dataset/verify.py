@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from grounded_diffusion.engine.dataset.formats.common import VOID, mask_box
+from grounded_diffusion.engine.dataset.formats.common import VOID
 from grounded_diffusion.engine.dataset.formats.folder import FOLDERS, record_files
+from grounded_diffusion.engine.dataset.instances import mask_box
 from grounded_diffusion.engine.dataset.reader import read_array, read_splits
 from grounded_diffusion.engine.dataset.record import sample_id
 from grounded_diffusion.engine.dataset.rows import FolderRow

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Container, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 
 from grounded_diffusion.bundle import Bundle, open_bundle
-from grounded_diffusion.engine.backends.open import open_backend
+from grounded_diffusion.engine.backends.calibrate import CALIBRATED, calibrate, remembered
+from grounded_diffusion.engine.backends.open import DEFAULT_BACKEND, open_backend
 from grounded_diffusion.engine.pipeline.job import Failed, Job, chunks, list_jobs
 from grounded_diffusion.engine.pipeline.shipped import shipped_bundle
 from grounded_diffusion.engine.pipeline.text_encoder import TextEncoder
@@ -22,6 +23,7 @@ from grounded_diffusion.engine.pipeline.tokenizer import Tokenizer
 from grounded_diffusion.engine.prompts.prompt import Prompt, as_prompts
 from grounded_diffusion.engine.sampling.backend import Backend
 from grounded_diffusion.engine.sampling.batch import BatchRequest, BatchResult, Conditioning
+from grounded_diffusion.engine.sampling.guidance import guidance_row
 from grounded_diffusion.engine.sampling.noise import batch_normal
 from grounded_diffusion.engine.sampling.options import Options
 from grounded_diffusion.engine.sampling.sample import ObjectMask, Sample
@@ -45,6 +47,9 @@ class GroundedPipeline:
         self.bundle, self.backend = bundle, backend
         self.tokenizer = Tokenizer(bundle)
         self.text_encoder = TextEncoder(backend, self.tokenizer)
+        self._with_lanes: Callable[[int], Backend] | None = None  # opens the backend anew, where that is ours to choose
+        self._threads: int | None = None
+        self._generating = 0
 
     @classmethod
     def open(
@@ -53,7 +58,7 @@ class GroundedPipeline:
         *,
         backend: str = "onnxruntime",
         threads: int | None = None,
-        lanes: int = 1,
+        lanes: int | None = None,
     ) -> GroundedPipeline:
         """Open a bundle.
 
@@ -63,7 +68,9 @@ class GroundedPipeline:
             backend: one of backends.open.BACKENDS: for the CPU "onnxruntime", "openvino", or in the chip's own
                 precision "openvino-bf16"; for an NVIDIA GPU "cuda", "tensorrt" or "tensorrt-rtx".
             threads: CPU threads; None takes all cores.
-            lanes: batches at once on the CPU, each on its share of the threads: slower for one, faster for many.
+            lanes: batches at once on the CPU, each on its share of the threads: slower for one, faster for many. None
+                has `generate` take what is fastest on this machine, with the batch: as measured before, or measured
+                at the first call for 256 images, which takes half a minute.
 
         Raises:
             BundleError: not a bundle, damaged, or of another version.
@@ -71,7 +78,11 @@ class GroundedPipeline:
             BackendError: the backend is not installed, or finds no GPU.
         """
         opened = open_bundle(shipped_bundle() if bundle is None else bundle)
-        return cls(opened, open_backend(backend, opened, threads=threads, lanes=lanes))
+        pipe = cls(opened, open_backend(backend, opened, threads=threads, lanes=lanes or 1))
+        if lanes is None and backend == DEFAULT_BACKEND:  # of others, the batch may show in the last bits
+            pipe._with_lanes = lambda number: open_backend(backend, opened, threads=threads, lanes=number)
+            pipe._threads = threads
+        return pipe
 
     def close(self) -> None:
         """Wait for what is under way and free the backend's threads and memory; a with statement does it too."""
@@ -85,7 +96,8 @@ class GroundedPipeline:
 
     def schedule(self, options: Options) -> Schedule:
         """The sampler's table for this model. Raises UsageError for what the model's scheduler does not allow."""
-        return build_schedule(self.bundle.manifest.scheduler, options.sampler, options.steps)
+        own = options.of_model(self.bundle.manifest)
+        return build_schedule(self.bundle.manifest.scheduler, cast(str, own.sampler), cast(int, own.steps))
 
     def latent_shape(self, options: Options) -> tuple[int, int, int]:
         """(channels, h, w) of one latent. Raises UsageError for a size the model cannot make."""
@@ -114,7 +126,7 @@ class GroundedPipeline:
             UsageError: a prompt or an option that cannot be used.
             BackendError, NumericsError: while iterating.
         """
-        options = replace(options or Options(), **changes)
+        options = replace(options or Options(), **changes).of_model(self.bundle.manifest)
         jobs = list_jobs(as_prompts(prompts), options)
         self.schedule(options)  # raises for what the model's scheduler does not allow
         shape = self.latent_shape(options)
@@ -130,11 +142,30 @@ class GroundedPipeline:
         return self._generate(jobs, options, noise)
 
     def _generate(self, jobs: list[Job], options: Options, noise: np.ndarray | None) -> Iterator[Sample]:
-        for results in self.batches(chunks(jobs, self.batch_size(options)), options, noise=noise):
-            for result in results:
-                if isinstance(result, Failed):
-                    raise NumericsError(result.reason)
-                yield result
+        self._generating += 1
+        try:
+            options = self._at_best(options, len(jobs))
+            for results in self.batches(chunks(jobs, self.batch_size(options)), options, noise=noise):
+                for result in results:
+                    if isinstance(result, Failed):
+                        raise NumericsError(result.reason)
+                    yield result
+        finally:
+            self._generating -= 1
+
+    def _at_best(self, options: Options, images: int) -> Options:
+        """The options with the batch that is fastest here, and the backend with its lanes where it is idle."""
+        if self._with_lanes is None:
+            return options
+        found = remembered(self.bundle, options, self._threads)
+        if found is None and images >= CALIBRATED:
+            found = calibrate(self.bundle, options, self._threads)
+        if found is None:
+            return options
+        if self._generating == 1 and images >= found.batch * found.lanes and found.lanes > self.backend.lanes:
+            self.backend.close()
+            self.backend = self.text_encoder.backend = self._with_lanes(found.lanes)
+        return replace(options, batch=found.batch)
 
     def batch_size(self, options: Options) -> int:
         """Images to a batch: what was asked for, or what the backend is best at."""
@@ -155,6 +186,7 @@ class GroundedPipeline:
         Raises:
             BackendError: the backend has failed.
         """
+        options = options.of_model(self.bundle.manifest)
         schedule = self.schedule(options)
         submitted: deque[tuple[Sequence[Job], BatchRequest, Future[BatchResult]]] = deque()
         try:
@@ -179,11 +211,11 @@ class GroundedPipeline:
         keys = [(job.seed, job.draw) for job in jobs]
         return BatchRequest(
             schedule,
-            self.condition([job.prompt for job in jobs], options.negative_prompt),
+            self.condition([job.prompt for job in jobs], options.negative_prompt, cast(float, options.guidance_scale)),
             batch_normal(keys, shape) if noise is None else noise[[job.index for job in jobs]].astype(np.float32),
             size=options.image_size(self.bundle.manifest),
-            guidance_scale=options.guidance_scale,
-            guidance_interval=options.guidance_interval,
+            guidance_scale=1.0 if self.bundle.manifest.guidance_embedding else cast(float, options.guidance_scale),
+            guidance_interval=cast(tuple[float, float], options.guidance_interval),
             capture=schedule.capture_index(self.bundle.manifest.capture_timestep),
             step_noise=lambda row: batch_normal(keys, shape, row + 1),
             names=[f"sample {job.index}" for job in jobs],
@@ -205,13 +237,24 @@ class GroundedPipeline:
         futures = [self.backend.submit(part) for _, part in alone]
         return [self._results(*given, future)[0] for given, future in zip(alone, futures, strict=True)]
 
-    def condition(self, prompts: list[Prompt], negative_prompt: str | None = None) -> Conditioning:
-        """Encode the prompts and object queries of a batch; `negative_prompt` is of prompts that have none."""
+    def condition(
+        self, prompts: list[Prompt], negative_prompt: str | None = None, guidance_scale: float = 1.0
+    ) -> Conditioning:
+        """Encode the prompts and object queries of a batch.
+
+        Args:
+            negative_prompt: of prompts that have none.
+            guidance_scale: what a model is told that has it as an input.
+        """
         conditional = self.text_encoder.contexts(prompt.text for prompt in prompts)  # [B,L,D]
         own = (prompt.negative_prompt for prompt in prompts)
         unconditional = self.text_encoder.contexts((negative_prompt or "") if text is None else text for text in own)
         queries, valid = self.text_encoder.queries([prompt.objects for prompt in prompts])
-        return Conditioning(np.concatenate([unconditional, conditional]), queries, valid)
+        context, manifest = np.concatenate([unconditional, conditional]), self.bundle.manifest
+        if width := manifest.guidance_embedding:
+            row = guidance_row(guidance_scale, width, manifest.context_dim)
+            context = np.concatenate([context, np.broadcast_to(row, (len(context), 1, len(row)))], 1)
+        return Conditioning(context, queries, valid)
 
 
 def make_sample(job: Job, b: int, made: BatchResult) -> Sample:

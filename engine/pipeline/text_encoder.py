@@ -12,7 +12,7 @@ from grounded_diffusion.engine.pipeline.tokenizer import Tokenizer
 from grounded_diffusion.engine.sampling.backend import Backend
 
 CHUNK = 32  # texts to one call of the text encoder
-REMEMBERED = 1024  # contexts kept: 240 MB at the sizes of Stable Diffusion 1.x
+REMEMBERED = 240_000_000  # bytes of contexts kept: 1,000 of them at the sizes of Stable Diffusion 1.x
 
 
 class TextEncoder:
@@ -24,7 +24,7 @@ class TextEncoder:
         self._queries: dict[str, np.ndarray] = {}
 
     def _encode(self, ids: list[np.ndarray]) -> np.ndarray:
-        """[n,L] ids -> [n,L,D] last hidden states after the final layer norm."""
+        """[n,T] ids -> [n,L,D] states of the tokens, and of the text as a whole where the model wants them."""
         chunks = (np.stack(ids[i : i + CHUNK]) for i in range(0, len(ids), CHUNK))
         return np.concatenate([self.backend.run(TEXT_ENCODER, {"input_ids": chunk})["context"] for chunk in chunks])
 
@@ -37,7 +37,8 @@ class TextEncoder:
             encoded = self._encode([self.tokenizer.encode(text).ids for text in missing])
             known |= {text: row.copy() for text, row in zip(missing, encoded, strict=True)}
         self._contexts |= known  # the most recent last
-        while len(self._contexts) > REMEMBERED:
+        most = max(1, REMEMBERED // next(iter(known.values())).nbytes)
+        while len(self._contexts) > most:
             self._contexts.popitem(last=False)
         return np.stack([known[text] for text in texts])
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import sys
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 from grounded_diffusion.engine.prompts.prompt import HOW_TO_MARK, Prompt, parse_line
-from grounded_diffusion.errors import UsageError
+from grounded_diffusion.errors import BadPrompts, UsageError
 from grounded_diffusion.files import lines_of, read_stream
 
+STANDARD_INPUT = Path("-")
 STRIDE = 64  # prompts from one remembered place to the next
+SHOWN = 20  # lines that cannot be used and are shown
 BOM = b"\xef\xbb\xbf"
 
 
@@ -23,45 +26,86 @@ class PromptFile:
     """The prompts of a file, then those of the command line. Only every STRIDE-th place in it is kept in memory.
 
     Args:
-        path: the file, or None.
+        path: the file, "-" for standard input, or None.
         texts: more prompts, one a string, in either of the forms that a line has.
         images: of each prompt that does not say its own count.
+        skip_bad: leave out lines of the file that cannot be used, and say which in `skipped`.
+        check: with `skip_bad`, raises UsageError for further prompts that cannot be used.
+        content: of standard input, where it has been read.
 
     Attributes:
         prompts, samples: how many there are.
+        skipped: what is wrong with the lines left out, with file and line.
+        content: of what cannot be read twice, such as standard input; None of other files.
         digest: SHA-256 of the lines that count: not of comments, empty lines and line ends.
 
     Raises:
-        UsageError: the file cannot be read, has no prompts, or a count in it is wrong.
+        UsageError: the file cannot be read, has no prompts, or a count in it is wrong; then it tells all lines that
+            cannot be used.
     """
 
-    def __init__(self, path: str | Path | None, texts: Sequence[str] = (), images: int = 1):
+    def __init__(
+        self,
+        path: str | Path | None,
+        texts: Sequence[str] = (),
+        images: int = 1,
+        skip_bad: bool = False,
+        check: Callable[[Prompt], object] = lambda prompt: None,
+        content: bytes | None = None,
+    ):
         self.path, self.images = None if path is None else Path(path), images
         self.name = "prompt" if path is None else str(path)
         self.texts = [" ".join(text.split()).encode(errors="surrogatepass") for text in texts]
-        self._content: bytes | None = None  # of what cannot be read twice, such as a pipe
+        self._bad: set[int] = set()  # places of lines that are left out
+        self.skipped: list[str] = []
+        self.content = content
+        if self.path == STANDARD_INPUT:
+            self.name = "standard input"
+            self.content = read_standard_input() if content is None else content
         self._stat: tuple[int, int, int] | None = None
         self.prompts = self.samples = 0
         self._places, self._firsts = array("q"), array("q")  # where a line begins; index of its first sample
         digest = hashlib.sha256()
         for place, number, line in self._lines():
+            if skip_bad and place >= 0 and not self._usable(place, number, line, check):
+                continue
             if self.prompts % STRIDE == 0:
                 self._places.append(place)
                 self._firsts.append(self.samples)
             digest.update(line + b"\n")
             self.prompts += 1
-            self.samples += self._count(line, number)
+            try:
+                self.samples += self._count(line, number)
+            except UsageError:
+                raise self.refusal() from None
         self.digest = digest.hexdigest()
         if not self.prompts and path is not None:
-            raise UsageError(f"{path} has no prompts; write one a line, {HOW_TO_MARK}")
+            bad = f" that can be used; {self.skipped[0]}" if self.skipped else f"; write one a line, {HOW_TO_MARK}"
+            raise UsageError(f"{self.name} has no prompts{bad}")
         if not self.prompts:
             raise UsageError("no prompts; give `prompt_file` or `prompts`", "prompt_file", "prompts")
 
     def __iter__(self) -> Iterator[tuple[int, Prompt]]:
-        """(images to make, prompt) in order. Raises UsageError, with file and line, for one that cannot be used."""
+        """(images to make, prompt) in order. Raises UsageError, with file and line, for those that cannot be used."""
         for _, number, line in self._lines():
-            prompt = parse_line(line, self._where(number))
+            try:
+                prompt = parse_line(line, self._where(number))
+            except UsageError:
+                raise self.refusal() from None
             yield prompt.count or self.images, prompt
+
+    def refusal(self) -> UsageError:
+        """What to say of lines that cannot be used: of all of them."""
+        found: list[UsageError] = []
+        count = 0
+        for _, number, line in self._lines():
+            try:
+                parse_line(line, self._where(number))
+            except UsageError as error:
+                count += 1
+                if len(found) < SHOWN:
+                    found.append(error)
+        return all_of(found, count)
 
     def between(self, start: int, stop: int) -> Iterator[tuple[int, Prompt, int]]:
         """(sample's index, prompt, which of the prompt's images) of the samples start to stop - 1.
@@ -79,6 +123,21 @@ class PromptFile:
             first += count
             if first >= stop:
                 return
+
+    def _usable(self, place: int, number: int, line: bytes, check: Callable[[Prompt], object]) -> bool:
+        """Whether a line can be used; one that cannot is noted."""
+        where = self._where(number)
+        try:
+            prompt = parse_line(line, where)
+            try:
+                check(prompt)
+            except UsageError as error:
+                raise UsageError(f"{where}: {error}") from None
+        except UsageError as error:
+            self._bad.add(place)
+            self.skipped.append(str(error))
+            return False
+        return True
 
     def _where(self, number: int) -> str:
         return f"{self.name}{':' if self.path else ' '}{number}" if number > 0 else f"prompt {-number}"
@@ -99,7 +158,7 @@ class PromptFile:
                 stream.seek(place)
                 for number, raw in enumerate(lines_of(stream, self.name), 1):
                     line = (raw.removeprefix(BOM) if place == 0 else raw).strip()
-                    if line and not line.startswith(b"#"):
+                    if line and not line.startswith(b"#") and place not in self._bad:
                         yield place, number, line
                     place += len(raw)
         for k, text in enumerate(self.texts, 1):
@@ -108,14 +167,14 @@ class PromptFile:
 
     def _open(self, path: Path) -> BinaryIO:
         """The file from its beginning. Raises UsageError, also where it is not the one that was first read."""
-        if self._content is not None:
-            return io.BytesIO(self._content)
+        if self.content is not None:
+            return io.BytesIO(self.content)
         try:
             stream = path.open("rb")
             if not path.is_file():
                 with stream:
-                    self._content = read_stream(stream, self.name)
-                return io.BytesIO(self._content)
+                    self.content = read_stream(stream, self.name)
+                return io.BytesIO(self.content)
         except FileNotFoundError:
             raise UsageError(f"there is no prompt file {path}") from None
         except OSError as error:
@@ -129,6 +188,21 @@ class PromptFile:
         return stream
 
 
+def read_standard_input() -> bytes:
+    """All of it. Raises UsageError where it is closed."""
+    if sys.stdin is None:
+        raise UsageError("standard input is closed; give `prompt_file` a file", "prompt_file")
+    return read_stream(sys.stdin.buffer, "standard input")
+
+
+def all_of(problems: Sequence[UsageError], count: int) -> UsageError:
+    """One error for all problems; the first SHOWN of `count` are at hand."""
+    if count == 1:
+        return problems[0]
+    more = f", of which {len(problems)} are shown" if len(problems) < count else ""
+    return BadPrompts(f"{count} prompts cannot be used{more}; repair them all, then give the same command", problems)
+
+
 def read_prompts(path: str | Path) -> list[Prompt]:
-    """All prompts of a file. Raises UsageError, with file and line, at the first one that cannot be used."""
+    """All prompts of a file. Raises UsageError that has all that cannot be used, with file and line."""
     return [prompt for _, prompt in PromptFile(path)]

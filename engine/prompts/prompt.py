@@ -121,7 +121,8 @@ def split_brackets(text: str) -> tuple[str, tuple[str, ...]]:
         if not closed or "[" in name:
             raise UsageError(f"the bracket before {name.split('[')[0].strip()!r} is not closed; {HOW_TO_MARK}")
         pieces.append(name)
-        names.append(name)
+        if " ".join(name.split()).casefold() not in {" ".join(known.split()).casefold() for known in names}:
+            names.append(name)  # two marks of one name are one object: its mask covers all of a kind
     return "".join(pieces), tuple(names)
 
 

@@ -9,6 +9,7 @@ from typing import cast
 from grounded_diffusion.engine.backends.open import BACKENDS, DEFAULT_BACKEND, check_precision
 from grounded_diffusion.engine.checks import check_float, check_int
 from grounded_diffusion.engine.dataset.formats import WITHOUT_SPLITS, FormatOptions, open_format
+from grounded_diffusion.engine.prompts.file import STANDARD_INPUT
 from grounded_diffusion.engine.prompts.prompt import Prompt, to_line
 from grounded_diffusion.engine.runs.filters import Filters
 from grounded_diffusion.engine.runs.metrics import parse_address
@@ -30,7 +31,8 @@ class RunConfig:
     Attributes:
         out: folder to write to, or a URL such as "s3://bucket/name".
         prompts: what to draw: strings with the objects in brackets, JSON lines or Prompt objects.
-        prompt_file: a file of such lines; its prompts come first.
+        prompt_file: a file of such lines, "-" for standard input; its prompts come first.
+        skip_bad_lines: leave out lines of `prompt_file` that cannot be used, and say which.
         model: a bundle that gd-export wrote; None takes the shipped model.
         options: how to draw: sampler, steps, guidance, size, seed, images of each prompt, batch.
         format: one of FORMATS.
@@ -38,6 +40,7 @@ class RunConfig:
         filters: which samples to refuse.
         val: share of every class that is kept for validation, between 0 and 1; None has no split. A sample's split
             depends on those before it alone, so that a data set that grows keeps it.
+        random_seed: draw the seed instead of taking that of `options`; a run that was begun goes on with its own.
         attempts: noises to try for a sample that fails or is refused.
         backend: one of BACKENDS.
         device: number of the GPU, of those that CUDA_VISIBLE_DEVICES leaves; None takes the first or, where a launcher
@@ -63,11 +66,13 @@ class RunConfig:
     out: str | Path
     prompts: str | Prompt | tuple[str | Prompt, ...] | list[str | Prompt] = ()
     prompt_file: str | Path | None = None
+    skip_bad_lines: bool = False
     model: str | Path | None = None
     options: Options = field(default_factory=Options)
     format: str = "folder"
     format_options: FormatOptions = field(default_factory=FormatOptions)
     filters: Filters = field(default_factory=Filters)
+    random_seed: bool = False
     attempts: int = ATTEMPTS
     backend: str = DEFAULT_BACKEND
     device: int | None = None
@@ -132,6 +137,8 @@ class RunConfig:
         if self.workers is not None and self.ray is None:
             raise UsageError("workers is for ray; give threads for the threads of this process",
                              "workers", "ray", "threads")  # fmt: skip
+        if self.ray is not None and self.prompt_file == STANDARD_INPUT:
+            raise UsageError("Ray's workers have no standard input; give `prompt_file` a file", "prompt_file", "ray")
         if self.overwrite and self.share and self.share.count > 1:
             raise UsageError(
                 "overwrite with shard would remove what other workers make; remove the output first",
@@ -141,6 +148,7 @@ class RunConfig:
             check_share(self.val, self.format)
         if self.metrics_port is not None:
             parse_address(self.metrics_port)
+        self.format_options.classes(self.format)  # raises for names that cannot be read, or that nobody would look at
         open_format(self.format, self.format_options.settings(self.format))
 
 

@@ -77,6 +77,11 @@ class Checker:
         self.hashes[sample.index] = own
         return None
 
+    def remember(self, index: int, hash: int | None) -> None:
+        """An accepted sample's hash, where samples are compared."""
+        if hash is not None:
+            self.hashes[index] = hash
+
     def check_masks(self, sample: Sample) -> str | None:
         """The conditions on single masks."""
         want = self.filters

@@ -91,7 +91,8 @@ def make_missing(run: Run, monitor: Monitor) -> dict[str, Any] | None:
     if missing and run.storage.exists(SUMMARY):
         run.storage.remove(SUMMARY)
     make = run.worker(monitor).run if run.config.ray is None else functools.partial(make_with_ray, run, monitor)
-    monitor.begin(run.samples(run.shards), run.samples(run.shards) - run.samples(missing))
+    total, lanes = run.samples(run.shards), run.pipe.backend.lanes if run.config.ray is None else 1
+    monitor.begin(total, total - run.samples(missing), lanes)
     if missing:
         announce(run, missing)
         started = time.monotonic()

@@ -1,15 +1,19 @@
-"""Metrics for Prometheus, kept in a file or served over HTTP: what prometheus_client does not know of a run."""
+"""Metrics for Prometheus, kept in a file or served over HTTP: what prometheus_client does not know of a run. And the
+file of its log."""
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import subprocess
 import threading
 from bisect import bisect_left
 from collections.abc import Mapping
 from itertools import accumulate
+from pathlib import Path
 from socketserver import ThreadingTCPServer
-from typing import Any, cast
+from typing import Any, TextIO, cast
 
 from prometheus_client import MetricsHandler
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -17,6 +21,7 @@ from prometheus_client.registry import Collector, CollectorRegistry
 
 from grounded_diffusion.errors import UsageError
 
+LOG_BEGIN = b'{"time": "'  # every log of ours
 PREFIX = "grounded_diffusion_"
 # Upper bounds in seconds: from a 64-pixel batch on a GPU to a 512-pixel batch on a few CPU cores.
 BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
@@ -110,3 +115,32 @@ def serve_metrics(address: tuple[str, int], registry: CollectorRegistry) -> Thre
         raise UsageError(line, "metrics_port") from None
     threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
     return server
+
+
+def check_log(path: Path) -> None:
+    """Raise UsageError where a log cannot be appended to a file."""
+    try:
+        if not path.parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        if path.is_file():
+            with path.open("rb") as stream:
+                if stream.read(len(LOG_BEGIN)) not in (b"", LOG_BEGIN):
+                    line = f"{path} is no log of ours, and nothing is added to it; give `log` another name"
+                    raise UsageError(line, "log")
+    except OSError as error:
+        raise unwritable("log", path, error) from None
+
+
+def open_log(path: Path) -> TextIO:
+    """The log, opened to append, a line at a time. Raises UsageError, also for a file that is no log."""
+    check_log(path)
+    try:
+        return path.open("a", encoding="utf-8", buffering=1)
+    except OSError as error:
+        raise unwritable("log", path, error) from None
+
+
+def unwritable(field: str, path: Path, error: OSError) -> UsageError:
+    """What to say of a file that a field names."""
+    line = f"cannot write {path}: {error.strerror or error}; give `{field}` a file in a folder that exists"
+    return UsageError(line, field)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import threading
@@ -9,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from prometheus_client import generate_latest
 from prometheus_client.core import Metric
@@ -17,30 +18,42 @@ from prometheus_client.core import Metric
 from grounded_diffusion.engine.runs.config import RunConfig
 from grounded_diffusion.engine.runs.metrics import (
     Histogram,
+    check_log,
     counter,
     gauge,
     gpu_busy,
+    open_log,
     parse_address,
     registry_of,
     serve_metrics,
+    unwritable,
 )
-from grounded_diffusion.engine.runs.progress import Progress, ProgressBar, Rate
+from grounded_diffusion.engine.runs.progress import Pace, Progress, ProgressBar, Rate
 from grounded_diffusion.errors import UsageError
 from grounded_diffusion.files import check_target, replace_file
 
 METRICS_BEGIN = b"# HELP grounded_diffusion_"  # every metrics file of ours
-LOG_BEGIN = b'{"time": "'  # and every log
 REFRESH = 10.0  # seconds between two metrics files
 REASONS = 32  # different reasons that get a label of their own, so that a collector never meets thousands
 
 
 def open_monitor(
-    config: RunConfig, say: Callable[[str], None], on_progress: Callable[[Progress], None] | None = None
+    config: RunConfig, say: Callable[[str], None] | None, on_progress: Callable[[Progress], None] | None = None
 ) -> Monitor:
     """The monitor that a configuration asks for. Raises UsageError for a file or port that cannot be used."""
     address = parse_address(config.metrics_port) if config.metrics_port is not None else None
     log, metrics_file = (Path(file) if file else None for file in (config.log, config.metrics_file))
     return Monitor(say, on_progress, log=log, metrics_file=metrics_file, address=address)
+
+
+def check_places(config: RunConfig) -> None:
+    """Raise UsageError where a configuration cannot be watched as it asks, or has no Ray. Nothing is opened."""
+    if config.metrics_file:
+        check_target(Path(config.metrics_file), "metrics_file", (".prom",), METRICS_BEGIN)
+    if config.log:
+        check_log(Path(config.log))
+    if config.ray is not None and importlib.util.find_spec("ray") is None:
+        raise UsageError("`ray` needs Ray; pip install 'grounded-diffusion[ray]'", "ray")
 
 
 class Monitor:
@@ -74,7 +87,7 @@ class Monitor:
         self.accepted_images = self.batches_images = self.shards = 0
         self.rejections, self.quarantines, self.failures = Counter(), Counter(), Counter()
         self.queues: dict[str, int] = {}
-        self.batch_seconds, self.rate = Histogram(), Rate()
+        self.batch_seconds, self.rate, self.pace = Histogram(), Rate(), Pace()
         self.gpus: dict[str, float] = {}
         self.registry = registry_of(self)
         self._bar: ProgressBar | None = None
@@ -101,10 +114,10 @@ class Monitor:
         host, port = self._server.server_address[:2]
         return str(host), port
 
-    def begin(self, total: int, done: int) -> None:
-        """The run has `total` samples, `done` of which an earlier run has finished."""
+    def begin(self, total: int, done: int, lanes: int = 1) -> None:
+        """The run has `total` samples, `done` of them finished by an earlier run; `lanes` batches are made at once."""
         with self._lock:
-            self.total, self.done, self.rate = total, done, Rate()
+            self.total, self.done, self.rate, self.pace = total, done, Rate(), Pace(lanes)
             if self.say and not self.on_progress:
                 self._bar = ProgressBar(total, done, self.say)
             self.event("begin", total=total, done=done)
@@ -122,10 +135,18 @@ class Monitor:
             self.event("elsewhere", samples=samples)
             self._show()
 
+    def kept(self, samples: int) -> None:
+        """Samples that an earlier run has made and kept."""
+        with self._lock:
+            self.done += samples
+            self.event("kept", samples=samples)
+            self._show()
+
     def batch(self, images: int, seconds: float) -> None:
         """The model has made a batch, `seconds` after the one before."""
         with self._lock:
             self.batches_images += images
+            self.pace.batch(images)
             self.batch_seconds.observe(seconds)
             self.event("batch", images=images, seconds=round(seconds, 4), queues=dict(self.queues))
 
@@ -176,8 +197,12 @@ class Monitor:
     def progress(self) -> Progress:
         """How far the run is."""
         with self._lock:
+            settled, made = self.rate.images, max(self.pace.images - self.pace.last, self.rate.images)
+            pace = self.pace.value * (settled / made if settled else 1)  # what fails is made again
+            left = (self.total - self.done) / pace if pace else None
             return Progress(self.total, self.done, self.accepted_images, self.rejections.total(),
-                            self.quarantines.total(), self.rate.value)  # fmt: skip
+                            self.quarantines.total(), pace or self.rate.value,
+                            left if self.done < self.total else 0.0)  # fmt: skip
 
     def report(self) -> None:
         """Tell `on_progress`. For the thread that makes the run: what the callback raises ends it."""
@@ -268,22 +293,3 @@ class Monitor:
     def _tell(self, line: str) -> None:
         if self.say:
             self.say(line)
-
-
-def open_log(path: Path) -> TextIO:
-    """The log, opened to append, a line at a time. Raises UsageError, also for a file that is no log."""
-    try:
-        if path.is_file():
-            with path.open("rb") as stream:
-                if stream.read(len(LOG_BEGIN)) not in (b"", LOG_BEGIN):
-                    line = f"{path} is no log of ours, and nothing is added to it; give `log` another name"
-                    raise UsageError(line, "log")
-        return path.open("a", encoding="utf-8", buffering=1)
-    except OSError as error:
-        raise unwritable("log", path, error) from None
-
-
-def unwritable(field: str, path: Path, error: OSError) -> UsageError:
-    """What to say of a file that a field names."""
-    line = f"cannot write {path}: {error.strerror or error}; give `{field}` a file in a folder that exists"
-    return UsageError(line, field)

@@ -14,6 +14,7 @@ from rich.console import Console
 from grounded_diffusion.engine.checks import duration
 
 EVERY = 10.0  # seconds between lines
+SLOW = 30.0  # seconds of a first batch that are not for the most part the opening of the model
 WINDOW = 300.0  # seconds over which the rate is taken: long against a batch, short against a change of neighbours
 
 
@@ -39,6 +40,43 @@ class Rate:
         return (self.images - images) / max(self.clock() - since, 1e-9)
 
 
+class Pace:
+    """Images a second that the model makes, over the last WINDOW seconds, from the ends of its batches.
+
+    Batches that are made at once end together, so only every `lanes`-th counts. The first one, in which sessions are
+    opened, does so only where it took so long that this does not matter.
+
+    Args:
+        lanes: batches at once.
+    """
+
+    def __init__(self, lanes: int = 1, clock: Callable[[], float] = time.monotonic):
+        self.lanes, self.clock, self.began = lanes, clock, clock()
+        self.points: deque[tuple[float, int]] = deque()  # (time, images so far)
+        self.images = self.batches = self.last = 0
+
+    def batch(self, images: int) -> None:
+        """A batch has ended."""
+        now = self.clock()
+        if not self.batches and now - self.began >= SLOW:
+            self.points.append((self.began, images - self.lanes * images))
+        self.images += images
+        self.last = images
+        if self.batches % self.lanes == 0:
+            self.points.append((now, self.images))
+        self.batches += 1
+        while len(self.points) > 2 and now - self.points[1][0] > WINDOW:
+            self.points.popleft()
+
+    @property
+    def value(self) -> float:
+        """0 where it is not known."""
+        if len(self.points) < 2:
+            return 0.0
+        (since, before), (now, images) = self.points[0], self.points[-1]
+        return (images - before) / max(now - since, 1e-9)
+
+
 @dataclass(frozen=True, slots=True)
 class Progress:
     """How far a run is.
@@ -48,7 +86,7 @@ class Progress:
         done: samples that are settled, those of earlier runs and of other workers included.
         accepted, rejected, quarantined: what has come of those that this run has settled.
         images_per_second: settled, over the last minutes.
-        seconds_left: None where nothing is settled so far.
+        seconds_left: None as long as it is not known, which takes two rounds of batches.
     """
 
     total: int
@@ -57,10 +95,7 @@ class Progress:
     rejected: int
     quarantined: int
     images_per_second: float
-
-    @property
-    def seconds_left(self) -> float | None:
-        return (self.total - self.done) / self.images_per_second if self.images_per_second > 0 else None
+    seconds_left: float | None = None
 
 
 class ProgressBar:

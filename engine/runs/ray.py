@@ -159,6 +159,9 @@ class RayMonitor(Monitor):
     def elsewhere(self, samples: int) -> None:
         self.send("elsewhere", (samples,), {})
 
+    def kept(self, samples: int) -> None:
+        """Counted with its shard, as all are."""
+
     def batch(self, images: int, seconds: float) -> None:
         self.send("batch", (images, seconds), {})
 

@@ -29,11 +29,19 @@ class Stop:
     def __init__(self, last: Callable[[str], None] = lambda name: None):
         self.last, self.name = last, ""
         self._asked = threading.Event()
+        self._listeners: list[Callable[[], None]] = []
 
     def ask(self, name: str) -> None:
         """Request a stop; `name` says who does."""
         self.name = name
         self._asked.set()
+        for listener in self._listeners.copy():
+            listener()
+
+    def tell(self, listener: Callable[[], None]) -> Callable[[], None]:
+        """Have a function called, in another thread, as soon as a stop is requested; what is returned ends that."""
+        self._listeners.append(listener)
+        return lambda: self._listeners.remove(listener)
 
     def __bool__(self) -> bool:
         return self._asked.is_set()

@@ -3,6 +3,7 @@
     claim ─ batches ─ model ─ filters ─ encode (threads) ─ commit (a thread): files, then the record
               └──── again, with other noise ────┘
 
+What is finished of a shard in hand is kept on the disk as well, see keep.py.
 The next shard's batches follow the last one's without a gap: encoding and committing happen beside the model.
 """
 
@@ -25,6 +26,7 @@ from grounded_diffusion.engine.dataset.storage.base import Storage
 from grounded_diffusion.engine.pipeline.job import Failed, Job
 from grounded_diffusion.engine.pipeline.pipeline import GroundedPipeline
 from grounded_diffusion.engine.runs.filters import Checker, Filters
+from grounded_diffusion.engine.runs.keep import Keeper, Outcome, kept_outcome
 from grounded_diffusion.engine.runs.monitor import Monitor
 from grounded_diffusion.engine.runs.plan import Plan, next_attempt
 from grounded_diffusion.engine.runs.stop import Stop
@@ -47,6 +49,7 @@ class ShardInProgress:
         attempt: from 1; all samples of an attempt are made before the next begins.
         again: what the next attempt is to make.
         encoded: by index, of the accepted samples.
+        judged: batches of all attempts that have been judged.
         lost: ("rejected" or "quarantined") -> entries of the shard's record.
     """
 
@@ -55,6 +58,7 @@ class ShardInProgress:
     checker: Checker
     waiting: int = 0
     attempt: int = 1
+    judged: int = 0
     again: list[Job] = field(default_factory=list)
     encoded: dict[int, Future[Encoded]] = field(default_factory=dict)
     lost: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {"rejected": [], "quarantined": []})
@@ -69,7 +73,7 @@ class Worker:
     Args:
         attempts: noises to try for a sample that fails or that the filters refuse.
         say: takes a line for the person who waits.
-        stop: looked at after every batch; once set, the shards in progress are dropped.
+        stop: looked at after every batch; once set, what is finished of the shards in progress is kept.
         encoders: threads that encode; None takes half of the cores.
     """
 
@@ -115,6 +119,7 @@ class Worker:
         self._room = BoundedSemaphore(ENCODED * self.encoders)
         with (
             contextlib.ExitStack() as claims,
+            Keeper(self.storage, self.stop) as self._keeper,
             ThreadPoolExecutor(1, "commit") as self._committer,
             ThreadPoolExecutor(self.encoders, "encode") as self._encoder,
         ):
@@ -160,7 +165,7 @@ class Worker:
                 else:
                     work = ShardInProgress(shard, claim.pop_all(), self.filters.checker())
                     self._in_progress.add(work)
-                    yield from self._round(work, self.plan.jobs(shard))
+                    yield from self._without_kept(work, self._round(work, self.plan.jobs(shard)))
 
     def _is_made(self, shard: int) -> bool:
         """Whether a shard has a record. One that is damaged is told, and made again."""
@@ -179,38 +184,62 @@ class Worker:
         work.waiting, work.again = len(batches), []
         return batches
 
+    def _without_kept(self, work: ShardInProgress, batches: list[Batch]) -> list[Batch]:
+        """What is left of a shard's batches once those that were kept are taken over."""
+        before = work.judged
+        for entries in self._keeper.load(work.shard):
+            jobs = batches[0][1]
+            if [(entry["index"], entry["draw"]) for entry in entries] != [(job.index, job.draw) for job in jobs]:
+                break
+            outcomes = [kept_outcome(job, entry) for job, entry in zip(jobs, entries, strict=True)]
+            self.monitor.kept(sum(outcome.sample is not None for outcome in outcomes))
+            batches = batches[1:] + self._settle(work, outcomes)
+            if not batches:
+                break
+        if work.judged > before:
+            self.say(f"shard {work.shard}: {len(work.encoded)} images were made before and kept")
+        return batches
+
     def _take(self, work: ShardInProgress, jobs: tuple[Job, ...], results: list[Sample | Failed]) -> None:
         """Judge the samples of a batch that came back, and go on with its shard if it was the last."""
-        for job, result in zip(jobs, results, strict=True):
-            self._judge(work, job, result)
+        outcomes = [self._judge(work, job, result) for job, result in zip(jobs, results, strict=True)]
         self.monitor.queue("encode", sum(not future.done() for future in work.encoded.values()))
+        self._keeper.add(work.shard, work.judged, outcomes)
+        self._retries.extend(self._settle(work, outcomes))
+
+    def _settle(self, work: ShardInProgress, outcomes: list[Outcome]) -> list[Batch]:
+        """Go on with a shard by what came of a batch; returns the batches of its next attempt, where there is one."""
+        for outcome in outcomes:
+            job = outcome.job
+            if outcome.sample:
+                work.encoded[job.index] = outcome.sample
+                work.checker.remember(job.index, outcome.hash)
+            elif work.attempt < self.attempts:
+                self.monitor.failed(outcome.reason, index=job.index, attempt=work.attempt)
+                work.again.append(next_attempt(job))
+            else:
+                self._give_up(work, outcome.kind, job.index, outcome.reason)
         work.waiting -= 1
+        work.judged += 1
         if work.waiting:
-            return
+            return []
         if work.again:
             work.attempt += 1
-            self._retries.extend(self._round(work, work.again))
-            return
+            return self._round(work, work.again)
         self._in_progress.discard(work)
         self._commits.append(self._committer.submit(self._commit, work))
+        return []
 
-    def _judge(self, work: ShardInProgress, job: Job, result: Sample | Failed) -> None:
-        """Have a sample encoded, or its slot tried again, or give it up."""
+    def _judge(self, work: ShardInProgress, job: Job, result: Sample | Failed) -> Outcome:
+        """Have a sample encoded, or say why not."""
         if isinstance(result, Failed):
-            kind, reason = "quarantined", result.reason.removeprefix(f"sample {job.index}: ")
-        elif result.image.min() == result.image.max():
-            kind, reason = "quarantined", "the image has one colour only"
-        elif refused := work.checker.check(result):
-            kind, reason = "rejected", refused
-        else:
-            self._room.acquire()
-            work.encoded[job.index] = self._encoder.submit(self._encode, result)
-            return
-        if work.attempt < self.attempts:
-            self.monitor.failed(reason, index=job.index, attempt=work.attempt)
-            work.again.append(next_attempt(job))
-        else:
-            self._give_up(work, kind, job.index, reason)
+            return Outcome(job, kind="quarantined", reason=result.reason.removeprefix(f"sample {job.index}: "))
+        if result.image.min() == result.image.max():
+            return Outcome(job, kind="quarantined", reason="the image has one colour only")
+        if refused := work.checker.check(result):
+            return Outcome(job, kind="rejected", reason=refused)
+        self._room.acquire()
+        return Outcome(job, self._encoder.submit(self._encode, result), work.checker.hashes.get(job.index))
 
     def _give_up(self, work: ShardInProgress, kind: str, index: int, reason: str) -> None:
         """Leave a sample out of the data set, with its reason."""
@@ -247,6 +276,7 @@ class Worker:
             rows = [sample.row for sample in samples]
             record = encode_shard(work.shard, self.plan.indices(work.shard).start, rows, files, **lost)
             self.storage.commit(work.shard, files, record)
+            self._keeper.forget(work.shard)
         self.monitor.shard(work.shard)
 
     def _drop(self) -> None:

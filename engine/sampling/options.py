@@ -1,8 +1,8 @@
-"""How to generate: the options of a run, checked when they are made."""
+"""How to generate: the options of a run, checked when they are made; what they leave open is the model's own."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 from grounded_diffusion.bundle import Manifest
@@ -12,21 +12,24 @@ from grounded_diffusion.engine.sampling.schedule import SAMPLERS
 from grounded_diffusion.errors import UsageError
 
 MAX_BATCH = 256
+# Of a bundle that does not say its own: fast ones, whose price docs/benchmarks.md states.
+SAMPLING = {"sampler": "dpmpp-2m", "steps": 20, "guidance_scale": 7.5, "guidance_interval": (0.0, 0.6)}
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """Options of one run. The defaults are the fast ones whose price docs/benchmarks.md states.
+    """Options of one run. None is the model's own value, which `of_model` fills in.
 
     Attributes:
         steps: denoising steps.
-        guidance_scale: weight of classifier-free guidance; 1 turns it off.
+        guidance_scale: weight of classifier-free guidance; 1 turns it off, and so does 0, as cards of
+            few-step models have it.
         guidance_interval: (start, end) of the guided part of the way from noise (0) to image (1); outside, only the
             conditional half of the network runs (Kynkaanniemi et al. 2024).
         sampler: one of schedule.SAMPLERS.
         seed: seed of the data set; the same seed and sample index give the same image at any batch size.
         images_per_prompt: images of each prompt that does not say its own count.
-        batch: images to one call of the network; None takes what the backend is best at.
+        batch: images to one call of the network; None is what the backend is best at.
         threshold: a pixel is inside a mask where its probability is above this.
         size: (height, width) in pixels, or one number for both; None takes the model's own.
         negative_prompt: what not to draw, for prompts that do not say it themselves.
@@ -35,10 +38,10 @@ class Options:
         UsageError: an option outside its range, at construction.
     """
 
-    steps: int = 20
-    guidance_scale: float = 7.5
-    guidance_interval: tuple[float, float] = (0.0, 0.6)
-    sampler: str = "dpmpp-2m"
+    steps: int | None = None
+    guidance_scale: float | None = None
+    guidance_interval: tuple[float, float] | None = None
+    sampler: str | None = None
     seed: int = 7
     images_per_prompt: int = 1
     batch: int | None = None
@@ -47,14 +50,7 @@ class Options:
     negative_prompt: str | None = None
 
     def __post_init__(self):
-        check_int(self.steps, "steps", 1, 1000)
-        check_float(self.guidance_scale, "guidance_scale", 1.0, 100.0)
-        interval = self.guidance_interval
-        if not isinstance(interval, tuple | list) or len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
-            raise UsageError(f"guidance_interval must be (start, end) with 0 <= start <= end <= 1, not {interval!r}")
-        object.__setattr__(self, "guidance_interval", tuple(map(float, interval)))
-        if self.sampler not in SAMPLERS:
-            raise UsageError(f"unknown sampler {self.sampler!r}; choose one of {', '.join(SAMPLERS)}")
+        self._check_sampling()
         check_int(self.seed, "seed", 0, MAX_SEED)
         check_int(self.images_per_prompt, "images_per_prompt", 1, 1_000_000)
         if self.batch is not None:
@@ -70,6 +66,27 @@ class Options:
             for value in self.size:
                 check_int(value, "size", 1, 8192)
             object.__setattr__(self, "size", tuple(self.size))
+
+    def _check_sampling(self) -> None:
+        """Raise UsageError for one of the fields that a model may say itself."""
+        if self.steps is not None:
+            check_int(self.steps, "steps", 1, 1000)
+        if self.guidance_scale == 0:
+            object.__setattr__(self, "guidance_scale", 1.0)
+        if self.guidance_scale is not None:
+            check_float(self.guidance_scale, "guidance_scale", 1.0, 100.0)
+        if (interval := self.guidance_interval) is not None:
+            if not isinstance(interval, tuple | list) or len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
+                line = f"guidance_interval must be (start, end) with 0 <= start <= end <= 1, not {interval!r}"
+                raise UsageError(line)
+            object.__setattr__(self, "guidance_interval", tuple(map(float, interval)))
+        if self.sampler is not None and self.sampler not in SAMPLERS:
+            raise UsageError(f"unknown sampler {self.sampler!r}; choose one of {', '.join(SAMPLERS)}")
+
+    def of_model(self, manifest: Manifest) -> Options:
+        """The same options, what they leave open filled in with the model's own. Raises UsageError for such a value."""
+        own = SAMPLING | manifest.sampling
+        return replace(self, **{name: own[name] for name in SAMPLING if getattr(self, name) is None})
 
     def image_size(self, manifest: Manifest) -> tuple[int, int]:
         """(H, W) of the images a model is to make. Raises UsageError where the model cannot."""

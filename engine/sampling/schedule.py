@@ -51,6 +51,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "sigma_max": None,
         **SIGMA_SPACINGS,
     },
+    "euler-ancestral": {"timestep_spacing": "linspace"},
     "dpmpp-2m": {
         "timestep_spacing": "linspace",
         "final_sigmas_type": "zero",

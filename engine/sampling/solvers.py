@@ -160,10 +160,24 @@ def final_sigma(levels: NoiseLevels, options: Mapping[str, Any]) -> float:
 
 def euler(levels: NoiseLevels, options: Mapping[str, Any], steps: int) -> Table:
     """Euler in sigma space (Karras et al. 2022, Algorithm 2 without churn): x' = x + (s' - s) (x - x0) / s."""
+    return euler_steps(levels, options, steps, final_sigma(levels, options), ancestral=False)
+
+
+def euler_ancestral(levels: NoiseLevels, options: Mapping[str, Any], steps: int) -> Table:
+    """Euler to a level below the next, and noise back up to it, as in DDPM (Crowson 2022, k-diffusion)."""
+    if options["prediction_type"] == "sample":
+        raise UsageError(
+            "sampler euler-ancestral supports prediction_type 'epsilon' or 'v_prediction', the model has 'sample'"
+        )
+    return euler_steps(levels, options, steps, 0.0, ancestral=True)
+
+
+def euler_steps(levels: NoiseLevels, options: Mapping[str, Any], steps: int, final: float, *, ancestral: bool) -> Table:
+    """Both; `final` is the noise level after the last step."""
     timesteps = spaced(levels, options, steps, rounded=False)
     sigmas = np.interp(timesteps, np.arange(len(levels.alpha_bar)), levels.sigmas)
     rows = []
-    after = [*sigmas[1:].tolist(), final_sigma(levels, options)]
+    after = [*sigmas[1:].tolist(), final]
     for t, s, s_ in zip(timesteps.tolist(), sigmas.tolist(), after, strict=True):
         norm = math.sqrt(s * s + 1)
         if options["prediction_type"] == "epsilon":
@@ -172,7 +186,9 @@ def euler(levels: NoiseLevels, options: Mapping[str, Any], steps: int) -> Table:
             cx, co = s / norm**2, 1 / norm
         else:
             cx, co = 1 / s, -1 / s
-        rows.append(Row(t, 1 / norm**2, cx, co, 1.0, (s_ - s,), input_scale=1 / norm))
+        up = s_ * math.sqrt(1 - (s_ / s) ** 2) if ancestral else 0.0
+        down = s_**2 / s if ancestral else s_  # down^2 + up^2 = s'^2
+        rows.append(Row(t, 1 / norm**2, cx, co, 1.0, (down - s,), n=up, input_scale=1 / norm))
     start = float(sigmas.max())
     return rows, math.sqrt(start**2 + 1) if options["timestep_spacing"] == "leading" else start
 
@@ -228,6 +244,7 @@ SOLVERS: dict[str, Callable[[NoiseLevels, Mapping[str, Any], int], Table]] = {
     "ddim": ddim,
     "pndm": pndm,
     "euler": euler,
+    "euler-ancestral": euler_ancestral,
     "dpmpp-2m": dpmpp_2m,
     "lcm": lcm,
 }

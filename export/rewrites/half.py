@@ -40,17 +40,20 @@ FLOAT_INPUTS = {"Resize": (1, 2), "GroupNorm": (1, 2)}
 ANY_TYPE = {"Shape", "Size", "IsNaN", "Cast"}  # read a value as it is
 
 
-def to_half(model: onnx_ir.Model, graph: str) -> onnx_ir.Model:
-    """Convert one of the bundle's FP32 graphs, in place; see the module. Returns the model."""
-    _Converter(model, graph).run()
+def to_half(model: onnx_ir.Model, graph: str, inside: onnx_ir.DataType = HALF) -> onnx_ir.Model:
+    """Convert one of the bundle's FP32 graphs, in place; see the module. Returns the model.
+
+    `inside`: FLOAT for a graph that is one island: FP16 goes in and comes out, and nothing else changes.
+    """
+    _Converter(model, graph, inside).run()
     return model
 
 
 class _Converter:
     """One conversion. Values keep their names; only casts and converted weights are new."""
 
-    def __init__(self, model: onnx_ir.Model, graph: str):
-        self.model, self.graph = model, model.graph
+    def __init__(self, model: onnx_ir.Model, graph: str, inside: onnx_ir.DataType):
+        self.model, self.graph, self.inside = model, model.graph, inside
         self.casts: dict[tuple[onnx_ir.Value, onnx_ir.DataType], onnx_ir.Value] = {}
         self.surface = {name: FLOAT if name in FLOAT_VALUES else HALF for part in GRAPH_IO[graph] for name in part}
 
@@ -91,7 +94,7 @@ class _Converter:
             value.dtype = dtype
 
     def _role(self, node: onnx_ir.Node, read: list[onnx_ir.Value]) -> onnx_ir.DataType:
-        if node.op_type in ISLANDS:
+        if node.op_type in ISLANDS or self.inside == FLOAT:
             return FLOAT
         if node.op_type in PRODUCTS:
             return HALF

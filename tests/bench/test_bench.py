@@ -79,6 +79,20 @@ def test_speed(model, tiny_bundle, tmp_path, capsys):
     assert set(names) <= set(texts)
 
 
+def test_a_bundle_with_the_attention_head(attention_bundle, tiny_checkpoint, tmp_path, capsys):
+    """The peer has the very head that the bundle says, whatever lies beside the model."""
+    options = ["--model", attention_bundle[1], "--ckpt", tiny_checkpoint, *TINY, "--peers", "eager fp32", *EXACT]
+    options += ["--steps", 2, "--images", 2, "--rounds", 1, "--repeats", 1, "--peer-batch", 2, "--no-memory"]
+    assert bench("speed", *options, "--out", tmp_path) == 0
+    result = json.loads((tmp_path / "speed-cpu.json").read_text())
+    found = result["agreement"]["eager fp32"]
+    assert found["psnr"] > 45
+    assert found["mask_iou"] > 0.99
+    stages = {row["name"]: row for row in result["stages"]}
+    assert stages["UNet, grounded"]["flops"] > stages["UNet, plain"]["flops"] > 0
+    assert stages["head in torch, folded"]["flops"] > 0
+
+
 @pytest.mark.slow
 def test_compiled_and_exported_peers_make_the_engines_images(model, tmp_path):
     options = ["--steps", 3, "--images", 2, "--rounds", 1, "--repeats", 1, "--no-memory", *EXACT]

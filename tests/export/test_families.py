@@ -11,11 +11,9 @@ from helpers.families import pipeline_of, save_tiny
 from helpers.original_layout import kohya_lora
 
 from grounded_diffusion.engine import GroundedPipeline, Options
-from grounded_diffusion.errors import UsageError
 from grounded_diffusion.export.bundle import export_bundle
 from grounded_diffusion.export.verify import check_graphs, check_loop, psnr, table
 from grounded_diffusion.training.checkpoint import load_checkpoint
-from grounded_diffusion.training.head.attention import AttentionHead
 
 SIZE = 32  # pixels a side, of images
 
@@ -48,24 +46,12 @@ def test_images_from_a_file_are_those_of_diffusers(family, tmp_path):
     assert psnr(sample.image, without.image) < 50
 
 
-def test_the_attention_head_is_exported_as_it_is(tiny_checkpoint, tmp_path):
+def test_the_attention_head_is_exported_as_it_is(attention_bundle):
     """Its graphs and its masks, with thresholds under which a random model has masks."""
-    checkpoint = load_checkpoint(tiny_checkpoint, head="attention")
-    head = checkpoint.head
-    config = replace(head.config, presence=0.0, floor=0.0, relative=0.9)
-    head = AttentionHead(config, checkpoint.unet, head.template, checkpoint.latent_size).eval().requires_grad_(False)
-    checkpoint = replace(checkpoint, head=head)
-    export_bundle(checkpoint, tmp_path / "bundle")
-    rows = [*check_graphs(checkpoint, tmp_path / "bundle"), *check_loop(checkpoint, tmp_path / "bundle")]
+    checkpoint, folder = attention_bundle
+    rows = [*check_graphs(checkpoint, folder), *check_loop(checkpoint, folder)]
     assert all(row.passed for row in rows), "\n".join(table(rows))
-    pipe = GroundedPipeline.open(tmp_path / "bundle", threads=1)
-    assert pipe.bundle.manifest.head["layers"] == dict(config.layers)
+    pipe = GroundedPipeline.open(folder, threads=1)
+    assert pipe.bundle.manifest.head["layers"] == dict(checkpoint.head.config.layers)
     sample = next(pipe.generate("a photograph of a [dog]", steps=3))
     assert sample.masks["dog"].any()
-
-
-def test_a_model_of_two_text_encoders_is_refused(tmp_path):
-    _, folder, file = save_tiny(tmp_path, "sdxl")
-    with pytest.raises(UsageError, match="SDXL cannot be exported yet"):
-        export_bundle(load_checkpoint(None, file, tokenizer=folder), tmp_path / "bundle")
-    assert not (tmp_path / "bundle").exists()

@@ -1,5 +1,6 @@
 """Small random models of every family, in diffusers' format and as one file."""
 
+import copy
 from pathlib import Path
 
 import torch
@@ -35,6 +36,8 @@ def tiny_parts(name: str) -> dict:
     if family.text[-1].pooled:
         sized = dict(addition_embed_type="text_time", addition_time_embed_dim=8, transformer_layers_per_block=[1, 2])
         sized |= dict(projection_class_embeddings_input_dim=WIDTH + 6 * 8)
+    if name in ("lcm", "sdxl-lcm"):
+        sized["time_cond_proj_dim"] = 32
     linear = family.heads is None
     parts["unet"] = UNet2DConditionModel(
         sample_size=family.image_size // 8, block_out_channels=(64, 128), layers_per_block=1,
@@ -52,9 +55,10 @@ def tiny_parts(name: str) -> dict:
 
 def pipeline_of(parts: dict):
     """diffusers' own pipeline of a model's parts."""
-    known = {key: value for key, value in parts.items() if key != "family"}
+    known = {key: value for key, value in parts.items() if key not in ("family", "sampling")}
     if "text_encoder_2" in known:
-        return StableDiffusionXLPipeline(**known, tokenizer_2=known["tokenizer"])
+        second = pad_token(copy.deepcopy(known["tokenizer"]), FAMILIES["sdxl"].text[1])
+        return StableDiffusionXLPipeline(**known, tokenizer_2=second, add_watermarker=False)
     return StableDiffusionPipeline(**known, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 
 

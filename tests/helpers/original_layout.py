@@ -10,6 +10,7 @@ RESNET = {
     "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
 }  # fmt: skip
 ENDS = {
+    "time_embedding.cond_proj": "time_embed.cond_proj",
     "conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
     "conv_norm_out": "out.0", "conv_out": "out.2", "add_embedding.linear_1": "label_emb.0.0",
     "add_embedding.linear_2": "label_emb.0.2",

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from grounded_diffusion.engine.dataset.formats.common import mask_box
+from grounded_diffusion.engine.dataset.instances import mask_box
 from grounded_diffusion.engine.sampling.sample import ObjectMask, Sample
 
 

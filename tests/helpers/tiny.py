@@ -43,4 +43,5 @@ def tiny_model():
     return Checkpoint(
         unet.eval(), vae.eval(), CLIPTextModel(text_config).eval(), tokenizer, scheduler, head.eval(),
         names=dict(seen=["dog", "cat"], unseen=["unicorn"]),
+        sampling=dict(sampler="dpmpp-2m", steps=20, guidance_scale=7.5, guidance_interval=[0.0, 0.6]),
     )  # fmt: skip

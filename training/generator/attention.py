@@ -8,6 +8,7 @@ is 0.34 and 0.23 at the two layers whose masks agree with an independent segment
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from diffusers import DDIMScheduler
@@ -28,19 +29,25 @@ STEPS = 8  # of DDIM; the step before the last is near CAPTURE_TIMESTEP
 GUIDANCE = 5.0
 LARGE = 1024  # latent cells; above, half as many nouns are drawn, at half the side
 STRONGEST = 8  # the strongest 1/8 of the cells answer for a noun
+WEAK = 0.8  # of what drawn nouns reach is needed, where that is less than the usual threshold
+LEAST_SHARE = 1e-3
 LEAST = 0.4  # of the best layer's margin; weaker layers are left out
 
 
 @torch.no_grad()
-def draw(denoiser: Denoiser, scheduler, context: torch.Tensor, latents: torch.Tensor, taps: AttentionTaps) -> None:
+def draw(
+    denoiser: Denoiser, scheduler, context: torch.Tensor, latents: torch.Tensor, taps: AttentionTaps, guidance: float
+) -> None:
     """Denoise latents [B,4,h,w] with context [2B,L,D] down to the capture timestep; `taps` hold that call."""
+    context = denoiser.with_guidance(context, guidance)
+    guidance = 1.0 if denoiser.told else guidance
     scheduler = DDIMScheduler.from_config(scheduler.config, timestep_spacing="leading")
     scheduler.set_timesteps(STEPS)
     for timestep in scheduler.timesteps[:-1]:
         double = torch.cat([latents, latents])
         output = denoiser(double, timestep.float().expand(len(double)), context)
         unconditional, conditional = output.chunk(2)
-        guided = unconditional + GUIDANCE * (conditional - unconditional)
+        guided = unconditional + guidance * (conditional - unconditional)
         latents = scheduler.step(guided, timestep, latents).prev_sample
     with taps:
         denoiser(torch.cat([latents, latents]), torch.full((2 * len(latents),), float(CAPTURE_TIMESTEP)), context)
@@ -58,7 +65,7 @@ def margins(head: AttentionHead, taps: AttentionTaps, queries: torch.Tensor) -> 
     for i in range(len(head.config.layers)):
         image = head.image_queries(i, tapped)
         batch = len(image)
-        ask = lambda q: head.shares(i, image, q.expand(batch, 1, -1), torch.ones(batch, 1, dtype=torch.bool))  # noqa: B023
+        ask = lambda q: head.shares(i, image, q.expand(batch, 1, -1), torch.ones(batch, 1, dtype=torch.bool))[0]  # noqa: B023
         shares = torch.cat([ask(query) for query in queries], 1)  # [B,N,hw]
         answers = shares.topk(max(1, shares.shape[2] // STRONGEST)).values.mean(2)  # [B,N]
         own = answers.diagonal()
@@ -78,6 +85,7 @@ def attention_head(
     latent_size: tuple[int, int],
     vae_scale_factor: int = 8,
     nouns: Sequence[str] = NOUNS,
+    guidance: float = GUIDANCE,
     report: Callable[[str], None] = lambda line: None,
 ) -> AttentionHead:
     """An attention head whose layers are chosen and weighted by their margins.
@@ -86,6 +94,7 @@ def attention_head(
         template: of queries, with "{}" for the object's name.
         latent_size: (h, w) the model was trained at.
         nouns: what the model can draw, at least two.
+        guidance: with which it draws; 1 for a model that wants none.
     """
     large = latent_size[0] * latent_size[1] > LARGE
     names = list(dict.fromkeys(nouns))[: 4 if large else 8]
@@ -100,7 +109,7 @@ def attention_head(
     report(f"drawing {', '.join(names)} to find the layers that tell them apart")
     denoiser = Denoiser(unet, vae_scale_factor)
     context = tower(tokenize(tokenizer, [""] * len(names) + [template.format(name) for name in names]))
-    draw(denoiser, scheduler, context, noise * scheduler.init_noise_sigma, taps)
+    draw(denoiser, scheduler, context, noise, taps, guidance)
     gaps = margins(head, taps, object_queries(tower, tokenizer, template, names)).clamp(min=1e-6)
     kept = [i for i, gap in enumerate(gaps.tolist()) if gap >= LEAST * gaps.max()]
     weights = gaps[kept] / gaps[kept].sum()
@@ -108,4 +117,24 @@ def attention_head(
     report(
         "masks are read at " + ", ".join(f"{name} ({gaps[i]:.2f})" for i, (name, _) in zip(kept, layers, strict=True))
     )
-    return AttentionHead(AttentionConfig(layers, features), unet, words, latent_size)
+    chosen = AttentionHead(AttentionConfig(layers, features), unet, words, latent_size)
+    queries = object_queries(tower, tokenizer, template, names)[:, None]  # [B,1,D], image b has noun b
+    return AttentionHead(calibrated(chosen, taps, queries), unet, words, latent_size)
+
+
+@torch.no_grad()
+def calibrated(head: AttentionHead, taps: AttentionTaps, queries: torch.Tensor) -> AttentionConfig:
+    """The head's configuration, with lower thresholds where what the model draws does not reach them.
+
+    Args:
+        taps: holding a call for images of nouns, whose queries are [B,1,D].
+    """
+    tapped, config = taps.features(), head.config
+    size = tapped[config.features[-1]].shape[2:]
+    _, alone = head.maps(tapped, queries, torch.ones(queries.shape[:2], dtype=torch.bool), size)
+    usual = head.strongest(alone).median().item()
+    if usual >= config.alone:
+        return config
+    less = max(usual, LEAST_SHARE) * WEAK / config.alone
+    thresholds = {name: round(getattr(config, name) * less, 4) for name in ("floor", "presence", "alone")}
+    return replace(config, **thresholds)

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from grounded_diffusion.errors import CheckpointError
+from grounded_diffusion.families import FAMILIES
 from grounded_diffusion.training.checkpoint import RELEASED_TEMPLATE, Checkpoint, load_base
 from grounded_diffusion.training.devices import check_device
 from grounded_diffusion.training.fingerprint import weights_digest
@@ -35,6 +37,9 @@ class FrozenBase:
         check_device(str(device))
         self.source, self.device, self.template = str(source), torch.device(device), template
         self.parts = load_base(source)
+        if self.parts.get("text_encoder_2") is not None or self.parts["unet"].config.get("time_cond_proj_dim"):
+            title = FAMILIES[self.parts["family"]].title
+            raise CheckpointError(f"{source}: heads are trained on Stable Diffusion 1.x and 2.x only, not on {title}")
         self.digest = base_digest(self.parts)
         self.unet, self.vae, self.text_encoder = (
             self.parts[part].to(self.device) for part in ("unet", "vae", "text_encoder")
@@ -99,4 +104,5 @@ class FrozenBase:
 
 def base_digest(parts: dict[str, Any]) -> str:
     """What tells this base model from another; a copy in FP16 is the same."""
-    return weights_digest(*(parts[part] for part in ("unet", "text_encoder", "vae")))
+    known = ("unet", "text_encoder", "text_encoder_2", "vae")
+    return weights_digest(*(parts[part] for part in known if parts.get(part) is not None))

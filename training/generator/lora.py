@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from grounded_diffusion.errors import CheckpointError
@@ -138,6 +139,29 @@ def fuse(path: str | Path, scale: float, parts: Mapping[str, Any]) -> None:
         down, up = found[name]["down"].float(), found[name]["up"].float()
         alpha = float(found[name].get("alpha", len(down)))
         layer.weight += scale * alpha / len(down) * (up.flatten(1) @ down.flatten(1)).view_as(layer.weight)
+
+
+def said_of_runs(path: str | Path) -> tuple[dict[str, Any], list[int]]:
+    """How a LoRA wants its model to be run, where its file says so, as those of gd-train distill do.
+
+    Returns:
+        of sampler, steps and guidance_scale what it says; and the timesteps of a schedule that it gives whole, or none.
+
+    Raises:
+        CheckpointError: it says something that cannot be read.
+    """
+    if Path(path).suffix != ".safetensors":
+        return {}, []
+    with safe_open(path, "pt") as file:
+        told = file.metadata() or {}
+    if not {"sampler", "timesteps", "guidance_scale"} <= told.keys():
+        return {}, []
+    try:
+        timesteps = [int(part) for part in told["timesteps"].split(",")]
+        scale = float(told["guidance_scale"])
+    except ValueError as error:
+        raise CheckpointError(f"{path} says how to run it in a way that cannot be read ({error})") from None
+    return {"sampler": told["sampler"], "steps": len(timesteps), "guidance_scale": scale}, timesteps
 
 
 def fits(layer: nn.Module, pair: Pair) -> bool:

@@ -11,14 +11,18 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
 
+from grounded_diffusion.bundle import Sampling
 from grounded_diffusion.errors import CheckpointError, UsageError
-from grounded_diffusion.training.generator.lora import fuse
+from grounded_diffusion.reading import Misfit, as_type, load_json
+from grounded_diffusion.training.generator.lora import fuse, said_of_runs
 from grounded_diffusion.training.generator.single_file import SUFFIXES, load_single_file, load_vae_file
 from grounded_diffusion.training.generator.vocabulary import find_tokenizer
 from grounded_diffusion.training.hub import HUB_NAME
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 SENTENCE = "a photograph of a dog and a cat"
+SAMPLING = "sampling.json"  # in a model's folder: sampler, steps, guidance_scale, guidance_interval of its runs
+OWN = ("sampler", "steps", "guidance_scale", "guidance_interval")
 LEGACY_EOS = 2  # in the configurations of Stable Diffusion 1.x; transformers then takes the highest id for the end
 
 
@@ -80,6 +84,8 @@ def special_tokens(tokenizer: CLIPTokenizer, config: Any) -> tuple[tuple[int, in
 def family_of_config(unet: Any, scheduler: Any) -> str:
     """The family of a folder's model, by its own configurations."""
     trailing = scheduler.get("timestep_spacing") == "trailing"
+    if unet.get("time_cond_proj_dim"):
+        return "sdxl-lcm" if unet.get("addition_embed_type") else "lcm"
     if unet.get("addition_embed_type") == "text_time":
         return "sdxl-turbo" if trailing else "sdxl"
     if not unet.get("use_linear_projection"):
@@ -116,7 +122,21 @@ def load_folder(source: str | Path) -> dict[str, Any]:
     check_tokenizer(source, parts["tokenizer"], parts["text_encoder"].config)
     parts["scheduler"] = _load_scheduler(source)
     parts["family"] = family_of_config(parts["unet"].config, parts["scheduler"].config)
+    parts["sampling"] = read_sampling(Path(source) / SAMPLING)
     return parts
+
+
+def read_sampling(file: Path) -> dict[str, Any]:
+    """How a model's own folder says that it is best run; {} where it says nothing. Raises CheckpointError."""
+    if not file.is_file():
+        return {}
+    try:
+        content = file.read_bytes()
+        said = load_json(content)
+        as_type(said, Sampling, content)
+    except Misfit as error:
+        raise CheckpointError(f"{error.at(file)}; it must be an object of {', '.join(OWN)}") from None
+    return said
 
 
 def load_base(
@@ -134,7 +154,7 @@ def load_base(
         family: one of FAMILIES, for a file whose tensors fit several.
         tokenizer: where a file's tokenizer is, see `find_tokenizer`.
         vae: another autoencoder, see `load_vae_file`.
-        loras: (file, scale) of LoRAs to be added to the weights, in this order.
+        loras: (file, scale) of LoRAs to be added to the weights, in this order; one may say how the model is then run.
 
     Raises:
         UsageError: options for a file with a directory.
@@ -152,6 +172,10 @@ def load_base(
         parts["vae"] = load_vae_file(vae, parts["family"])
     for path, scale in loras:
         fuse(path, scale, parts)
+        sampling, timesteps = said_of_runs(path)
+        parts["sampling"] = parts.get("sampling", {}) | sampling
+        if timesteps:
+            parts["scheduler"].register_to_config(timesteps=timesteps)
     check_parts(source, parts)
     return parts
 
@@ -159,7 +183,7 @@ def load_base(
 def check_parts(source: str | Path, parts: dict[str, Any]) -> None:
     """Raise CheckpointError unless the parts fit one another as those of a known family do."""
     unet, latent = parts["unet"].config, parts["vae"].config.latent_channels
-    extra = [key for key in ("class_embed_type", "time_cond_proj_dim", "encoder_hid_dim") if unet.get(key)]
+    extra = [key for key in ("class_embed_type", "encoder_hid_dim") if unet.get(key)]
     if extra:
         raise CheckpointError(f"{source} is of no known family: its UNet takes more inputs ({', '.join(extra)})")
     if unet.get("addition_embed_type") not in (None, "text_time"):

@@ -32,6 +32,7 @@ from grounded_diffusion.families import FAMILIES, NOISE, Family, TextTower, fami
 
 State = Mapping[str, torch.Tensor]
 
+TOLD, LCM = "model.diffusion_model.time_embed.cond_proj.weight", ("lcm", "sdxl-lcm")
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 HEAD_WIDTH = 64  # channels of a head of all these text encoders, and of UNets whose family does not count heads
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
@@ -91,10 +92,11 @@ def recognise(path: str | Path, state: State, name: str | None = None) -> str:
     if first.shape[1] != 4:
         what = {9: "an inpainting model", 8: "a model that edits images"}.get(first.shape[1], "another kind of model")
         raise CheckpointError(f"{path} is {what}: its UNet takes {first.shape[1]} channels instead of 4")
-    alike = [key for key, family in FAMILIES.items() if family.layout == layout]
+    told = TOLD in state  # of LCM, which is else as the model that it was made from
+    alike = [key for key, family in FAMILIES.items() if family.layout == layout and (key in LCM) == told]
     if name is None:
         return alike[0]
-    if family_of(name).layout != layout:
+    if family_of(name).layout != layout or name not in alike:
         raise CheckpointError(f"{path} is no {family_of(name).title}; its tensors are those of {' or '.join(alike)}")
     return name
 
@@ -132,6 +134,8 @@ def unet_config(state: State, family: Family, pooled: int = 0) -> dict[str, Any]
         transformer_layers_per_block=depths,
         use_linear_projection=state[projection].ndim == 2,
     )
+    if (told := state.get(TOLD.removeprefix(UNET))) is not None:
+        config["time_cond_proj_dim"] = told.shape[1]
     if "label_emb.0.0.weight" in state:
         added = state["label_emb.0.0.weight"].shape[1]
         sizes = dict(addition_time_embed_dim=(added - pooled) // SIZES, projection_class_embeddings_input_dim=added)
@@ -180,7 +184,10 @@ def load_unet(path: str | Path, state: State, family: Family) -> UNet2DCondition
     except (KeyError, StopIteration, AttributeError) as error:
         raise CheckpointError(f"the UNet of {path} lacks tensors, among them {error}") from None
     unet = UNet2DConditionModel(**config)
-    return fill(unet, convert_ldm_unet_checkpoint(dict(state), unet.config), f"the UNet of {path}")
+    converted = convert_ldm_unet_checkpoint(dict(state), unet.config)
+    if TOLD in state:  # diffusers has no name for it in this layout
+        converted["time_embedding.cond_proj.weight"] = state[TOLD]
+    return fill(unet, converted, f"the UNet of {path}")
 
 
 def load_vae(path: str | Path, state: State, family: Family) -> AutoencoderKL:

@@ -78,7 +78,11 @@ class ExamplesJob:
     aliases: dict[str, tuple[str, ...]] = field(default_factory=dict)
     device: str = "cpu"
     detector_batch: int = 8
-    options: Options = field(default_factory=lambda: Options(sampler=SAMPLER, steps=STEPS, guidance_scale=GUIDANCE))
+    options: Options = field(
+        default_factory=lambda: Options(
+            sampler=SAMPLER, steps=STEPS, guidance_scale=GUIDANCE, guidance_interval=(0.0, 0.6)
+        )
+    )
     run: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from grounded_diffusion.engine.dataset.formats.common import encode_image, encode_labels, mask_box
+from grounded_diffusion.engine.dataset.formats.common import encode_image, encode_labels
+from grounded_diffusion.engine.dataset.instances import mask_box
 from grounded_diffusion.engine.dataset.record import sample_id, subfolder
 from grounded_diffusion.engine.dataset.shards import DamagedShard, encode_shard, read_shard
 from grounded_diffusion.engine.dataset.storage.base import PARTIAL, SHARDS, Storage

@@ -10,8 +10,9 @@ query k_o competes at every head of a layer with the keys of the words that stan
 
 averaged over layers. Layers are weighted by measurement, see training/generator/attention.py. The maps are then spread
 twice over the image's own affinity (a softmax over cosines of the features of the UNet's last two blocks), as seeds
-over a graph of like pixels. A pixel is inside where its share is above half of the object's highest, and an object
-whose highest share is low is not there at all.
+over a graph of like pixels. A pixel is inside where its share is above half of the object's highest. An object is there
+at all only where its share is high in two ways: spread and beside the other objects, and at its strongest small patch
+against the template's words alone, since one that is asked alone has no other rival.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ CAPTURE_TIMESTEP = 121  # of 9 timesteps from 1 to 721 on the shipped model thos
 SHARPNESS = 4.0  # logit of a pixel with twice the share that is needed
 GRID = 32  # cells a side, at most, of the graph over which maps are spread: it has GRID^4 edges
 ABSENT = 1.0  # a share that no pixel has
+PATCH = 8  # patches of the graph's cells to a side; the strongest is that of an object of 1/64 of the image
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,8 @@ class AttentionConfig:
         spreads: how often a map is spread.
         relative: a pixel is inside above this part of the object's highest share,
         floor: but never below this share.
-        presence: an object with a highest share below this is not in the image.
+        presence: an object with a highest share below this is not in the image,
+        alone: nor one whose strongest patch has less than this against the template alone.
     """
 
     layers: tuple[tuple[str, float], ...]
@@ -57,6 +60,7 @@ class AttentionConfig:
     relative: float = 0.5
     floor: float = 0.15
     presence: float = 0.25
+    alone: float = 0.48
     variant: str = "attention"
 
     def __post_init__(self):
@@ -120,6 +124,7 @@ class AttentionHead(nn.Module):
         self.heads = [attention.heads for attention in attentions]
         self.stride = 2 ** math.ceil(math.log2(max(1, max(latent_size) / GRID)))
         self.latent_multiple = self.stride  # h and w of the latents must be multiples of it
+        self.patch = max(1, max(latent_size) // self.stride // PATCH)  # cells to a side
         self.register_buffer("template", template.detach().clone())
 
     def taps(self, unet: nn.Module) -> AttentionTaps:
@@ -138,15 +143,38 @@ class AttentionHead(nn.Module):
         sizes = (2, rows // 2, height * width, self.to_k[layer].weight.shape[0])
         return tapped[f"{name}.to_q"].reshape(sizes)[1]
 
-    def shares(self, layer: int, image: torch.Tensor, queries: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-        """Image queries [B,hw,C] of a layer and object queries [B,O,D] -> shares [B,O,hw] of the attention."""
+    def shares(
+        self, layer: int, image: torch.Tensor, queries: torch.Tensor, valid: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Image queries [B,hw,C] of a layer, object queries [B,O,D] -> shares of the attention, [B,O,hw] each.
+
+        First beside the other objects, then as if an object had been asked alone.
+        """
         batch, count = queries.shape[:2]
         split = lambda x: x.unflatten(-1, (self.heads[layer], -1)).transpose(1, 2)  # [B,heads,n,d]
         words = torch.cat([self.template.expand(batch, -1, -1), queries], 1)  # [B,T+O,D]
         masked = F.pad(~valid, (len(self.template), 0))[:, None, None]  # [B,1,1,T+O]
         q, k = split(image), split(self.to_k[layer](words))
         scores = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).masked_fill(masked, -3e4)  # [B,heads,hw,T+O]
-        return scores.softmax(-1)[..., -count:].mean(1).transpose(1, 2)
+        words, objects = scores.softmax(-1).split([len(self.template), count], -1)
+        alone = objects / (objects + words.sum(-1, keepdim=True))
+        return objects.mean(1).transpose(1, 2), alone.mean(1).transpose(1, 2)
+
+    def maps(
+        self, tapped: Mapping[str, torch.Tensor], queries: torch.Tensor, valid: torch.Tensor, size: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both kinds of shares over all layers, at one size: [B,O,*size] each."""
+        beside = alone = torch.zeros(())
+        for i, (name, weight) in enumerate(self.config.layers):
+            place = tapped[place_of(name)].shape[2:]
+            shares = self.shares(i, self.image_queries(i, tapped), queries, valid)
+            both = (weight * resize(share.unflatten(2, place), size) for share in shares)
+            beside, alone = (total + share for total, share in zip((beside, alone), both, strict=True))
+        return beside, alone
+
+    def strongest(self, shares: torch.Tensor) -> torch.Tensor:
+        """Shares [B,O,h,w] -> [B,O,1], the mean of the strongest patch."""
+        return F.avg_pool2d(shares, self.patch, 1).flatten(2).amax(-1, keepdim=True)
 
     def affinity(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
         """Features [B,C,h,w] each -> row-stochastic [B,n,n] over the n cells of the graph."""
@@ -167,17 +195,14 @@ class AttentionHead(nn.Module):
             features = [F.avg_pool2d(feature, self.stride) for feature in features]
         size = features[-1].shape[2:]
         features = [feature if feature.shape[2:] == size else resize(feature, size) for feature in features]
-        total = 0
-        for i, (name, weight) in enumerate(cfg.layers):
-            share = self.shares(i, self.image_queries(i, tapped), queries, query_valid)
-            place = tapped[place_of(name)]
-            total = total + weight * resize(share.unflatten(2, place.shape[2:]), size)
-        maps = total.flatten(2)  # [B,O,n]
+        maps, alone = (total.flatten(2) for total in self.maps(tapped, queries, query_valid, size))  # [B,O,n]
+        strongest = self.strongest(alone.unflatten(2, size))
         affinity = self.affinity(features).transpose(1, 2)
         for _ in range(cfg.spreads):
             maps = maps @ affinity
         peak = maps.amax(-1, keepdim=True)
-        needed = torch.where(peak > cfg.presence, (cfg.relative * peak).clamp(min=cfg.floor), ABSENT)
+        there = (peak > cfg.presence) & (strongest > cfg.alone)
+        needed = torch.where(there, (cfg.relative * peak).clamp(min=cfg.floor), ABSENT)
         return (SHARPNESS * (maps / needed - 1)).unflatten(2, size)
 
 

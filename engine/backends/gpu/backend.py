@@ -134,7 +134,7 @@ class DeviceBackend:
             raise BackendError(f"no engine is small enough for {self.device.name}; build one with --batch {limit}")
         enough = [bucket for bucket in fitting if bucket[0] >= batch]
         chosen = min(enough) if enough else max(fitting, key=lambda bucket: (bucket[0], -bucket[1]))
-        return Sizes(*chosen, request.noise.shape[1:], manifest.context_length, manifest.context_dim, size)
+        return Sizes(*chosen, request.noise.shape[1:], manifest.context_rows, manifest.context_dim, size)
 
     def _loop(self, sizes: Sizes) -> DeviceLoop:
         if sizes not in self._loops:

@@ -36,6 +36,7 @@ FORMATS = {
     "null": ("common", "NullFormat"),
 }
 WITHOUT_SPLITS = ("examples", "null")
+WITH_INSTANCES = ("coco", "coco-panoptic", "yolo", "yolo-seg")
 WITHOUT_VOID = ("coco", "yolo", "yolo-seg", "examples", "null")
 
 
@@ -48,6 +49,8 @@ def open_format(name: str, settings: Settings) -> Format:
         raise UsageError(f"{name} has no void pixels; leave {field} out", field)
     if settings.polygons and name != "coco":
         raise UsageError(f"polygons is for coco, not {name}", "polygons")
+    if settings.instances is not None and name not in WITH_INSTANCES:
+        raise UsageError(f"`instances` are for {', '.join(WITH_INSTANCES)}, not {name}", "instances")
     if name == "voc" and settings.jpeg_quality is None:
         raise UsageError("VOC's readers look for .jpg images; leave png out", "png")
     module, kind = FORMATS[name]

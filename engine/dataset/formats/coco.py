@@ -21,11 +21,12 @@ from grounded_diffusion.engine.dataset.formats.common import (
     Settings,
     describe,
     encode_image,
-    mask_box,
+    instances_of,
 )
 from grounded_diffusion.engine.dataset.formats.polygons import solid_polygons
 from grounded_diffusion.engine.dataset.formats.rle import encode_rle
 from grounded_diffusion.engine.dataset.formats.tables import Entries, write_tables
+from grounded_diffusion.engine.dataset.instances import mask_box
 from grounded_diffusion.engine.dataset.record import Record
 from grounded_diffusion.engine.dataset.rows import CocoRow
 from grounded_diffusion.engine.dataset.storage.base import Storage
@@ -42,6 +43,7 @@ class CocoFormat(Format):
         self.settings = settings
 
     def encode(self, record: Record) -> Encoded:
+        record = instances_of(record, self.settings)
         objects = []
         for thing in record.objects:
             category, mask = self.settings.classes.id(thing.name), thing.mask

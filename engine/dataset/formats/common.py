@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import functools
 import io
-import re
 import unicodedata
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
+from grounded_diffusion.engine.dataset.instances import by_components
 from grounded_diffusion.engine.dataset.record import SPLITS, Record
 from grounded_diffusion.engine.dataset.rows import AnyRow, Row
 from grounded_diffusion.engine.dataset.storage.base import Storage
@@ -129,6 +129,8 @@ class Settings:
         void_border: width in pixels, on either side, of the void line between labels; 0 for none.
         void_band: pixels at which some object's probability lies between these two are void; None for none.
         polygons: COCO instances as polygons instead of RLE.
+        instances: least share of the image of a connected part of a mask that is an object of its own; None has one
+            object a class.
 
     Raises:
         UsageError: a value outside its range.
@@ -139,6 +141,7 @@ class Settings:
     void_border: int = 0
     void_band: tuple[float, float] | None = None
     polygons: bool = False
+    instances: float | None = None
 
     def __post_init__(self):
         for name, low, high in (("jpeg_quality", 1, 100), ("void_border", 0, 64)):
@@ -147,6 +150,11 @@ class Settings:
                 raise UsageError(f"{name} must be from {low} to {high}, not {value}", name)
         if self.void_band and not 0 < self.void_band[0] < self.void_band[1] < 1:
             raise UsageError(f"void_band takes two probabilities, the lower first, not {self.void_band}", "void_band")
+
+    def as_json(self) -> dict[str, Any]:
+        """The settings as run.json has them; earlier versions had no instances, and their runs go on."""
+        fields = asdict(self) | {"classes": {name: k for k, name in self.classes.items()}}
+        return {name: value for name, value in fields.items() if name != "instances" or value is not None}
 
     @property
     def suffix(self) -> str:
@@ -185,6 +193,11 @@ def png(image: Any) -> bytes:
     stream = io.BytesIO()
     image.save(stream, "png", compress_level=COMPRESSION)
     return stream.getvalue()
+
+
+def instances_of(record: Record, settings: Settings) -> Record:
+    """The record, with an object for each connected part where the settings want that."""
+    return record if settings.instances is None else by_components(record, settings.instances)
 
 
 def class_map(record: Record, settings: Settings) -> np.ndarray:
@@ -231,15 +244,6 @@ def unsure(mask_logits: np.ndarray, size: tuple[int, int], band: tuple[float, fl
     return (low & ~high).any(0)
 
 
-def mask_box(mask: np.ndarray) -> list[int]:
-    """x, y, width, height of a bool mask [H,W]; zeros when it is empty."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if not len(rows):
-        return [0, 0, 0, 0]
-    x, y = int(columns[0]), int(rows[0])
-    return [x, y, int(columns[-1]) - x + 1, int(rows[-1]) - y + 1]
-
-
 def describe(record: Record) -> dict[str, Any]:
     """What is known of a record besides its arrays: the fields that rows of every format begin with."""
     return {
@@ -266,23 +270,6 @@ def describe_objects(record: Record, classes: Classes | None = None) -> list[dic
         }
         for thing in record.objects
     ]
-
-
-# What YAML 1.1 takes as it stands within double quotes on one line; the rest is escaped.
-YAML_ODD = re.compile(r'[^\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]|["\\]')
-
-
-def yaml_string(text: str, ascii: bool = False) -> str:
-    """A text as YAML takes it, in double quotes. Unlike JSON's, it may hold no U+007F, and no pairs of surrogates."""
-    odd = re.compile(r'[^\x20-\x7e]|["\\]') if ascii else YAML_ODD
-
-    def escape(match: re.Match) -> str:
-        character, code = match[0], ord(match[0])
-        if character in '"\\':
-            return f"\\{character}"
-        return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
-
-    return f'"{odd.sub(escape, text)}"'
 
 
 @functools.cache

@@ -1,8 +1,10 @@
-"""Files that describe a whole data set, written row by row: lists of lines, and JSON objects with long lists."""
+"""Files that describe a whole data set, written row by row: lists of lines, and JSON objects with long lists; and texts
+in YAML."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any, BinaryIO
@@ -67,3 +69,20 @@ def count_splits(rows: Iterable[dict[str, Any]]) -> dict[str, int]:
     for row in rows:
         counts[row["split"]] += 1
     return {split: count for split, count in counts.items() if count} or {SPLITS[0]: 0}
+
+
+# What YAML 1.1 takes as it stands within double quotes on one line; the rest is escaped.
+YAML_ODD = re.compile(r'[^\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]|["\\]')
+
+
+def yaml_string(text: str, ascii: bool = False) -> str:
+    """A text as YAML takes it, in double quotes. Unlike JSON's, it may hold no U+007F, and no pairs of surrogates."""
+    odd = re.compile(r'[^\x20-\x7e]|["\\]') if ascii else YAML_ODD
+
+    def escape(match: re.Match) -> str:
+        character, code = match[0], ord(match[0])
+        if character in '"\\':
+            return f"\\{character}"
+        return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+    return f'"{odd.sub(escape, text)}"'

@@ -19,10 +19,10 @@ from grounded_diffusion.engine.dataset.formats.common import (
     describe,
     describe_objects,
     encode_image,
-    yaml_string,
+    instances_of,
 )
 from grounded_diffusion.engine.dataset.formats.polygons import contours
-from grounded_diffusion.engine.dataset.formats.tables import count_splits
+from grounded_diffusion.engine.dataset.formats.tables import count_splits, yaml_string
 from grounded_diffusion.engine.dataset.record import Record
 from grounded_diffusion.engine.dataset.rows import OutlinedRow
 from grounded_diffusion.engine.dataset.storage.base import Storage
@@ -39,6 +39,7 @@ class YoloFormat(Format):
         self.order = {category: k for k, category in enumerate(settings.classes.ids)}
 
     def encode(self, record: Record) -> Encoded:
+        record = instances_of(record, self.settings)
         lines, objects = [], describe_objects(record, self.settings.classes)
         for thing, described in zip(record.objects, objects, strict=True):
             category = self.order[described["label"]]

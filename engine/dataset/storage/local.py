@@ -202,6 +202,14 @@ def make_folders(folder: Path) -> None:
         sync(folder.parent)
 
 
+def check_writable(folder: Path) -> None:
+    """Raise UsageError where nothing can be written into a folder, which need not be there yet."""
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if place.is_dir() and not os.access(place, os.W_OK | os.X_OK):
+        code = errno.EROFS if os.statvfs(place).f_flag & os.ST_RDONLY else errno.EACCES
+        raise UsageError(f"cannot write {folder}: {os.strerror(code)}")
+
+
 def remove_empty(folder: Path, root: Path) -> None:
     """Remove `folder` and its parents below `root` as long as they are empty."""
     with contextlib.suppress(OSError):

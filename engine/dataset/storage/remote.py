@@ -18,7 +18,14 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import BinaryIO
 
-from grounded_diffusion.engine.dataset.storage.base import SHARDS, holder, lock_path, read_holder, record_path
+from grounded_diffusion.engine.dataset.storage.base import (
+    PARTIAL,
+    SHARDS,
+    holder,
+    lock_path,
+    read_holder,
+    record_path,
+)
 from grounded_diffusion.errors import StorageError, UsageError
 from grounded_diffusion.reading import Misfit
 
@@ -175,7 +182,11 @@ class FsspecStorage:
             self.fs.pipe(group)
 
     def clean(self) -> None:
-        """Nothing is left half written that could be seen."""
+        """Nothing is left half written that could be seen; what was kept of unfinished shards goes."""
+        with self._errors("list", PARTIAL), contextlib.suppress(FileNotFoundError):
+            left = self.fs.find(self._key(PARTIAL))
+            for key in left:
+                self.remove(key.removeprefix(f"{self.prefix}/"))
 
     @contextlib.contextmanager
     def _errors(self, verb: str, path: str) -> Iterator[None]:

@@ -9,6 +9,8 @@ import pytest
 from grounded_diffusion.engine.cli.prompts import main
 from grounded_diffusion.engine.pipeline.job import list_jobs
 from grounded_diffusion.engine.prompts.file import read_prompts
+from grounded_diffusion.engine.prompts.prompt import Prompt
+from grounded_diffusion.engine.prompts.templates import BUILT_IN, LIGHTS, PLACES, VIEWS
 from grounded_diffusion.engine.prompts.vocabulary import (
     COCO_IDS,
     COCO_NAMES,
@@ -198,3 +200,23 @@ def test_bad_options(tmp_path, capsys, options, said):
 def test_names_that_are_not_utf8(tmp_path, capsys):
     (tmp_path / "names.txt").write_bytes(b"caf\xe9\n")
     assert "not UTF-8" in refused(capsys, "--names", tmp_path / "names.txt", "--out", tmp_path / "out")
+
+
+def test_varied_templates_differ_in_view_place_and_light(tmp_path):
+    out = make(tmp_path, "--vocabulary", "voc", "--templates", "varied", "--per-name", 500, "--per-pair", 71)
+    prompts = read_prompts(out)
+    dogs = [prompt for prompt in prompts if prompt.objects == ("dog",)]
+    assert len({prompt.text for prompt in dogs}) == 500
+    assert {prompt.count for prompt in dogs} == {1}
+    pairs = [prompt.text for prompt in prompts if prompt.objects == ("cat", "dog")]
+    assert len(set(pairs)) == 71
+    assert all("a cat and a dog" in text for text in pairs)
+
+
+def test_the_built_in_templates_are_round_about_evenly_used():
+    ones, twos = BUILT_IN["varied"]
+    assert len(set(ones)) == len(set(twos)) == len(VIEWS) * len(PLACES) * len(LIGHTS) == 504
+    for part, parts in ((0, VIEWS), (1, PLACES), (2, LIGHTS)):
+        found = Counter(next(p for p in parts if p in text) for text in ones[:63])
+        assert max(found.values()) - min(found.values()) <= 1, part
+    assert all(len(Prompt(text.format("dog"), ("dog",)).text.split()) < 30 for text in ones)

@@ -15,7 +15,7 @@ from grounded_diffusion.engine.cli.dataset import main
 from grounded_diffusion.engine.dataset import card as dataset_card
 from grounded_diffusion.engine.dataset import sheet as card_sheet
 from grounded_diffusion.engine.dataset.card import Contents, Counts, classes_table, front_matter
-from grounded_diffusion.engine.dataset.formats.common import yaml_string
+from grounded_diffusion.engine.dataset.formats.tables import yaml_string
 from grounded_diffusion.engine.dataset.shards import Recording, note_files
 from grounded_diffusion.engine.dataset.storage.open import open_storage
 from grounded_diffusion.engine.prompts.vocabulary import EMOJI_NAMES

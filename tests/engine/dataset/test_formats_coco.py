@@ -11,10 +11,11 @@ from PIL import Image
 
 from grounded_diffusion.engine.cli.dataset import main
 from grounded_diffusion.engine.dataset.formats import Classes, Settings, open_format
-from grounded_diffusion.engine.dataset.formats.common import class_colour, mask_box, voc_palette, with_void
+from grounded_diffusion.engine.dataset.formats.common import class_colour, voc_palette, with_void
 from grounded_diffusion.engine.dataset.formats.panoptic import colour_id
 from grounded_diffusion.engine.dataset.formats.polygons import contours, solid_polygons
 from grounded_diffusion.engine.dataset.formats.rle import encode_rle
+from grounded_diffusion.engine.dataset.instances import mask_box
 from grounded_diffusion.engine.dataset.storage.open import open_storage
 from grounded_diffusion.engine.prompts.vocabulary import COCO_IDS
 

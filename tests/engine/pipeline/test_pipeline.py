@@ -115,6 +115,7 @@ CLASSES = {
     "ddim": "DDIMScheduler",
     "pndm": "PNDMScheduler",
     "euler": "EulerDiscreteScheduler",
+    "euler-ancestral": "EulerAncestralDiscreteScheduler",
     "dpmpp-2m": "DPMSolverMultistepScheduler",
     "lcm": "LCMScheduler",
 }
@@ -138,7 +139,8 @@ def test_the_loop_equals_one_around_the_diffusers_scheduler(pipe, monkeypatch, s
         inputs = {"latents": both, "timestep": np.full(4, t, np.float32), "context": context}
         u, c = torch.from_numpy(pipe.backend.run("unet.onnx", inputs)["model_output"].copy()).chunk(2)
         noise = torch.from_numpy(batch_normal(keys, (4, 16, 16), i + 1))
-        monkeypatch.setattr("diffusers.schedulers.scheduling_lcm.randn_tensor", lambda *_, n=noise, **__: n)
+        for kind in ("lcm", "euler_ancestral_discrete"):
+            monkeypatch.setattr(f"diffusers.schedulers.scheduling_{kind}.randn_tensor", lambda *_, n=noise, **__: n)
         scale = guidance_scale if interval[0] <= 1 - float(t) / 999 <= interval[1] else 1.0
         latents = scheduler.step(u + scale * (c - u), t, latents, return_dict=False)[0]
     options = Options(steps=steps, sampler=sampler, guidance_scale=guidance_scale, guidance_interval=interval, seed=7)

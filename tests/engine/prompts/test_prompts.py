@@ -73,7 +73,7 @@ BAD = {
     "hidden name": ("a [.ssh]", "starts with a dot"),
     "invisible character": ("a [d\u200bog]", "invisible character"),
     "control character": ("a [dog] \x07", "control character U+0007"),
-    "object twice": ("a [dog] and a [Dog]", "'Dog' is named twice"),
+    "object twice": ('{"prompt": "two dogs", "objects": ["dog", "Dog"]}', "'Dog' is named twice"),
     "255 objects": (" ".join(f"[o{i}]" for i in range(255)), "255 objects, at most 254"),
 }
 
@@ -86,6 +86,13 @@ def test_a_bad_line_is_named(tmp_path, case):
         read_prompts(path)
     assert message in str(caught.value)
     assert str(caught.value).startswith(f"{path}:3: ") and "\n" not in str(caught.value)
+
+
+def test_two_marks_of_a_name_are_one_object():
+    """One mask covers all of a kind; the text keeps both."""
+    (prompt,) = as_prompts("a [dog] chases a [cat] and another [Dog] and a [ dog ]")
+    assert prompt.objects == ("dog", "cat")
+    assert prompt.text == "a dog chases a cat and another Dog and a dog"
 
 
 @pytest.mark.parametrize("content", ["", "\n\n", "# only a comment\n"])

@@ -235,3 +235,70 @@ def test_what_cannot_be_used_is_told_in_a_line(tmp_path):
         assert "\n" not in str(caught.value)
     with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(UsageError, match="choose another"):
         Monitor(address=other.getsockname())
+
+
+def pace_of(ends, lanes=1, images=16):
+    """A pace whose batches ended at these seconds after it began."""
+    now = [0.0]
+    pace = progress.Pace(lanes, lambda: now[0])
+    for end in ends:
+        now[0] = end
+        pace.batch(images)
+    return pace.value
+
+
+def test_the_pace_is_not_known_after_one_batch():
+    assert pace_of([4.0]) == 0.0
+
+
+def test_what_opens_the_model_is_not_counted():
+    assert pace_of([20.0, 24.0]) == pytest.approx(4)
+
+
+def test_batches_that_end_together_are_one_round():
+    assert pace_of([10.0, 10.1], lanes=2) == 0.0
+    assert pace_of([10.0, 10.1, 18.0, 18.1], lanes=2) == pytest.approx(4)
+
+
+def test_of_long_batches_the_first_one_counts():
+    assert pace_of([100.0], lanes=2) == pytest.approx(0.32)
+    assert pace_of([100.0, 101.0, 200.0], lanes=2) == pytest.approx(0.32)
+
+
+def test_the_pace_is_of_the_last_minutes():
+    assert pace_of([second * 4.0 for second in range(1, 100)] + [400 + k * 40.0 for k in range(1, 20)]) < 0.5
+
+
+def at(monkeypatch, now):
+    """A monitor of a run of 1600 images whose clock stands at now[0]."""
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    watch = Monitor()
+    watch.begin(1600, 0)
+    watch.rate, watch.pace = progress.Rate(lambda: now[0]), progress.Pace(1, lambda: now[0])
+    return watch
+
+
+def test_the_first_time_left_is_about_right(monkeypatch):
+    """16 images take 4 seconds, after 10 seconds of opening; of a batch, samples are encoded one by one."""
+    now = [0.0]
+    watch = at(monkeypatch, now)
+    now[0] = 14.0
+    watch.batch(16, 14.0)
+    watch.accepted()
+    assert watch.progress().seconds_left is None
+    watch.accepted(15)
+    now[0] = 18.0
+    watch.batch(16, 4.0)
+    watch.accepted()
+    assert watch.progress().seconds_left == pytest.approx(1583 / 4)
+
+
+def test_time_left_counts_what_is_made_again(monkeypatch):
+    """Half of the images are refused and tried again."""
+    now = [0.0]
+    watch = at(monkeypatch, now)
+    for batch in range(1, 11):
+        now[0] = 10 + 4.0 * batch
+        watch.batch(16, 4.0)
+        watch.accepted(8)
+    assert watch.progress().seconds_left == pytest.approx((1600 - 80) / 2, rel=0.2)

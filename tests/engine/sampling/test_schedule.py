@@ -16,8 +16,13 @@ CLASSES = {
     "ddim": diffusers.DDIMScheduler,
     "pndm": diffusers.PNDMScheduler,
     "euler": diffusers.EulerDiscreteScheduler,
+    "euler-ancestral": diffusers.EulerAncestralDiscreteScheduler,
     "dpmpp-2m": diffusers.DPMSolverMultistepScheduler,
     "lcm": diffusers.LCMScheduler,
+}
+DRAWING = {  # those that add noise, and the module that draws it
+    "lcm": "diffusers.schedulers.scheduling_lcm",
+    "euler-ancestral": "diffusers.schedulers.scheduling_euler_ancestral_discrete",
 }
 STABLE_DIFFUSION = dict(
     beta_start=0.00085,
@@ -46,10 +51,10 @@ def diffusers_trajectory(sampler, config, steps, noise, step_noise):
     trajectory = []
     for i, t in enumerate(scheduler.timesteps):
         output = model(scheduler.scale_model_input(latents, t), t)
-        if sampler == "lcm":
+        if sampler in DRAWING:
             with pytest.MonkeyPatch.context() as patch:
                 drawn = torch.from_numpy(step_noise[i])
-                patch.setattr("diffusers.schedulers.scheduling_lcm.randn_tensor", lambda *_, n=drawn, **__: n)
+                patch.setattr(f"{DRAWING[sampler]}.randn_tensor", lambda *_, n=drawn, **__: n)
                 latents = scheduler.step(output, t, latents, return_dict=False)[0]
         else:
             latents = scheduler.step(output, t, latents, return_dict=False)[0]
@@ -85,7 +90,7 @@ def compare(sampler, config, steps):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_table_equals_diffusers(sampler, prediction, spacing):
     config = STABLE_DIFFUSION | {"prediction_type": prediction, "timestep_spacing": spacing}
-    if (sampler, prediction) == ("pndm", "sample"):
+    if sampler in ("pndm", "euler-ancestral") and prediction == "sample":
         with pytest.raises(UsageError, match="prediction_type"):
             build_schedule(config, sampler, 20)
         return

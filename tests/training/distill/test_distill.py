@@ -6,12 +6,17 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
+from grounded_diffusion.engine import GroundedPipeline
 from grounded_diffusion.engine.sampling.schedule import build_schedule
 from grounded_diffusion.errors import UsageError
 from grounded_diffusion.training import cli
 from grounded_diffusion.training.distill.low_rank import add_changes, save_changes
+from grounded_diffusion.training.distill.student import Student, StudentConfig
 from grounded_diffusion.training.distill.trajectories import FOLDER, Teaching, read
+from grounded_diffusion.training.emoji.config import StageConfig
+from grounded_diffusion.training.generator.base import FrozenBase
 from grounded_diffusion.training.generator.lora import fuse
 from grounded_diffusion.training.generator.model import load_base
 
@@ -96,6 +101,28 @@ def test_the_student_comes_nearer_to_its_teacher(student):
         assert file.metadata() == {
             "format": "pt", "sampler": "ddim", "timesteps": "999,600,200", "guidance_scale": "1"
         }  # fmt: skip
+
+
+def test_a_bundle_of_the_student_runs_as_the_student_does(student, base, base_bundle, tmp_path):
+    """gd-export --lora takes the schedule with the weights; the engine then ends where the student in torch does."""
+    from grounded_diffusion.export import cli as export
+
+    given = ["--base", base, "--head", "untrained", "--lora", student / "student.safetensors", "--no-verify"]
+    assert export.main([*map(str, given), "--out", str(tmp_path / "bundle")]) == 0
+    noise = np.random.default_rng(0).standard_normal((2, 4, 16, 16)).astype(np.float32)
+    texts = ["a photograph of a dog", "a photograph of a cat"]
+    with GroundedPipeline.open(tmp_path / "bundle", threads=1) as pipe:
+        samples = list(pipe.generate(["a photograph of a [dog]", "a photograph of a [cat]"], noise=noise))
+        assert [round(s.capture_timestep) for s in samples] == [200, 200]
+    config = StudentConfig(StageConfig(), rank=4)
+    learner = Student(FrozenBase(base), (999, 600, 200), config)
+    tensors = load_file(student / "student.safetensors")
+    for name, change in learner.changes.items():
+        for half, letter in (("down", "A"), ("up", "B")):
+            getattr(change, half).data = tensors[f"unet.{name.replace('/', '.')}.lora_{letter}.weight"].float()
+    made = learner.sample(torch.from_numpy(noise), texts)
+    for sample, latents in zip(samples, made, strict=True):
+        assert np.allclose(sample.latents, latents.numpy(), atol=1e-3)
 
 
 def test_a_stopped_run_goes_on_to_the_same_student(student, options, tmp_path):

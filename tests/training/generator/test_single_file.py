@@ -229,3 +229,17 @@ def test_a_short_list_of_byte_pairs_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="has 2 byte pairs"):
         from_merges(tmp_path / "bpe.txt")
     assert set(byte_alphabet()) == set(pre_tokenizers.ByteLevel.alphabet())
+
+
+def test_a_lora_may_say_how_its_model_is_run(sd1, tmp_path):
+    parts, folder, _ = sd1
+    kohya_lora(tmp_path / "plain.safetensors", parts)
+    tensors, file = load_file(tmp_path / "plain.safetensors"), tmp_path / "student.safetensors"
+    save_file(tensors, file, {"sampler": "ddim", "timesteps": "999,700,130", "guidance_scale": "1"})
+    loaded = load_base(folder, loras=[(file, 1.0)])
+    assert loaded["sampling"] == {"sampler": "ddim", "steps": 3, "guidance_scale": 1.0}
+    assert loaded["scheduler"].config.timesteps == [999, 700, 130]
+    assert not load_base(folder, loras=[(tmp_path / "plain.safetensors", 1.0)])["sampling"]
+    save_file(tensors, file, {"sampler": "ddim", "timesteps": "many", "guidance_scale": "1"})
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_base(folder, loras=[(file, 1.0)])
