@@ -14,7 +14,7 @@ from typing import BinaryIO
 from grounded_diffusion.errors import StorageError, UsageError
 
 SHOWN = 3  # names that a message lists
-MAX_LINE = 100_000  # bytes: a prompt with 254 names of 64 characters, whatever they are, takes fewer
+MAX_LINE = 1_000_000  # bytes; a prompt with 254 names of 64 characters, whatever they are, takes 65,000
 MAX_STREAM = 1 << 30  # bytes of what cannot be read twice
 
 

@@ -82,7 +82,8 @@ def load_json(content: bytes) -> Any:
     except json.JSONDecodeError as error:
         raise Misfit(f"invalid JSON at column {error.colno}: {error.msg}", error.lineno) from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits
-        raise Misfit("nested too deeply" if isinstance(error, RecursionError) else str(error)) from None
+        what = "nested too deeply" if isinstance(error, RecursionError) else "a number has too many digits"
+        raise Misfit(f"invalid JSON: {what}") from None
 
 
 def load_toml(content: bytes) -> dict[str, Any]:

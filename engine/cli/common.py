@@ -42,7 +42,8 @@ class Parser(argparse.ArgumentParser):
         for word in words:
             name, equals, value = word.partition("=") if word.startswith("--") else (before, "=", word)
             if equals and not value.strip() and name not in MAY_BE_EMPTY:
-                self.error(f"{name} is empty" if name.startswith("-") else "an argument is empty")
+                here = ", which would be the current folder; write . if that is meant" if name == "--out" else ""
+                self.error(f"{name if name.startswith('-') else 'an argument'} is empty{here}")
             before = word
         return super().parse_known_args(words, namespace)
 
@@ -96,7 +97,7 @@ def run_command(
             cast(Any, sys.stdout).reconfigure(errors="backslashreplace")
         check_words(words)
         status = body() or 0
-        flush_output()
+        finish_output()
         return status
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in words:
@@ -121,8 +122,9 @@ def tell(
         drop_output()
         return BROKEN_PIPE
     if isinstance(error, OSError):  # a folder that may not be read, say: whatever nobody has put into words before
-        where = "" if error.filename or not is_output_broken() else "standard output: "
-        note(command, f"{where}{os_error_line(error)}")
+        note(command, os_error_line(error))
+        with contextlib.suppress(UsageError, OSError):  # it may have been the output's
+            finish_output()
         return UsageError.exit_code
     if isinstance(error, MemoryError) or "can't start new thread" in str(error):
         note(command, "there is not enough memory, or there are too many threads, for this; try less at once")
@@ -154,20 +156,16 @@ def report(command: str, error: BaseException, words: Sequence[str]) -> str:
     return "please report it with what --debug shows"
 
 
-def flush_output() -> None:
-    """Raise OSError where what was printed cannot be written."""
-    if sys.stdout is not None:
-        sys.stdout.flush()
-
-
-def is_output_broken() -> bool:
-    """Whether standard output takes nothing, as on a full disk; it is dropped then."""
+def finish_output() -> None:
+    """Write what was printed. Raises BrokenPipeError, and UsageError where a disk is full."""
     try:
-        flush_output()
-    except OSError:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
         drop_output()
-        return True
-    return False
+        raise UsageError(f"cannot write to standard output: {error.strerror}") from None
 
 
 def drop_output() -> None:

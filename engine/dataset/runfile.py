@@ -72,10 +72,10 @@ class Summary(Struct):
 
     samples: Number
     accepted: Number
-    rejected: Number
-    quarantined: Number
-    masks: Number
-    reasons: dict[str, Number]
+    rejected: Number = 0
+    quarantined: Number = 0
+    masks: Number = 0
+    reasons: dict[str, Number] = {}
 
 
 def read_about(storage: Storage) -> About | None:

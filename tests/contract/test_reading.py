@@ -39,8 +39,8 @@ WRONG = {
     b"[1, 2]": "f: it must be a table of fields, not a list",
     b'{"name": "\xff"}': "f:1: not UTF-8 (byte 0xff); save it as UTF-8",
     b'{"name":\n oops}': "f:2: invalid JSON at column 2: Expecting value",
-    b"9" * 10_000: "f: Exceeds the limit",
-    b"[" * 100_000: "f: nested too deeply",
+    b"9" * 10_000: "f: invalid JSON: a number has too many digits",
+    b"[" * 100_000: "f: invalid JSON: nested too deeply",
 }
 
 

@@ -122,7 +122,7 @@ def test_closed_and_full_standard_output(data):
     with open("/dev/full", "wb") as full:  # noqa: PTH123
         run = command("engine.cli.dataset", "status", data, "--json", stdout=full)
         said = run.communicate(timeout=60)[1].decode()
-    assert (run.returncode, said) == (2, "gd-dataset: standard output: No space left on device\n")
+    assert (run.returncode, said) == (2, "gd-dataset: cannot write to standard output: No space left on device\n")
     reader, writer = os.pipe()
     os.close(reader)
     run = command("engine.cli.dataset", "status", data, "--json", stdout=writer)
