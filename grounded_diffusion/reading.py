@@ -94,7 +94,8 @@ def load_toml(content: bytes) -> dict[str, Any]:
         raise
     except (ValueError, RecursionError) as error:
         found = re.fullmatch(r"(.*) \(at line (\d+), (column \d+)\)", str(error), re.DOTALL)
-        raise Misfit(f"{found[1]} at {found[3]}" if found else str(error), int(found[2]) if found else None) from None
+        told = f"{found[1]} at {found[3]}" if found else str(error)
+        raise Misfit(f"this is not TOML: {told}", int(found[2]) if found else None) from None
 
 
 def as_text(content: bytes) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +117,9 @@ def read_settings(file: Path) -> dict[str, Any]:
     try:
         content = file.read_bytes()
         settings = load_toml(content)
+        known = {field.name for field in fields(HeadTraining)}
+        if unknown := sorted(settings.keys() - known):
+            raise UsageError(f"unknown settings {', '.join(unknown)}; known: {', '.join(sorted(known))}")
         as_type(settings, HeadTraining, content)
     except OSError as error:
         raise UsageError(f"cannot read the settings {file}: {error.strerror}") from None
