@@ -9,7 +9,7 @@ SOURCES := pyproject.toml CMakeLists.txt constraints.txt \
 	$(shell git ls-files "grounded_diffusion/*.py" kernels engine training export bench models)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format docs bench gpu-test gpu-bench clean
+.PHONY: help demo test test-slow lint format docs bench results gpu-test gpu-bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ docs: $(READY) ## build the documentation's site into build/site; a link that le
 
 bench: $(READY) ## measure this machine's CPU against what one would use instead: under 10 minutes
 	$(BIN)/gd-bench speed --out bench/results
+
+results: $(READY) ## write docs/results.md from the figures in bench/results/truth.json
+	$(BIN)/gd-eval report
 
 # A GPU machine has an environment of its own: its ONNX Runtime is another. TensorRT in full is not on PyPI everywhere.
 GPU_VENV := .venv-gpu

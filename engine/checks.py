@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterable
 from typing import Any
 
 from grounded_diffusion.errors import UsageError
@@ -35,6 +36,12 @@ def first_line(error: Exception) -> str:
 def shorten(text: str, limit: int = 60) -> str:
     """`text`, cut to `limit` characters."""
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def listing(names: Iterable[str], most: int = 5) -> str:
+    """ "a, b, c", of many the first ones and how many more there are, sorted."""
+    names = sorted(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def duration(seconds: float) -> str:

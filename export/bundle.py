@@ -16,6 +16,7 @@ from grounded_diffusion.bundle import (
     CPU,
     CUDA,
     OPENVINO,
+    TELLS_PRESENCE,
     TEXT_ENCODER,
     TIME,
     TOKENIZER,
@@ -64,7 +65,7 @@ def describe(checkpoint: Checkpoint, precision: str) -> Manifest:
         scheduler={"_class_name": type(checkpoint.scheduler).__name__, **scheduler_config(checkpoint)},
         capture_timestep=checkpoint.capture_timestep,
         query_template=checkpoint.query_template,
-        head=checkpoint.head.about(),
+        head=checkpoint.head.about() | told_presence(checkpoint),
         precision=precision,
         names=checkpoint.names,
         sampling=own_sampling(checkpoint),
@@ -73,17 +74,25 @@ def describe(checkpoint: Checkpoint, precision: str) -> Manifest:
     )
 
 
+def told_presence(checkpoint: Checkpoint) -> dict:
+    """What a manifest says of presence, where the model tells it."""
+    if checkpoint.presence is None:
+        return {}
+    return {TELLS_PRESENCE: [name for name, _, _ in checkpoint.presence.config.layers]}
+
+
 def own_sampling(checkpoint: Checkpoint) -> dict[str, Any]:
     """How a run that says nothing draws: as the checkpoint says, else as its family and its scheduler do.
 
     Raises UsageError for what the model's scheduler does not allow.
     """
     family, kind = FAMILIES[checkpoint.family], type(checkpoint.scheduler).__name__
-    own = dict(steps=family.steps, guidance_scale=family.guidance_scale, guidance_interval=(0.0, 1.0))
+    own: dict[str, Any] = dict(steps=family.steps, guidance_scale=family.guidance_scale, guidance_interval=(0.0, 1.0))
     own |= {"sampler": SAMPLERS[kind]} if kind in SAMPLERS else {}
     try:
         options = Options(**own | checkpoint.sampling)
-        build_schedule(scheduler_config(checkpoint), options.sampler or SAMPLING["sampler"], options.steps)
+        sampler, steps = options.sampler or SAMPLING["sampler"], options.steps or family.steps
+        build_schedule(scheduler_config(checkpoint), sampler, steps)
     except UsageError as error:
         raise UsageError(f"runs of this model would fail: {error}; say how to sample, as with --sampler") from None
     return {name: getattr(options, name) for name in SAMPLING if getattr(options, name) is not None}

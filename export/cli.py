@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -146,7 +147,10 @@ def lora(text: str) -> tuple[str, float]:
 
 
 def quiet_libraries() -> None:
-    """Keep the libraries' progress bars and advice out of this command's output; errors still raise."""
+    """Keep the libraries' progress bars, advice and deprecations out of this command's output; errors still raise."""
+    for kind in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
+        warnings.filterwarnings("ignore", category=kind)
+    warnings.filterwarnings("ignore", module=r"(diffusers|transformers|torch|onnx|onnxscript|huggingface_hub)(\.|$)")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")

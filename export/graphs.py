@@ -23,7 +23,7 @@ from onnx_ir.passes import common as passes
 from torch import nn
 from torch.export import Dim
 
-from grounded_diffusion.bundle import GRAPH_IO, TEXT_ENCODER, UNET, UNET_GROUNDED, VAE_DECODER
+from grounded_diffusion.bundle import GRAPH_IO, OPTIONAL_OUTPUTS, TEXT_ENCODER, UNET, UNET_GROUNDED, VAE_DECODER
 from grounded_diffusion.export.rewrites.fused import fuse_silu, fused
 from grounded_diffusion.export.rewrites.half import FLOAT, HALF, to_half
 from grounded_diffusion.families import FAMILIES
@@ -53,13 +53,17 @@ class GroundedUNet(nn.Module):
 
     def __init__(self, checkpoint: Checkpoint):
         super().__init__()
-        self.denoiser, self.head = checkpoint.denoiser, fold(checkpoint.head)
+        self.denoiser, self.head, self.presence = checkpoint.denoiser, fold(checkpoint.head), checkpoint.presence
         self.taps = lambda: checkpoint.head.taps(self.denoiser.unet)
 
     def forward(self, latents, timestep, context, queries, query_valid):
-        with self.taps() as taps:
+        with self.taps() as taps, contextlib.ExitStack() as stack:
+            seen = self.presence and stack.enter_context(self.presence.taps(self.denoiser.unet))
             model_output = self.denoiser(latents, timestep, context)
-            return model_output, self.head(taps.raw(), queries, query_valid)
+            mask_logits = self.head(taps.raw(), queries, query_valid)
+            if seen is None:
+                return model_output, mask_logits
+            return model_output, mask_logits, self.presence(seen.raw(), mask_logits, queries)
 
 
 class PlainUNet(nn.Module):
@@ -133,6 +137,12 @@ class Sizes:
     objects: int
     height: int
     width: int
+
+
+def outputs_of(checkpoint: Checkpoint, graph: str) -> dict[str, str]:
+    """A graph's outputs: those of GRAPH_IO, and what this checkpoint tells besides."""
+    more = OPTIONAL_OUTPUTS.get(graph, {}) if checkpoint.presence is not None else {}
+    return GRAPH_IO[graph][1] | more
 
 
 def latent_multiple(checkpoint: Checkpoint) -> int:
@@ -214,7 +224,7 @@ def trace(checkpoint: Checkpoint, graph: str, precision: str = "fp32", cuda: boo
     inputs = example_inputs(
         checkpoint, graph, Sizes(EXAMPLE_BATCH, EXAMPLE_OBJECTS, multiple, multiple + multiple // 2)
     )
-    names_in, names_out = GRAPH_IO[graph]
+    names_in, names_out = GRAPH_IO[graph][0], outputs_of(checkpoint, graph)
     module = MODULES[graph](checkpoint).eval()
     if cuda:
         module = swapped(module, fused)
@@ -284,7 +294,9 @@ def drop_casts(model: onnx_ir.Model) -> None:
 def name_axes(model: onnx_ir.Model, graph: str) -> None:
     """Give the free axes of a graph's inputs and outputs the names of GRAPH_IO; fixed sizes stay numbers."""
     names_in, names_out = GRAPH_IO[graph]
-    for values, shapes in ((model.graph.inputs, names_in), (model.graph.outputs, names_out)):
+    for values, shapes in (
+        (model.graph.inputs, names_in), (model.graph.outputs, names_out | OPTIONAL_OUTPUTS.get(graph, {})),
+    ):  # fmt: skip
         for value in values:
             symbols = shapes[value.name].split(",")
             value.shape = onnx_ir.Shape(

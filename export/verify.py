@@ -14,11 +14,11 @@ import onnx
 import onnxruntime
 import torch
 
-from grounded_diffusion.bundle import CPU, CUDA, GRAPH_IO, GRAPHS, OPENVINO, Bundle, open_bundle, read_manifest
+from grounded_diffusion.bundle import CPU, CUDA, GRAPHS, OPENVINO, Bundle, open_bundle, read_manifest
 from grounded_diffusion.engine import GroundedPipeline, Prompt
 from grounded_diffusion.engine.backends.onnxruntime_cpu import DTYPES, WEIGHTS_FOLDER, OnnxRuntimeBackend
 from grounded_diffusion.errors import ParityError
-from grounded_diffusion.export.graphs import MODULES, Sizes, example_inputs, latent_multiple
+from grounded_diffusion.export.graphs import MODULES, Sizes, example_inputs, latent_multiple, outputs_of
 from grounded_diffusion.export.reference import generate
 from grounded_diffusion.export.rewrites.fused import as_standard
 from grounded_diffusion.training.checkpoint import Checkpoint
@@ -104,7 +104,7 @@ def check_graphs(checkpoint: Checkpoint, folder: Path) -> list[Parity]:
     variants = [f"{prefix}{graph}" for prefix in (CPU, CUDA, OPENVINO) for graph in GRAPHS]
     for file in [*GRAPHS, *(name for name in variants if name in manifest.files)]:
         graph, run = Path(file).name.removeprefix(OPENVINO), _runner(Bundle(folder, manifest), file)
-        module, outputs = MODULES[graph](checkpoint).eval(), list(GRAPH_IO[graph][1])
+        module, outputs = MODULES[graph](checkpoint).eval(), list(outputs_of(checkpoint, graph))
         worst = dict.fromkeys(outputs, 0.0)
         for seed, sizes in enumerate(shapes):
             inputs = example_inputs(checkpoint, graph, sizes, seed)

@@ -62,6 +62,9 @@ GRAPH_IO: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     ),
     VAE_DECODER: ({"latents": "B,4,h,w"}, {"image": "B,3,H,W"}),
 }
+# Outputs that a graph may have besides, float32 in either precision: whether each object is there, as a logit.
+PRESENCE, TELLS_PRESENCE = "presence", "presence_layers"
+OPTIONAL_OUTPUTS: dict[str, dict[str, str]] = {UNET_GROUNDED: {PRESENCE: "B,O"}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +84,8 @@ class Manifest:
         guidance_layout: "uncond_first": row b is unconditional and row B+b conditional of image b.
         capture_timestep: training timestep at which the grounding head reads features.
         query_template: text whose sub-tokens at "{}" make an object's query.
-        head: variant ("released" or "paper"), statistics ("per_image" or "stored") and sizes.
+        head: variant ("released" or "paper"), statistics ("per_image" or "stored") and sizes; and TELLS_PRESENCE,
+            the layers that it is read at, where the grounded graph also says whether an object is there.
         precision: floating-point type of the graphs' weights, "fp32" or "fp16".
         names: object names the model was trained to draw, and those its head was trained on.
         pooled_text: the context has, after the rows of its tokens, one with the text as a whole, as SDXL wants it.
@@ -132,6 +136,15 @@ class Bundle:
 
     path: Path
     manifest: Manifest
+
+    @property
+    def tells_presence(self) -> bool:
+        """Whether the grounded graph has the output PRESENCE."""
+        return TELLS_PRESENCE in self.manifest.head
+
+    def outputs(self, graph: str) -> dict[str, str]:
+        """Shapes of a graph's outputs, those among them that not every bundle has."""
+        return GRAPH_IO[graph][1] | (OPTIONAL_OUTPUTS.get(graph, {}) if self.tells_presence else {})
 
     def file(self, name: str) -> Path:
         """Path of one of the bundle's files."""

@@ -22,6 +22,7 @@ from grounded_diffusion.engine.prompts.file import PromptFile
 from grounded_diffusion.errors import BackendError
 from grounded_diffusion.export import cli as export
 from grounded_diffusion.training import cli as train
+from grounded_diffusion.training.evaluation import cli as evaluation
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
@@ -35,6 +36,7 @@ PARSERS = {
     "gd-bench": bench.parse,
     "gd-export": export.parse,
     "gd-train": train.parse,
+    "gd-eval": lambda words: evaluation.build_parser().parse_args(words),
 }
 # Blocks that are no commands, by their beginning: what a page shows, and not what is typed.
 SHOWN = (

@@ -36,7 +36,7 @@ def test_the_package_under_test_is_the_installed_one():
 
 
 def test_all_commands_are_there():
-    assert {"gd-infer", "gd-export", "gd-train", "gd-prompts", "gd-dataset", "gd-bench"} <= set(COMMANDS)
+    assert {"gd-infer", "gd-export", "gd-train", "gd-eval", "gd-prompts", "gd-dataset", "gd-bench"} <= set(COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

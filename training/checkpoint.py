@@ -2,6 +2,7 @@
 
     CHECKPOINT/{model_index.json,unet/,vae/,text_encoder/,tokenizer/,scheduler/}   what diffusers itself loads
     CHECKPOINT/grounding_head/{config.json,model.safetensors}                      what this project adds,
+                              presence.safetensors                                 and this where it tells presence
     CHECKPOINT/sampling.json                                                       and how the model is best run
 
 The other forms people have are a plain model (see training/generator/model.py) and the paper's `grounding_module.pth`
@@ -33,8 +34,10 @@ from grounded_diffusion.training.generator.model import PARTS, SAMPLING, first_l
 from grounded_diffusion.training.generator.text import TextTower, template_states
 from grounded_diffusion.training.head.attention import CAPTURE_TIMESTEP, AttentionConfig, AttentionHead
 from grounded_diffusion.training.head.head import GroundingHead, HeadConfig, load_released, load_state
+from grounded_diffusion.training.head.presence import Presence, PresenceConfig
 
 HEAD = "grounding_head"
+PRESENCE = "presence.safetensors"
 RELEASED_TIMESTEP = 1  # the last of 50 leading-spaced DDIM steps with steps_offset 1
 RELEASED_TEMPLATE = "a photograph of a {}"
 
@@ -52,6 +55,7 @@ class Checkpoint:
         names: object names, such as {"seen": [...], "unseen": [...]}; empty where unknown.
         text_encoder_2: of a family with two.
         family: one of FAMILIES.
+        presence: says whether an object is there at all; None for a head without it.
         sampling: what the model's runs are to take, instead of what its family and scheduler say; see SAMPLING.
     """
 
@@ -66,6 +70,7 @@ class Checkpoint:
     names: dict[str, list[str]] = field(default_factory=dict)
     text_encoder_2: CLIPTextModelWithProjection | None = None
     family: str = "sd1"
+    presence: Presence | None = None
     sampling: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -113,6 +118,7 @@ class HeadFile:
     capture_timestep: Number = RELEASED_TIMESTEP
     query_template: str = RELEASED_TEMPLATE
     names: dict[str, list[str]] = field(default_factory=dict)
+    presence: PresenceConfig | None = None
 
 
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint, dtype: torch.dtype = torch.float16) -> None:
@@ -137,19 +143,37 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint, dtype: torch.dtype
         config = json.loads(file.read_text(encoding="utf-8"))
         config.pop("_name_or_path", None)
         file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    weights = {name: value.detach().to("cpu", copy=True) for name, value in checkpoint.head.state_dict().items()}
-    weights |= {name: value.detach().to("cpu", dtype) for name, value in checkpoint.head.named_parameters()}
     (path / HEAD).mkdir(exist_ok=True)
-    save_file({name: value.contiguous() for name, value in weights.items()}, path / HEAD / "model.safetensors")
+    _save_weights(checkpoint.head, path / HEAD / "model.safetensors", dtype)
     about = dict(
         head=asdict(checkpoint.head.config),
         capture_timestep=checkpoint.capture_timestep,
         query_template=checkpoint.query_template,
         names=checkpoint.names,
     )
+    if checkpoint.presence is not None:
+        about["presence"] = asdict(checkpoint.presence.config)
+        _save_weights(checkpoint.presence, path / HEAD / PRESENCE, dtype)
     (path / HEAD / "config.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     if checkpoint.sampling:
         (path / SAMPLING).write_text(json.dumps(checkpoint.sampling, indent=1) + "\n", encoding="utf-8")
+
+
+def _save_weights(module: torch.nn.Module, file: Path, dtype: torch.dtype) -> None:
+    """A module's parameters in `dtype`, its buffers as they are."""
+    weights = {name: value.detach().to("cpu", copy=True) for name, value in module.state_dict().items()}
+    weights |= {name: value.detach().to("cpu", dtype) for name, value in module.named_parameters()}
+    save_file({name: value.contiguous() for name, value in weights.items()}, file)
+
+
+def _load_presence(folder: Path, config: PresenceConfig) -> Presence:
+    """What a head's folder says of presence. Raises CheckpointError."""
+    try:
+        presence = Presence(config)
+        presence.load_state_dict({name: value.float() for name, value in load_file(folder / PRESENCE).items()})
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError, UsageError) as error:
+        raise CheckpointError(f"cannot load {folder / PRESENCE}: {first_line(error)}") from None
+    return presence.eval().requires_grad_(False)
 
 
 def _load_head(folder: Path) -> tuple[GroundingHead, dict[str, Any]]:
@@ -162,7 +186,7 @@ def _load_head(folder: Path) -> tuple[GroundingHead, dict[str, Any]]:
         told = error.at(folder / "config.json") if isinstance(error, Misfit) else first_line(error)
         raise CheckpointError(f"cannot load the grounding head {folder}: {told}") from None
     load_state(head, state, folder / "model.safetensors")
-    rest = {name: getattr(about, name) for name in ("capture_timestep", "query_template", "names")}
+    rest = {name: getattr(about, name) for name in ("capture_timestep", "query_template", "names", "presence")}
     return head.eval().requires_grad_(False), rest
 
 
@@ -223,6 +247,8 @@ def load_checkpoint(
         if head == "attention":
             kept = {name: about[name] for name in ("names", "query_template")}
             return with_attention(parts, report=report, **kept)
+        if about["presence"] is not None:
+            about["presence"] = _load_presence(path / HEAD, about["presence"])
         return Checkpoint(**parts, head=trained, **about)
     if base is None:
         raise UsageError(f"{path} is only a grounding module; name its Stable Diffusion 1.x model with --base")

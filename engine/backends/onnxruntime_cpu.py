@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from grounded_diffusion.bundle import CPU, GRAPH_IO, MAKERS, SHARED_ROWS, Bundle
+from grounded_diffusion.bundle import CPU, GRAPH_IO, MAKERS, OPTIONAL_OUTPUTS, SHARED_ROWS, Bundle
 from grounded_diffusion.engine.backends.host import HostBackend
 from grounded_diffusion.engine.checks import first_line, usable_cores
 from grounded_diffusion.engine.sampling.backend import Arrays, both_halves
@@ -60,8 +60,9 @@ class Graph:
         self.inputs = {value.name: value for value in session.get_inputs()}
         self.outputs = [value.name for value in session.get_outputs()]
         names_in, names_out = GRAPH_IO[name]
+        required = set(self.outputs) - OPTIONAL_OUTPUTS.get(name, {}).keys()
         names_in = names_in.keys() - makers.keys() | {name for maker in makers.values() for name in maker.outputs}
-        if set(self.inputs) != set(names_in) or set(self.outputs) != set(names_out):
+        if set(self.inputs) != set(names_in) or required != set(names_out):
             raise BackendError(
                 f"{name} has inputs {sorted(self.inputs)} and outputs {sorted(self.outputs)}, "
                 f"not those of the bundle format; run gd-export again"

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from grounded_diffusion.bundle import CONTEXT, GRAPH_IO, OPENVINO, TEXT_ENCODER, TIME, Bundle
+from grounded_diffusion.bundle import CONTEXT, GRAPH_IO, OPENVINO, PRESENCE, TEXT_ENCODER, TIME, Bundle
 from grounded_diffusion.cache import cache_folder
 from grounded_diffusion.engine.backends.host import HostBackend
 from grounded_diffusion.engine.checks import first_line, usable_cores
@@ -128,7 +128,8 @@ class OpenVinoBackend(HostBackend):
         rows = rounded(images)
         outputs = {name: cut(value, images, rows) for name, value in outputs.items()}
         if objects:
-            outputs["mask_logits"] = outputs["mask_logits"][:, :objects]
+            for name in {"mask_logits", PRESENCE} & outputs.keys():
+                outputs[name] = outputs[name][:, :objects]
         return outputs
 
     def _made(self, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:

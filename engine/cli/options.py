@@ -74,6 +74,9 @@ def add_filter_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-area", type=float, metavar="P", help="largest share of the image that a mask covers")
     group.add_argument("--min-score", type=float, metavar="P", help="least mean probability inside each mask")
     group.add_argument(
+        "--min-presence", type=float, metavar="P", help="least probability that each object is there (try 0.5)"
+    )
+    group.add_argument(
         "--max-overlap", type=float, metavar="P",
         help="largest share of the smaller of two masks that the other may cover",
     )  # fmt: skip

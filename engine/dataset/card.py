@@ -29,7 +29,7 @@ SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "1
          (10**11, "10B<n<100B"), (10**12, "100B<n<1T"))  # fmt: skip
 RECIPE = ("sampler", "steps", "guidance_scale", "guidance_interval", "negative_prompt", "seed", "images_per_prompt",
           "batch", "threshold", "attempts", "require_masks", "min_area", "max_area", "min_score", "max_overlap",
-          "min_distance", "jpeg_quality", "void_border", "void_band")  # fmt: skip
+          "min_distance", "min_presence", "jpeg_quality", "void_border", "void_band")  # fmt: skip
 LOAD = {
     "folder": """\
 from grounded_diffusion.engine.dataset.reader import FolderDataset

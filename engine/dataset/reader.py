@@ -84,6 +84,7 @@ class FolderDataset:
             ObjectMask(
                 thing["name"], thing["label"], thing["area"], tuple(thing["box"]), thing["score"],
                 lambda file=thing["mask"]: read_array(self.storage, file, ("1", "L"), size) > 0,
+                thing.get("presence"),
             )
             for thing in row["objects"]
         )  # fmt: skip

@@ -20,7 +20,7 @@ class Record:
     Attributes:
         index: position in the run; `id` is the same as text, and stem of the sample's files.
         split: "train" or "val".
-        objects: with scores of four decimals.
+        objects: with scores, and presence where it is told, of four decimals.
         read_image, read_labels: load uint8 [H,W,3], and uint8 [H,W] with 0 background, k where the object of label k
             lies on top, and 255 where the run has marked pixels as void.
         mask_logits: float32 [O,h',w'] before upsampling, by object; None for a record that was read from files.
@@ -57,12 +57,23 @@ class Record:
     def from_sample(cls, sample: Sample, split: str = SPLITS[0]) -> Record:
         """A sample of the pipeline as a record."""
         height, width = sample.labels.shape
-        objects = tuple(replace(found, score=round(found.score, DECIMALS)) for found in sample.objects)
+        objects = tuple(map(rounded, sample.objects))
         return cls(
             sample.index, split, sample.prompt, sample.seed, sample.draw, width, height, sample.capture_timestep,
             objects, lambda: sample.image, lambda: sample.labels, sample.mask_logits,
             sample.captured_latents,
         )  # fmt: skip
+
+
+def rounded(found: ObjectMask) -> ObjectMask:
+    """An object with the decimals that a data set keeps."""
+    presence = None if found.presence is None else round(found.presence, DECIMALS)
+    return replace(found, score=round(found.score, DECIMALS), presence=presence)
+
+
+def told(found: ObjectMask) -> dict[str, float]:
+    """An object's score as a row has it, and its presence where the model tells it."""
+    return {"score": found.score} if found.presence is None else {"score": found.score, "presence": found.presence}
 
 
 def sample_id(index: int) -> str:

@@ -36,6 +36,7 @@ class Measured(Thing):
     area: Number
     box: tuple[int, int, int, int]
     score: Share
+    presence: Share | UnsetType = UNSET
 
 
 class Described(AnyRow, kw_only=True):
@@ -61,7 +62,7 @@ class Row(Described, kw_only=True):
     objects: list[Measured]
 
 
-class FolderThing(Measured):
+class FolderThing(Measured, kw_only=True):
     """An object with a mask of its own."""
 
     mask: str
@@ -108,7 +109,7 @@ class CocoRow(Described, kw_only=True):
     objects: list[CocoThing]
 
 
-class OutlinedThing(Measured):
+class OutlinedThing(Measured, kw_only=True):
     """An object, and what its outlines leave out."""
 
     pieces: Number
@@ -146,7 +147,7 @@ def metadata_colons(row: FolderRow) -> int:
     """How many colons a line has that says this and nothing twice: one a field, and those in its texts."""
     count = 11 + row.prompt.count(":") + row.id.count(":") + row.image.count(":") + row.mask.count(":")
     for thing in row.objects:
-        count += 6 + thing.name.count(":") + thing.mask.count(":")
+        count += 6 + (thing.presence is not UNSET) + thing.name.count(":") + thing.mask.count(":")
     return count
 
 

@@ -268,6 +268,7 @@ def make_sample(job: Job, b: int, made: BatchResult) -> Sample:
             box=tuple(found.box[b, o].tolist()),
             score=float(found.score[b, o]),
             read_mask=partial(found.masks.__getitem__, (b, o)),
+            presence=None if denoised.presence is None else float(denoised.presence[b, o]),
         )
         for o, name in enumerate(job.prompt.objects)
     )

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import grounded_diffusion
@@ -77,7 +77,7 @@ def cached_export(checkpoint: Path, cache: Path, report: Callable[[str], None]) 
     except OSError as error:
         raise UsageError(f"cannot write to the cache {cache}: {error.strerror}; set XDG_CACHE_HOME") from None
     try:
-        export(checkpoint, work / "bundle", report)
+        export(["--ckpt", str(checkpoint)], work / "bundle", report)
         open_bundle(work / "bundle")
         if not bundle.exists():  # another process may have been faster
             (work / "bundle").rename(bundle)
@@ -86,10 +86,14 @@ def cached_export(checkpoint: Path, cache: Path, report: Callable[[str], None]) 
     return bundle
 
 
-def export(checkpoint: Path, bundle: Path, report: Callable[[str], None]) -> None:
-    """Run gd-export in a process of its own and pass on what it says. Raises BundleError with its last line."""
+def export(options: Sequence[str], bundle: Path, report: Callable[[str], None]) -> None:
+    """Run gd-export in a process of its own and pass on what it says. Raises BundleError with its last line.
+
+    Args:
+        options: of gd-export, without --out.
+    """
     module = ["-P", "-m", EXPORTER]  # -P: never modules that happen to lie in the current folder
-    command = [sys.executable, *module, "--ckpt", str(checkpoint), "--out", str(bundle)]
+    command = [sys.executable, *module, *options, "--out", str(bundle)]
     said = "it said nothing"
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         try:
@@ -101,4 +105,4 @@ def export(checkpoint: Path, bundle: Path, report: Callable[[str], None]) -> Non
             process.kill()
             raise
     if process.returncode:
-        raise BundleError(f"exporting {checkpoint} failed: {said}")
+        raise BundleError(f"exporting {options[1]} failed: {said}")

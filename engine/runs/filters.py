@@ -1,7 +1,7 @@
 """Filters: which samples are good enough for the data set. All are off unless asked for.
 
 A rejection has a short, stable reason whose part before " of " is its kind: "no mask of dog", "area of dog",
-"score of dog", "overlap of dog and cat", "duplicate of 000123".
+"score of dog", "presence of dog", "overlap of dog and cat", "duplicate of 000123".
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ class Filters:
         require_masks: every object has a mask that is not empty.
         min_area, max_area: bounds on each mask's share of the image. Empty masks are require_masks' matter.
         min_score: least mean probability inside each mask that is not empty.
+        min_presence: least probability that each object is in the image; for models that tell it, see gd-train head.
         max_overlap: largest share of the smaller of two masks that the other may cover.
         min_distance: least number of differing bits, of the 64 of `difference_hash`, to every accepted image of the
             same shard; nearer ones are duplicates. Shards are compared with themselves only, so that the outcome does
@@ -40,9 +41,10 @@ class Filters:
     min_score: float | None = None
     max_overlap: float | None = None
     min_distance: int | None = None
+    min_presence: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("min_area", "max_area", "min_score", "max_overlap"):
+        for name in ("min_area", "max_area", "min_score", "max_overlap", "min_presence"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise UsageError(f"{name} must be a share from 0 to 1, not {value:g}", name)
@@ -86,6 +88,8 @@ class Checker:
         """The conditions on single masks."""
         want = self.filters
         for found in sample.objects:
+            if found.presence is not None and found.presence < (want.min_presence or 0):
+                return f"presence of {found.name}"
             if not found.area:
                 if want.require_masks:
                     return f"no mask of {found.name}"

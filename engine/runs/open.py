@@ -108,6 +108,9 @@ def settle(
     sampler, steps = cast(str, config.options.sampler), cast(int, config.options.steps)
     build_schedule(bundle.manifest.scheduler, sampler, steps)  # raises, as the next does
     config.options.image_size(bundle.manifest)
+    if config.filters.min_presence is not None and not bundle.tells_presence:
+        raise UsageError("this model does not tell presence, so min_presence refuses nothing; train its head with "
+                         "gd-train head --presence, or leave it out", "min_presence")  # fmt: skip
     written = format_settings(config, tokenizer, prompts, before, stop)
     if before and not config.overwrite:
         check_begun(config, storage.root, before, run_settings(config, bundle, prompts, written))
@@ -166,6 +169,8 @@ def run_settings(config: RunConfig, bundle: Bundle, prompts: PromptFile, written
     }
     if config.options.negative_prompt is None:
         del settings["negative_prompt"]  # earlier versions had none, and their runs go on
+    if config.filters.min_presence is None:
+        del settings["min_presence"]  # likewise
     if config.val is not None:
         settings["val"] = config.val
     return json.loads(json.dumps(settings))  # tuples as lists, as they will be read

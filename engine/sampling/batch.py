@@ -149,12 +149,14 @@ class Denoised:
         mask_logits: [B,O,h',w'], from the captured step.
         capture_timestep: timestep of the captured step.
         captured: [B,4,h,w], what the network was given at the captured step.
+        presence: [B,O], probability that each object is there at all; None where the model does not tell.
     """
 
     latents: np.ndarray
     mask_logits: np.ndarray
     capture_timestep: float
     captured: np.ndarray
+    presence: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -179,5 +181,17 @@ class BatchResult:
                 np.concatenate([part.denoised.mask_logits for part in parts]),
                 parts[0].denoised.capture_timestep,
                 np.concatenate([part.denoised.captured for part in parts]),
+                joined([part.denoised.presence for part in parts]),
             ),
         )
+
+
+def joined(parts: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    """Parts of what a model may not tell, in order."""
+    known = [part for part in parts if part is not None]
+    return np.concatenate(known) if known else None
+
+
+def probability(logits: np.ndarray) -> np.ndarray:
+    """Logits as probabilities, float32."""
+    return (1 / (1 + np.exp(-logits.astype(np.float64)))).astype(np.float32)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from grounded_diffusion.bundle import UNET, UNET_GROUNDED, VAE_DECODER
+from grounded_diffusion.bundle import PRESENCE, UNET, UNET_GROUNDED, VAE_DECODER
 from grounded_diffusion.engine.sampling.backend import Backend
-from grounded_diffusion.engine.sampling.batch import BatchRequest, BatchResult, Denoised, decoded_at_once
+from grounded_diffusion.engine.sampling.batch import BatchRequest, BatchResult, Denoised, decoded_at_once, probability
 from grounded_diffusion.errors import NumericsError
 from grounded_diffusion.kernels import cfg_step, image_epilogue, mask_epilogue
 
@@ -26,6 +26,7 @@ def denoise(backend: Backend, request: BatchRequest) -> Denoised:
     network_input = latents * np.float32(schedule.rows[0].input_scale)  # both halves of guidance see it
     history = np.empty((schedule.history, *latents.shape), np.float32) if schedule.history else None
     mask_logits = captured = np.empty(0, np.float32)  # of the captured step, to come
+    presence: np.ndarray | None = None  # likewise, where the model tells it
     for i, step in enumerate(steps):
         at = f"at step {i + 1} of {len(steps)}"
         inputs = {
@@ -38,6 +39,9 @@ def denoise(backend: Backend, request: BatchRequest) -> Denoised:
             outputs = backend.run(UNET_GROUNDED, inputs)
             mask_logits, captured = outputs["mask_logits"].copy(), network_input.copy()
             check_finite(mask_logits, names, f"mask logits {at}")
+            if PRESENCE in outputs:
+                check_finite(outputs[PRESENCE], names, f"presence {at}")
+                presence = probability(outputs[PRESENCE])
         else:
             outputs = backend.run(UNET, inputs)
         noise = request.noise_after(i) if step.update.n else None
@@ -46,7 +50,7 @@ def denoise(backend: Backend, request: BatchRequest) -> Denoised:
             noise=noise, out_latents=latents, out_input=network_input,
         )  # fmt: skip
         check_finite(latents, names, f"latents {at}")
-    return Denoised(latents, mask_logits, steps[request.capture].timestep, captured)
+    return Denoised(latents, mask_logits, steps[request.capture].timestep, captured, presence)
 
 
 def make_batch(backend: Backend, request: BatchRequest) -> BatchResult:

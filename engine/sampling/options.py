@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 from grounded_diffusion.bundle import Manifest
 from grounded_diffusion.engine.checks import check_float, check_int
@@ -13,7 +13,7 @@ from grounded_diffusion.errors import UsageError
 
 MAX_BATCH = 256
 # Of a bundle that does not say its own: fast ones, whose price docs/benchmarks.md states.
-SAMPLING = {"sampler": "dpmpp-2m", "steps": 20, "guidance_scale": 7.5, "guidance_interval": (0.0, 0.6)}
+SAMPLING: dict[str, Any] = {"sampler": "dpmpp-2m", "steps": 20, "guidance_scale": 7.5, "guidance_interval": (0.0, 0.6)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ class ObjectMask:
         area: pixels of the mask.
         box: x, y, width, height of the mask; zeros when it is empty.
         score: mean probability inside the mask; 0 when it is empty.
+        presence: probability that the object is in the image at all; None where the model does not tell.
         read_mask: gives the mask, bool [H,W]: at hand in a Sample, from a file in a data set.
     """
 
@@ -27,6 +28,7 @@ class ObjectMask:
     box: tuple[int, int, int, int]
     score: float
     read_mask: Callable[[], np.ndarray]
+    presence: float | None = None
 
     @property
     def mask(self) -> np.ndarray:

@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir
 from onnx_ir.passes import common as passes
 
-from grounded_diffusion.bundle import GRAPH_IO
+from grounded_diffusion.bundle import GRAPH_IO, OPTIONAL_OUTPUTS, PRESENCE
 
 FLOAT, HALF = onnx_ir.DataType.FLOAT, onnx_ir.DataType.FLOAT16
 HALF_MAX = float(np.finfo(np.float16).max)
@@ -25,6 +25,7 @@ MASKED = 3e4  # what a constant beyond FP16 becomes, with its sign: such are mas
 FLOAT_VALUES = {
     "timestep": "FP16 has steps of 1/2 from 512 on, and the embedding's phase is up to 1000 radians",
     "mask_logits": "they are upsampled and compared with 0; small, so it costs nothing",
+    PRESENCE: "a number an object, so it costs nothing",
 }
 
 # Op types computed in FP32, and why. Tried and left out, as neither a NaN nor an error above rounding was measured on
@@ -55,7 +56,8 @@ class _Converter:
     def __init__(self, model: onnx_ir.Model, graph: str, inside: onnx_ir.DataType):
         self.model, self.graph, self.inside = model, model.graph, inside
         self.casts: dict[tuple[onnx_ir.Value, onnx_ir.DataType], onnx_ir.Value] = {}
-        self.surface = {name: FLOAT if name in FLOAT_VALUES else HALF for part in GRAPH_IO[graph] for name in part}
+        parts = (*GRAPH_IO[graph], OPTIONAL_OUTPUTS.get(graph, {}))
+        self.surface = {name: FLOAT if name in FLOAT_VALUES else HALF for part in parts for name in part}
 
     def run(self) -> None:
         passes.ShapeInferencePass()(self.model)

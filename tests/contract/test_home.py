@@ -20,6 +20,7 @@ COMMANDS = {
     "gd-export": "grounded_diffusion.export.cli",
     "gd-bench": "grounded_diffusion.bench.cli",
     "gd-train": "grounded_diffusion.training.cli",
+    "gd-eval": "grounded_diffusion.training.evaluation.cli",
 }
 as_nobody = pytest.mark.skipif(subprocess.run([*NOBODY, "true"], check=False).returncode != 0,
                                reason="this system gives no user namespaces")  # fmt: skip
@@ -83,6 +84,7 @@ def test_without_a_home_commands_work(tiny_bundle, tmp_path, home):
         ("gd-export", ["--help"]),
         ("gd-bench", ["--help"]),
         ("gd-train", ["--help"]),
+        ("gd-eval", ["--help"]),
     ):
         done = run(COMMANDS[command], *arguments, user=NOBODY, folder=tmp_path, **environment)
         assert done.returncode == 0, (command, done.stderr)

@@ -1,7 +1,10 @@
 """The exported bundle: parity of graphs and loop, shared weights, honest manifest, and nothing half-written."""
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 
@@ -367,3 +370,25 @@ def test_rowwise_norms_equal_group_norms_and_share_their_weights(shape):
     assert isinstance(twin[0], RowwiseGroupNorm) and isinstance(module[0], torch.nn.GroupNorm)
     assert twin[0].weight is module[0].weight
     torch.testing.assert_close(twin(x), module(x))
+
+
+NOISE = """
+import warnings
+warnings.simplefilter("default")
+from grounded_diffusion.export.cli import quiet_libraries
+quiet_libraries()
+from diffusers.utils import deprecate
+from transformers.utils import logging
+deprecate("a thing", "99.0.0", "use another", standard_warn=False)
+warnings.warn("soon gone", FutureWarning)
+logging.get_logger("transformers").warning("advice")
+warnings.warn("ours")
+"""
+
+
+def test_gd_export_speaks_of_its_own_progress_only():
+    """No deprecations and no advice of the libraries; warnings of ours are heard."""
+    run = subprocess.run([sys.executable, "-c", NOISE], capture_output=True, text=True, check=True, timeout=120)
+    assert run.stdout == ""
+    assert [line for line in run.stderr.splitlines() if "Warning" in line] == ["<string>:11: UserWarning: ours"]
+    assert not re.search("deprecat|soon gone|advice", run.stderr)

@@ -6,11 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, LCMScheduler
 from helpers.families import pipeline_of, save_tiny
 from helpers.original_layout import kohya_lora
 
 from grounded_diffusion.engine import GroundedPipeline, Options
+from grounded_diffusion.engine.sampling.noise import batch_normal
 from grounded_diffusion.export.bundle import export_bundle
 from grounded_diffusion.export.verify import check_graphs, check_loop, psnr, table
 from grounded_diffusion.training.checkpoint import load_checkpoint
@@ -19,7 +20,7 @@ SIZE = 32  # pixels a side, of images
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2"])
-def test_images_from_a_file_are_those_of_diffusers(family, tmp_path):
+def test_images_from_a_file_are_those_of_diffusers(family, tmp_path, monkeypatch):
     torch.set_num_threads(1)
     parts, folder, file = save_tiny(tmp_path, family)
     kohya_lora(tmp_path / "lora.safetensors", parts)
@@ -44,6 +45,17 @@ def test_images_from_a_file_are_those_of_diffusers(family, tmp_path):
     ).images[0]  # fmt: skip
     assert psnr(sample.image, (expected * 255).round()) >= 50
     assert psnr(sample.image, without.image) < 50
+
+    few = Options(steps=4, sampler="lcm", guidance_scale=0, size=SIZE, seed=7)  # as with an LCM-LoRA
+    sample = next(pipe.generate("a photograph of a [dog]", few, noise=noise))
+    drawn = (torch.from_numpy(batch_normal([(7, 0)], noise.shape[1:], row + 1)) for row in range(few.steps))
+    monkeypatch.setattr("diffusers.schedulers.scheduling_lcm.randn_tensor", lambda *_, **__: next(drawn))
+    reference.scheduler = LCMScheduler.from_config(parts["scheduler"].config)
+    expected = reference(
+        "a photograph of a dog", latents=torch.from_numpy(noise), height=SIZE, width=SIZE, num_inference_steps=4,
+        guidance_scale=0, output_type="np",
+    ).images[0]  # fmt: skip
+    assert psnr(sample.image, (expected * 255).round()) >= 50
 
 
 def test_the_attention_head_is_exported_as_it_is(attention_bundle):

@@ -215,6 +215,9 @@ class HostGraphs:
         types = {value.name: value.type for value in (*session.get_inputs(), *session.get_outputs())}
         return np.dtype(DTYPES[types.get(tensor, "tensor(float)")])  # the CPU's UNets take products of the context
 
+    def outputs(self, graph):
+        return self.runtime.backend.bundle.outputs(graph)
+
     def mask_size(self):
         s, f32 = self.sizes, np.float32
         inputs = {

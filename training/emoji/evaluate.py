@@ -9,7 +9,6 @@ import json
 from pathlib import Path
 
 import torch
-from torch.nn import functional as F
 
 from grounded_diffusion.engine.checks import first_line
 from grounded_diffusion.errors import CheckpointError
@@ -22,6 +21,7 @@ from grounded_diffusion.training.head.head import GroundingHead, HeadConfig, ups
 from grounded_diffusion.training.head.taps import Taps
 from grounded_diffusion.training.images import save_grid
 from grounded_diffusion.training.loop import step_generator
+from grounded_diffusion.training.metrics import grid_ceiling
 
 IMAGES_PER_NAME = 12
 PAIRS = 240
@@ -57,22 +57,6 @@ def pooled_iou(predicted: torch.Tensor, truth: torch.Tensor, index: torch.Tensor
     both = torch.zeros(names, dtype=torch.double).index_add_(0, index, (predicted & truth).sum((1, 2)).double())
     either = torch.zeros(names, dtype=torch.double).index_add_(0, index, (predicted | truth).sum((1, 2)).double())
     return both / either
-
-
-def grid_ceiling(masks: torch.Tensor, cells: int, steps: int = 60) -> float:
-    """Best mean IoU that bilinear logits on a grid of `cells` a side can reach on masks [M,H,W], by fitting them."""
-    if not len(masks):
-        return float("nan")
-    truth = masks.float()[:, None]
-    logits = (F.interpolate(truth, (cells, cells), mode="area") * 8 - 4).requires_grad_()
-    optimizer = torch.optim.Adam([logits], lr=0.3)
-    for _ in range(steps):
-        loss = F.binary_cross_entropy_with_logits(upsample_logits(logits, truth.shape[-2:]), truth)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    fitted = upsample_logits(logits.detach(), truth.shape[-2:])[:, 0] > 0
-    return ((fitted & masks).sum((1, 2)) / (fitted | masks).sum((1, 2)).clamp(min=1)).mean().item()
 
 
 class Evaluation:

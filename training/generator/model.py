@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
 
 from grounded_diffusion.bundle import Sampling
+from grounded_diffusion.engine.checks import listing
 from grounded_diffusion.errors import CheckpointError, UsageError
 from grounded_diffusion.reading import Misfit, as_type, load_json
 from grounded_diffusion.training.generator.lora import fuse, said_of_runs
@@ -39,10 +40,12 @@ def _load_module(kind: type, source: str | Path, part: str) -> torch.nn.Module:
     except Exception as error:  # the two libraries raise a dozen kinds for unreadable files
         raise CheckpointError(f"cannot load {part} of {source}: {first_line(error)}") from None
     if missing := sorted(report["missing_keys"]):
-        raise CheckpointError(f"{part} of {source} lacks {len(missing)} tensors: {', '.join(missing)}")
+        raise CheckpointError(f"{part} of {source} lacks {len(missing)} tensors: {listing(missing)}")
     if wrong := report["mismatched_keys"]:
-        names = ", ".join(sorted(str(entry[0]) for entry in wrong))
-        raise CheckpointError(f"{part} of {source} has tensors of other shapes than its config says: {names}")
+        names = listing(str(entry[0]) for entry in wrong)
+        raise CheckpointError(
+            f"{part} of {source} has {len(wrong)} tensors of other shapes than its config says: {names}"
+        )
     return module.float().eval().requires_grad_(False)
 
 

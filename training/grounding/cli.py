@@ -187,6 +187,7 @@ def head_parser() -> Parser:
     )
     parser.add_argument("--variant", choices=("released", "paper"), help="form of the head (default: released)")
     parser.add_argument("--device", help="cpu or cuda (default: a GPU where there is one)")
+    parser.add_argument("--presence", action="store_true", help="also tell whether an object is there at all")
     parser.add_argument("--tensorboard", action="store_true", help="write curves for TensorBoard")
     group = parser.add_argument_group("settings, in place of the preset's and the file's")
     for name in WHOLE:
@@ -206,7 +207,8 @@ def head(args: argparse.Namespace, say: Say) -> None:
 
     from grounded_diffusion.training.grounding.head import HeadJob, train_head
 
-    train_head(HeadJob(args.base, args.examples, args.out, config, args.validate, args.device, args.tensorboard), say)
+    places = (args.base, args.examples, args.out, config, args.validate, args.device)
+    train_head(HeadJob(*places, args.tensorboard, args.presence), say)
 
 
 def distill_parser() -> Parser:

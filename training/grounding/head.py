@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,13 @@ from grounded_diffusion.training.generator.base import FrozenBase
 from grounded_diffusion.training.grounding.batches import Pool
 from grounded_diffusion.training.grounding.card import PICTURE, count_parameters, picture, write_card
 from grounded_diffusion.training.grounding.config import HeadTraining
+from grounded_diffusion.training.grounding.presence import fit_presence
 from grounded_diffusion.training.grounding.store import Example, ExampleSet, yields
 from grounded_diffusion.training.grounding.train import HeadTrainer
 from grounded_diffusion.training.grounding.validate import Validation
 from grounded_diffusion.training.head.taps import Taps
 
+CALIBRATION = 1024  # examples that presence is calibrated on, at most
 WORK = "training"  # folder of a checkpoint with the state of its training
 
 
@@ -38,6 +40,7 @@ class HeadJob:
         validation: folders of examples to measure on, such as of unseen names; none of them is trained on.
         device: "cpu" or "cuda"; None takes a GPU where there is one.
         tensorboard: also write curves for TensorBoard.
+        presence: also calibrate a score of whether an object is there at all.
     """
 
     base: str
@@ -47,6 +50,7 @@ class HeadJob:
     validation: Sequence[Path] = ()
     device: str | None = None
     tensorboard: bool = False
+    presence: bool = False
 
 
 def train_head(job: HeadJob, say: Callable[[str], None]) -> None:
@@ -80,13 +84,18 @@ def train_head(job: HeadJob, say: Callable[[str], None]) -> None:
         head = trainer.run()
     if accelerator.is_main_process:
         names = {"seen": sorted(seen), "unseen": sorted({n for one in (*sets, *held) for n in one.about.unseen} - seen)}
+        presence = None
+        if job.presence:
+            presence, told = fit_presence(base, head.to(base.device), spread(pool, CALIBRATION), sorted(seen))
+            presence.to("cpu")
+            quiet(f"presence: {told.line()}")
         with readable_errors(job.out):
             head = head.to("cpu")
             checkpoint = base.with_head(head, capture_timestep=about.capture_timestep, names=names)
             for part in ("unet", "vae", "text_encoder"):
                 base.parts[part].to("cpu")
             base.device, base._empty = torch.device("cpu"), base._empty.cpu()
-            save_checkpoint(job.out, checkpoint)
+            save_checkpoint(job.out, replace(checkpoint, presence=presence))
             pictured = write_picture(job.out, base, head, [*sets, *held], sorted(seen))
             write_card(
                 job.out,
@@ -132,7 +141,7 @@ def hold_back(count: int, config: HeadTraining) -> tuple[list[int], list[int]]:
     return [k for k in range(count) if k not in kept], sorted(k for k in kept if k < count)
 
 
-def spread(examples: ExampleSet, most: int) -> list[Example]:
+def spread(examples: ExampleSet | Pool, most: int) -> list[Example]:
     """At most so many examples, evenly over the set."""
     count = min(most, len(examples))
     return [examples[k * len(examples) // count] for k in range(count)]

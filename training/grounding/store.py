@@ -204,6 +204,15 @@ class ExampleSet:
         """Pixels of an example's masks; 0 where the detector found nothing."""
         return self._areas[k]
 
+    def row(self, k: int) -> dict[str, Any]:
+        """An example's row in its shard's record."""
+        return self._rows[k][3]
+
+    def key(self, k: int) -> tuple[int, int]:
+        """(seed, draw) of the noise that an example's image was made of."""
+        row = self._rows[k][3]
+        return row["seed"], row["draw"]
+
     def image(self, k: int) -> np.ndarray:
         """An example's image, uint8 [H,W,3]."""
         return read_image(open_storage(str(self.folder)), self._rows[k][3])

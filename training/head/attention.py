@@ -34,6 +34,7 @@ from grounded_diffusion.training.head.taps import ModuleOutputs
 CAPTURE_TIMESTEP = 121  # of 9 timesteps from 1 to 721 on the shipped model those from 41 to 321 are within two points
 SHARPNESS = 4.0  # logit of a pixel with twice the share that is needed
 GRID = 32  # cells a side, at most, of the graph over which maps are spread: it has GRID^4 edges
+TINY = 1e-12
 ABSENT = 1.0  # a share that no pixel has
 PATCH = 8  # patches of the graph's cells to a side; the strongest is that of an object of 1/64 of the image
 
@@ -150,13 +151,14 @@ class AttentionHead(nn.Module):
 
         First beside the other objects, then as if an object had been asked alone.
         """
-        batch, count = queries.shape[:2]
+        batch = queries.shape[0]
         split = lambda x: x.unflatten(-1, (self.heads[layer], -1)).transpose(1, 2)  # [B,heads,n,d]
         words = torch.cat([self.template.expand(batch, -1, -1), queries], 1)  # [B,T+O,D]
         masked = F.pad(~valid, (len(self.template), 0))[:, None, None]  # [B,1,1,T+O]
         q, k = split(image), split(self.to_k[layer](words))
         scores = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).masked_fill(masked, -3e4)  # [B,heads,hw,T+O]
-        words, objects = scores.softmax(-1).split([len(self.template), count], -1)
+        shares, before = scores.softmax(-1), len(self.template)
+        words, objects = shares[..., :before], shares[..., before:]
         alone = objects / (objects + words.sum(-1, keepdim=True))
         return objects.mean(1).transpose(1, 2), alone.mean(1).transpose(1, 2)
 
@@ -178,12 +180,15 @@ class AttentionHead(nn.Module):
 
     def affinity(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
         """Features [B,C,h,w] each -> row-stochastic [B,n,n] over the n cells of the graph."""
-        total = 0
+        units = []
         for feature in features:
             cells = feature.flatten(2).transpose(1, 2)  # [B,n,C]
-            cells = F.normalize(cells - cells.mean(1, keepdim=True), dim=-1)
-            total = total + cells @ cells.transpose(1, 2)
-        return (total / (len(features) * self.config.temperature)).softmax(-1)
+            cells = cells - cells.mean(1, keepdim=True)
+            # Not F.normalize, in whose graph tools lose the shapes.
+            units.append(cells * torch.rsqrt(cells.square().sum(-1, keepdim=True) + TINY))
+        # One product over all channels gives the mean of the cosines, over the temperature.
+        joined = torch.cat(units, -1) * (len(features) * self.config.temperature) ** -0.5
+        return (joined @ joined.transpose(1, 2)).softmax(-1)
 
     def forward(
         self, tapped: Mapping[str, torch.Tensor], queries: torch.Tensor, query_valid: torch.Tensor
@@ -197,9 +202,10 @@ class AttentionHead(nn.Module):
         features = [feature if feature.shape[2:] == size else resize(feature, size) for feature in features]
         maps, alone = (total.flatten(2) for total in self.maps(tapped, queries, query_valid, size))  # [B,O,n]
         strongest = self.strongest(alone.unflatten(2, size))
-        affinity = self.affinity(features).transpose(1, 2)
+        affinity, spread = self.affinity(features), maps.transpose(1, 2)  # [B,n,n], [B,n,O]: the small one is turned
         for _ in range(cfg.spreads):
-            maps = maps @ affinity
+            spread = affinity @ spread
+        maps = spread.transpose(1, 2)
         peak = maps.amax(-1, keepdim=True)
         there = (peak > cfg.presence) & (strongest > cfg.alone)
         needed = torch.where(there, (cfg.relative * peak).clamp(min=cfg.floor), ABSENT)

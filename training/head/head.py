@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from grounded_diffusion.engine.checks import listing
 from grounded_diffusion.errors import CheckpointError, UsageError
 from grounded_diffusion.training.head.layers import Decoder, MixConv, Mlp
 from grounded_diffusion.training.head.taps import Taps, level_taps
@@ -231,16 +232,18 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def load_state(head: GroundingHead, state: Mapping[str, torch.Tensor], where: str | Path) -> None:
-    """Load a state dict strictly; CheckpointError lists every key that is missing, unknown or of another shape."""
+    """Load a state dict strictly; CheckpointError counts the keys that are missing, unknown or of another shape, and
+    names the first ones."""
     expected = head.state_dict()
-    wrong = [
+    shapes = [
         f"{key} is {tuple(state[key].shape)} instead of {tuple(value.shape)}"
         for key, value in expected.items()
         if key in state and state[key].shape != value.shape
     ]
+    wrong = [f"{len(shapes)} of other shapes: {listing(shapes)}"] if shapes else []
     for label, keys in (("missing", expected.keys() - state.keys()), ("unknown", state.keys() - expected.keys())):
         if keys:
-            wrong.append(f"{label} keys: {', '.join(sorted(keys))}")
+            wrong.append(f"{len(keys)} {label} keys: {listing(keys)}")
     if wrong:
         raise CheckpointError(f"{where} does not fit this UNet's {head.config.variant} head: {'; '.join(wrong)}")
     head.load_state_dict({key: value.float() for key, value in state.items()})

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -110,6 +110,10 @@ class Graphs(Protocol):
 
     def dtype(self, graph: str, tensor: str) -> np.dtype:
         """Type of an input or output."""
+        ...
+
+    def outputs(self, graph: str) -> Collection[str]:
+        """Names of a graph's outputs."""
         ...
 
     def mask_size(self) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from grounded_diffusion.bundle import UNET, UNET_GROUNDED, VAE_DECODER
+from grounded_diffusion.bundle import PRESENCE, UNET, UNET_GROUNDED, VAE_DECODER
 from grounded_diffusion.engine.backends.gpu.device import ALIGNMENT, Device, Graphs, Tensor
 from grounded_diffusion.engine.backends.gpu.memory import BYTE, F32, Memory, Sizes, Slot, Streams
 from grounded_diffusion.engine.backends.gpu.results import MASKS, PIXELS, first_failure, unpack
@@ -85,6 +85,7 @@ class DeviceLoop:
             graphs.close()
             raise
         self.at, self.slots = self.memory.at, self.memory.slots
+        self._told = [PRESENCE] if PRESENCE in self.at else []
         self._bound: dict[tuple[bool, bool] | str, Callable[[], None]] = {}
         self._captured: dict[Any, Callable[[], None]] = {}
         self._queued: list[QueuedBatch | None] = [None] * len(self.slots)  # the last one of each slot
@@ -111,7 +112,7 @@ class DeviceLoop:
                 "model_output": at["model_output"].rows(rows),
             }
             if kind.grounded:
-                tensors |= {name: at[name] for name in ("queries", "query_valid", "mask_logits")}
+                tensors |= {name: at[name] for name in ("queries", "query_valid", "mask_logits", *self._told)}
             self._bound[key] = self.graphs.bind(graph, tensors, self.streams.loop)
         return self._bound[key]
 
@@ -231,7 +232,7 @@ class DeviceLoop:
         final = slot.at["final"]
         source = at["latents"] if final.dtype == F32 else at["input"]  # the last step scales its next input by 1
         device.copy(stream, final.pointer, source.pointer, final.nbytes)
-        for name in ("latents", "mask_logits", "captured", "flags", "query_valid"):
+        for name in ("latents", "mask_logits", "captured", "flags", "query_valid", *self._told):
             device.copy(stream, slot.at[name].pointer, at[name].pointer, at[name].nbytes)
         device.record(slot.denoised, stream)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from grounded_diffusion.bundle import UNET, UNET_GROUNDED, VAE_DECODER
+from grounded_diffusion.bundle import PRESENCE, UNET, UNET_GROUNDED, VAE_DECODER
 from grounded_diffusion.engine.backends.gpu.device import ALIGNMENT, Block, Device, Graphs
 from grounded_diffusion.engine.backends.gpu.results import FLAG_ROWS, MAX_ROWS
 from grounded_diffusion.engine.sampling.batch import decoded_at_once
@@ -101,6 +101,8 @@ class Memory:
                 "the device loop needs one type, run gd-export again"
             )
         mask = ((b, s.objects, *graphs.mask_size()), logits)
+        told = PRESENCE in graphs.outputs(UNET_GROUNDED)
+        presence = {PRESENCE: ((b, s.objects), kind(UNET_GROUNDED, PRESENCE))} if told else {}
         context = kind(UNET, "context")
         self.timestep = kind(UNET, "timestep")
         record = ALIGNMENT + -(-2 * b * self.timestep.itemsize // ALIGNMENT) * ALIGNMENT
@@ -124,6 +126,7 @@ class Memory:
             "image": ((s.decoded, 3, *s.image), kind(VAE_DECODER, "image")),
             "stats": ((b * s.objects * STATS_BYTES,), BYTE),
             "flags": ((FLAG_ROWS, b), BYTE),
+            **presence,
         })  # fmt: skip
         self.results = Block({
             "latents": (latents, F32),
@@ -136,6 +139,7 @@ class Memory:
             "area": ((b, s.objects), np.int64),
             "box": ((b, s.objects, 4), np.int32),
             "score": ((b, s.objects), F32),
+            **presence,
         })  # fmt: skip
         own = Block({"final": (latents, decode), "query_valid": ((b, s.objects), np.bool_)})
         pointer = self.device.allocate(self.upload.nbytes + work.nbytes)

@@ -6,7 +6,7 @@ import contextlib
 import io
 import itertools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +134,7 @@ class OnnxRuntimeCuda:
             self._single[graph] = self.session(graph, streams.aside)
         session = self._single[graph]
         given = {v.name: np.ascontiguousarray(inputs[v.name], DTYPES[v.type]) for v in session.get_inputs()}
-        names = list(GRAPH_IO[graph][1])
+        names = list(self.bundle.outputs(graph))
         try:
             outputs = session.run(names, given)
         except Exception as error:
@@ -173,6 +173,10 @@ class OnnxRuntimeGraphs:
         types = {value.name: value.type for value in (*session.get_inputs(), *session.get_outputs())}
         return np.dtype(DTYPES[types[tensor]])
 
+    def outputs(self, graph: str) -> Collection[str]:
+        """See `Graphs.outputs`."""
+        return self.runtime.bundle.outputs(graph)
+
     def mask_size(self) -> tuple[int, int]:
         """See `Graphs.mask_size`."""
         (shape,) = (v.shape for v in self.session(UNET_GROUNDED).get_outputs() if v.name == "mask_logits")
@@ -182,7 +186,8 @@ class OnnxRuntimeGraphs:
         """See `Graphs.bind`. `stream` is the one that the graph's session is on."""
         runtime, session = self.runtime, self.session(graph, tensors["latents"].shape[0])
         binding, options = session.io_binding(), runtime.run_options()
-        for names, bind in zip(GRAPH_IO[graph], (binding.bind_input, binding.bind_output), strict=True):
+        given = GRAPH_IO[graph][0], self.outputs(graph)
+        for names, bind in zip(given, (binding.bind_input, binding.bind_output), strict=True):
             for name in names:
                 tensor = tensors[name]
                 bind(name, "cuda", runtime.device.number, tensor.dtype.type, list(tensor.shape), tensor.pointer)

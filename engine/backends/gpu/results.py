@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from grounded_diffusion.engine.sampling.batch import BatchRequest, BatchResult, Denoised
+from grounded_diffusion.bundle import PRESENCE
+from grounded_diffusion.engine.sampling.batch import BatchRequest, BatchResult, Denoised, probability
 from grounded_diffusion.engine.sampling.denoise import not_finite
 from grounded_diffusion.errors import NumericsError
 from grounded_diffusion.kernels import MaskResult
@@ -20,7 +21,8 @@ def unpack(request: BatchRequest, arrays: Mapping[str, np.ndarray]) -> BatchResu
     """What a device has left in host memory, without its padding, copied out.
 
     Args:
-        arrays: latents, mask_logits, captured, pixels, labels, bits, area, box and score of a bucket of sizes.
+        arrays: latents, mask_logits, captured, pixels, labels, bits, area, box and score of a bucket of sizes,
+            and presence where the model tells it.
     """
     batch, objects = request.conditioning.query_valid.shape
     width = request.size[1]
@@ -34,7 +36,8 @@ def unpack(request: BatchRequest, arrays: Mapping[str, np.ndarray]) -> BatchResu
     )
     logits = real["mask_logits"][:, :objects].astype(np.float32)
     timestep = request.schedule.rows[request.capture].timestep
-    denoised = Denoised(real["latents"].copy(), logits, timestep, real["captured"].astype(np.float32))
+    presence = probability(real[PRESENCE][:, :objects]) if PRESENCE in real else None
+    denoised = Denoised(real["latents"].copy(), logits, timestep, real["captured"].astype(np.float32), presence)
     return BatchResult(real["pixels"].copy(), masks, denoised)
 
 

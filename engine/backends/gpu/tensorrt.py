@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,13 +107,13 @@ class TensorRT:
         if spec.key not in self._single:
             graphs = TensorRTGraphs(self, {graph: shapes})
             tensors = {}
-            for name in (n for names in GRAPH_IO[graph] for n in names):
+            for name in (*GRAPH_IO[graph][0], *self.bundle.outputs(graph)):
                 tensor = Tensor(0, graphs.shape(graph, name), graphs.dtype(graph, name))
                 tensors[name] = Tensor(device.allocate(tensor.nbytes), tensor.shape, tensor.dtype)
             self._single[spec.key] = tensors, graphs.bind(graph, tensors, stream), graphs
         tensors, launch, _ = self._single[spec.key]
         kept = {name: np.ascontiguousarray(value, tensors[name].dtype) for name, value in inputs.items()}
-        outputs = {name: np.empty(tensors[name].shape, tensors[name].dtype) for name in GRAPH_IO[graph][1]}
+        outputs = {name: np.empty(tensors[name].shape, tensors[name].dtype) for name in self.bundle.outputs(graph)}
         for name, array in kept.items():
             device.copy(stream, tensors[name].pointer, array.ctypes.data, array.nbytes)
         launch()
@@ -157,6 +157,10 @@ class TensorRTGraphs:
         if tensor in self.shapes[graph]:
             return tuple(self.shapes[graph][tensor])
         return tuple(self._context(graph, self.shapes[graph])[0].get_tensor_shape(tensor))
+
+    def outputs(self, graph: str) -> Collection[str]:
+        """See `Graphs.outputs`."""
+        return self.runtime.bundle.outputs(graph)
 
     def mask_size(self) -> tuple[int, int]:
         """See `Graphs.mask_size`."""

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from grounded_diffusion.engine.dataset.instances import by_components
-from grounded_diffusion.engine.dataset.record import SPLITS, Record
+from grounded_diffusion.engine.dataset.record import SPLITS, Record, told
 from grounded_diffusion.engine.dataset.rows import AnyRow, Row
 from grounded_diffusion.engine.dataset.storage.base import Storage
 from grounded_diffusion.errors import UsageError
@@ -149,7 +149,8 @@ class Settings:
             if value is not None and not low <= value <= high:
                 raise UsageError(f"{name} must be from {low} to {high}, not {value}", name)
         if self.void_band and not 0 < self.void_band[0] < self.void_band[1] < 1:
-            raise UsageError(f"void_band takes two probabilities, the lower first, not {self.void_band}", "void_band")
+            line = f"void_band takes two probabilities, the lower first, as 0.3 and 0.7, not {self.void_band}"
+            raise UsageError(line, "void_band")
 
     def as_json(self) -> dict[str, Any]:
         """The settings as run.json has them; earlier versions had no instances, and their runs go on."""
@@ -266,7 +267,7 @@ def describe_objects(record: Record, classes: Classes | None = None) -> list[dic
             "label": classes.id(thing.name) if classes else thing.label,
             "area": thing.area,
             "box": list(thing.box),
-            "score": thing.score,
+            **told(thing),
         }
         for thing in record.objects
     ]

@@ -56,7 +56,8 @@ class ImageFolderFormat(Format):
     def _lines(self, rows: Iterable[dict[str, Any]]) -> Iterator[tuple[str, str]]:
         for row in rows:
             image, mask = file_names(row["index"], self.settings)
-            line = {"file_name": image, "mask_file_name": mask, **row}
+            things = [{name: thing[name] for name in (*OBJECTS, "box")} for thing in row["objects"]]
+            line = {"file_name": image, "mask_file_name": mask, **row, "objects": things}
             yield HF_SPLITS[line.pop("split")], json.dumps(line, ensure_ascii=False)
 
 

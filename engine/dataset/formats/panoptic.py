@@ -2,6 +2,7 @@
 
     images/train/<id>.jpg, images/val/<id>.jpg
     annotations/panoptic_train.json and panoptic_train/<id>.png, the same for val
+    annotations/captions_train.json, captions_val.json, and fields beside COCO's own: see coco.py
 
 The PNG's colour is the segment's id, R + 256 G + 65536 B; 0 is void, and so is the background. Segments do not
 overlap: a pixel belongs to the object on top. An object has the colour of its class, and so the same id in every image;
@@ -16,7 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from grounded_diffusion.engine.dataset.formats.coco import categories, image_entry, image_path, table_head
+from grounded_diffusion.engine.dataset.formats.coco import (
+    categories,
+    image_entry,
+    image_path,
+    table_head,
+    write_captions,
+)
 from grounded_diffusion.engine.dataset.formats.common import (
     Encoded,
     Format,
@@ -30,7 +37,7 @@ from grounded_diffusion.engine.dataset.formats.common import (
 )
 from grounded_diffusion.engine.dataset.formats.tables import Entries, write_tables
 from grounded_diffusion.engine.dataset.instances import mask_box
-from grounded_diffusion.engine.dataset.record import Record
+from grounded_diffusion.engine.dataset.record import Record, told
 from grounded_diffusion.engine.dataset.storage.base import Storage
 
 
@@ -58,7 +65,7 @@ class PanopticFormat(Format):
             colours[thing.label] = colour
             entry = {"name": thing.name, "label": category, "area": int(mask.sum()), "box": mask_box(mask)}
             segment = {} if self.settings.instances is None else {"segment": colour_id(colour)}
-            objects.append({**entry, "score": thing.score, **segment})
+            objects.append({**entry, **told(thing), **segment})
         files = {
             f"annotations/panoptic_{record.split}/{record.id}.png": png(Image.fromarray(colours[labels])),
             image_path(record, self.settings): encode_image(record.image, self.settings.jpeg_quality),
@@ -73,6 +80,7 @@ class PanopticFormat(Format):
             "annotations": ((row["split"], annotation(row)) for row in rows),
         }
         write_tables(storage, head, lists, lambda split: f"annotations/panoptic_{split}.json")
+        write_captions(storage, rows, self.settings)
 
 
 def annotation(row: dict[str, Any]) -> dict[str, Any]:
@@ -84,6 +92,7 @@ def annotation(row: dict[str, Any]) -> dict[str, Any]:
             "area": thing["area"],
             "bbox": thing["box"],
             "iscrowd": 0,
+            "score": thing["score"],
         }
         for thing in row["objects"]
         if thing["area"]

@@ -21,7 +21,8 @@ def split(data: FolderDataset, share: float) -> dict[str, int]:
     counts = {SPLITS[0]: len(data) - int(val.sum()), SPLITS[1]: int(val.sum())}
     for name, count in counts.items():
         if not count:
-            line = f"{name} would be empty with `val` {share:g} of {len(data)} images; choose another share"
+            fits = f"from {1 / len(data):.2g} to {1 - 1 / len(data):.2g}" if len(data) > 2 else "for more images"
+            line = f"{name} would be empty with `val` {share:g} of {len(data)} images; choose a share {fits}"
             raise UsageError(line, "val")
     storage = Recording(data.storage)
     for name, indices in zip(SPLITS, (data.indices[~val], data.indices[val]), strict=True):

@@ -115,7 +115,10 @@ def test_a_line_is_one_line_whatever_it_was():
 
 def command(module, *words, stdout=subprocess.PIPE):
     code = f"import sys; from grounded_diffusion.{module} import main; sys.exit(main(sys.argv[1:]))"
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, words)], stdout=stdout, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, words)], stdout=stdout, stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONUNBUFFERED": ""},
+    )  # fmt: skip
 
 
 def test_closed_and_full_standard_output(data):

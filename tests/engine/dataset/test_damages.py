@@ -18,8 +18,8 @@ FINAL = {
     "folder": {"metadata.jsonl", "index.html", "preview/index.js", "preview/000000.js", "preview/block-000.js"},
     "voc": {f"VOCdevkit/VOC2012/{name}" for name in ("labelmap.txt", *(
         f"ImageSets/Segmentation/{split}.txt" for split in ("train", "val", "trainval")))},
-    "coco": {"annotations/instances_train.json"},
-    "coco-panoptic": {"annotations/panoptic_train.json"},
+    "coco": {"annotations/instances_train.json", "annotations/captions_train.json"},
+    "coco-panoptic": {"annotations/panoptic_train.json", "annotations/captions_train.json"},
     "mmseg": {"classes.txt"},
     "webdataset": set(),
     "hf-imagefolder": {"README.md", "train/metadata.jsonl"},

@@ -99,6 +99,26 @@ def test_coco(blobs, tmp_path, options):
     assert sorted(seen) == list(range(1, len(seen) + 1))  # unique over both files, from 1
 
 
+@pytest.mark.parametrize(("format", "table"), [("coco", "instances"), ("coco-panoptic", "panoptic")])
+def test_captions_seeds_and_scores(blobs, tmp_path, format, table):
+    """A captions file as COCO has it, and fields of ours beside COCO's own."""
+    from pycocotools.coco import COCO
+
+    out, seen = blobs.convert(tmp_path / "coco", format) / "annotations", []
+    for split in ("train", "val"):
+        captions = COCO(out / f"captions_{split}.json")
+        for image in captions.loadImgs(captions.getImgIds()):
+            (caption,) = captions.loadAnns(captions.getAnnIds(image["id"]))
+            sample = blobs.sample(image["id"] - 1)
+            assert (caption["caption"], image["seed"], image["draw"]) == (sample.prompt, sample.seed, sample.draw)
+            seen.append(caption["id"])
+        made = json.loads((out / f"{table}_{split}.json").read_text())
+        assert made["images"] == captions.dataset["images"]
+        things = [thing for one in made["annotations"] for thing in one.get("segments_info", [one])]
+        assert {thing["score"] for thing in things} == {0.75}
+    assert sorted(seen) == list(range(1, blobs.count + 1))
+
+
 def test_coco_in_supervision(blobs, tmp_path):
     import supervision
 
@@ -199,7 +219,7 @@ class SyntheticRows:
                 self.peak = max(self.peak, resident())
             thing = {"name": "cat", "label": 1, "area": 900, "box": box, "segmentation": rle, "score": 0.5}
             yield {"id": f"{index:06d}", "index": index, "width": 512, "height": 512, "objects": [thing],
-                   "split": ("train", "val")[index % 10 == 0]}  # fmt: skip
+                   "split": ("train", "val")[index % 10 == 0], "prompt": "a cat", "seed": 7, "draw": index}  # fmt: skip
 
 
 def resident():

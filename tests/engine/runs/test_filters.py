@@ -105,7 +105,9 @@ def test_options():
     add_filter_options(parser)
     assert filters_of(parser.parse_args([])) == Filters()
     given = "--require-masks --min-area 0.1 --max-area 0.9 --min-score 0.6 --max-overlap 0.3 --min-distance 4"
+    given += " --min-presence 0.5"
     settings = dict(
-        require_masks=True, min_area=0.1, max_area=0.9, min_score=0.6, max_overlap=0.3, min_distance=4
+        require_masks=True, min_area=0.1, max_area=0.9, min_score=0.6, max_overlap=0.3, min_distance=4,
+            min_presence=0.5,
     )  # fmt: skip
     assert asdict(filters_of(parser.parse_args(given.split()))) == settings

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from helpers import null_backend as null
 
+from grounded_diffusion.bundle import VAE_DECODER
 from grounded_diffusion.engine.dataset.formats import Encoded
 from grounded_diffusion.engine.dataset.formats.folder import FolderFormat
 from grounded_diffusion.engine.dataset.storage.local import LocalStorage
@@ -28,7 +29,7 @@ class CountingBackend(null.FailingBackend):
     file = Path()
 
     def run(self, graph, inputs):
-        if graph == "vae_decoder":
+        if graph == VAE_DECODER:
             time.sleep(0.02)
             with self.file.open("a") as stream:
                 stream.write("x" * len(inputs["latents"]))

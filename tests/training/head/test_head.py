@@ -282,9 +282,21 @@ def test_released_file_round_trip_and_missing_keys(tmp_path):
     with pytest.raises(CheckpointError) as error:
         load_released(tmp_path / "broken.pth", config)
     message = str(error.value)
-    assert "missing keys: to_k.weight, to_q.weight" in message
+    assert "2 missing keys: to_k.weight, to_q.weight" in message
     assert "unknown keys: extra" in message
     assert re.search(r"mlp\.layers\.2\.bias is \(3,\) instead of \(36,\)", message)
+
+
+def test_a_checkpoint_of_another_kind_says_how_many_keys(tmp_path):
+    """And names a few: a whole UNet's would fill pages."""
+    config = HeadConfig.for_unet(SMALL)
+    torch.save({f"unet.{k}.weight": torch.zeros(1) for k in range(700)}, tmp_path / "unet.pth")
+    with pytest.raises(CheckpointError) as error:
+        load_released(tmp_path / "unet.pth", config)
+    message = str(error.value)
+    assert "700 unknown keys: unet.0.weight, unet.1.weight" in message
+    assert "and 695 more" in message
+    assert len(message) < 700
 
 
 class Payload:

@@ -1,0 +1,112 @@
+"""Calibrating presence: queries of names that the detector found in an image, and negative queries of others.
+
+Negative queries are seen names that are not in the image's prompt. Unseen names are never asked for: told that they are
+absent, it would learn to leave them out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from grounded_diffusion.errors import UsageError
+from grounded_diffusion.training.generator.base import FrozenBase
+from grounded_diffusion.training.generator.text import template_states
+from grounded_diffusion.training.grounding.prompts import mixed
+from grounded_diffusion.training.grounding.store import Example
+from grounded_diffusion.training.head.attention import cross_attentions
+from grounded_diffusion.training.head.head import GroundingHead
+from grounded_diffusion.training.head.presence import Presence, calibrate
+
+NEGATIVES = 2  # to an image
+LEAST = 0.4  # of the best layer's gap; weaker layers are not read
+CALL = 16  # images to one call of the network
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What came of it, on the examples that it was made of.
+
+    Attributes:
+        queries: how many were asked, present and absent.
+        kept: share of the present ones that are said to be there.
+        passed: share of the absent ones that are said to be there all the same.
+    """
+
+    queries: int
+    kept: float
+    passed: float
+
+    def line(self) -> str:
+        """In one line."""
+        return f"{self.kept:.1%} of names that are there are kept, {self.passed:.1%} of others pass"
+
+
+def strangers(names: Sequence[str], known: Sequence[str], place: int, count: int) -> list[str]:
+    """Names that are not among those of an image, others for every image."""
+    return mixed([name for name in known if name not in names], place, "absent")[:count]
+
+
+@torch.no_grad()
+def gather(
+    base: FrozenBase, head: GroundingHead, presence: Presence, examples: Sequence[Example], seen: Sequence[str]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(evidence [N,K], present [N]) of all queries of some examples; objects that were not found are left out."""
+    index = {name: k for k, name in enumerate(seen)}
+    states, rows = base.queries(list(seen)), []
+    by_count: dict[int, list[tuple[int, Example]]] = {}
+    for place, example in enumerate(examples):
+        if all(name in index for name in example.names):
+            by_count.setdefault(len(example.names), []).append((place, example))
+    for group in by_count.values():
+        for start in range(0, len(group), CALL):
+            part = group[start : start + CALL]
+            asked = [[*e.names, *strangers(e.names, seen, place, NEGATIVES)] for place, e in part]
+            queries = states[torch.tensor([[index[name] for name in names] for names in asked])]
+            evidence = read(base, head, presence, [e for _, e in part], queries)
+            for b, (_, example) in enumerate(part):
+                for o in range(len(asked[b])):
+                    there = o < len(example.names)
+                    if not there or example.masks[o].any():
+                        rows.append((evidence[b, o], there))
+    if not rows:
+        raise UsageError("presence is calibrated on examples of seen names, and there are none")
+    return torch.stack([row for row, _ in rows]).cpu(), torch.tensor([there for _, there in rows])
+
+
+def read(
+    base: FrozenBase, head: GroundingHead, presence: Presence, examples: Sequence[Example], queries: torch.Tensor
+) -> torch.Tensor:
+    """Evidence [B,O,K] of queries [B,O,D] in some examples."""
+    latents = torch.stack([torch.from_numpy(example.latents) for example in examples]).to(base.device)
+    timesteps = torch.tensor([example.timestep for example in examples], device=base.device)
+    with head.taps(base.unet) as taps, presence.taps(base.unet) as more:
+        features = base.features(latents, [example.prompt for example in examples], timesteps, taps)
+    logits = head(features, queries, torch.ones(queries.shape[:2], dtype=torch.bool, device=base.device))
+    return presence.evidence(more.raw(), logits, queries)
+
+
+def fit_presence(
+    base: FrozenBase, head: GroundingHead, examples: Sequence[Example], seen: Sequence[str]
+) -> tuple[Presence, Calibration]:
+    """A calibrated presence for a trained head, of the layers that tell names apart; nothing of the head changes.
+
+    Raises:
+        UsageError: the UNet has no cross-attention, or no example has a seen name that was found.
+    """
+    checkpoint = base.with_head(head)
+    template = template_states(checkpoint.tower, base.tokenizer, base.template)
+    every = Presence.of(base.unet, template).to(base.device)
+    evidence, present = gather(base, head, every, examples, seen)
+    spread = evidence.std(0).clamp(min=1e-6)
+    gaps = ((evidence[present].mean(0) - evidence[~present].mean(0)) / spread)[::2]  # inside the mask, of each layer
+    kept = [k for k, gap in enumerate(gaps.tolist()) if gap >= LEAST * gaps.max()]
+    chosen = Presence.of(base.unet, template, [cross_attentions(base.unet)[k] for k in kept])
+    columns = [column for k in kept for column in (2 * k, 2 * k + 1)]
+    calibrate(chosen, evidence[:, columns], present)
+    said = evidence[:, columns] @ chosen.weight + chosen.bias > 0
+    return chosen.to(base.device), Calibration(
+        len(present), said[present].float().mean().item(), said[~present].float().mean().item()
+    )
