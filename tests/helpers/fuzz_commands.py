@@ -74,8 +74,8 @@ class Command:
         elif what < 0.9:
             words.insert(at, odd_value(rng, given))
         else:
-            words[at:at] = [rng.choice(("--debug", "--version", "--help", "--overwrite", "--bogus", "--seed", "--out"))]
-        return [word for word in words if word != "--debug"] if rng.random() < 0.9 else words
+            words[at:at] = [rng.choice(("--version", "--help", "--overwrite", "--bogus", "--seed", "--out"))]
+        return words
 
 
 @dataclass
