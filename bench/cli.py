@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import tempfile
@@ -27,9 +26,11 @@ from grounded_diffusion.engine import GroundedPipeline, Options
 from grounded_diffusion.engine.backends.calibrate import calibrate
 from grounded_diffusion.engine.backends.open import BACKENDS, DEFAULT_BACKEND, backend_entry, cpu_backends
 from grounded_diffusion.engine.checks import usable_cores
-from grounded_diffusion.engine.cli.common import run_command
+from grounded_diffusion.engine.cli.common import Parser, run_command
 from grounded_diffusion.engine.pipeline.shipped import shipped_bundle, shipped_checkpoint
 from grounded_diffusion.errors import UsageError
+from grounded_diffusion.files import local_path
+from grounded_diffusion.reading import Misfit, decode
 
 DEFAULT_STEPS, DEFAULT_SAMPLER = 20, "dpmpp-2m"
 GPU_BATCH = 16
@@ -41,15 +42,17 @@ def say(line: str) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Options of the command line."""
-    parser = argparse.ArgumentParser(prog="gd-bench", description=__doc__)
-    kinds = parser.add_subparsers(dest="kind", required=True)
+    parser = Parser(prog="gd-bench", description=__doc__)
+    kinds = parser.add_subparsers(dest="kind", required=True, parser_class=Parser)
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--model", type=Path, help="bundle (default: the shipped model, exported at first use)")
-    common.add_argument("--ckpt", type=Path, help="the checkpoint it was exported from (default: the shipped one)")
+    common.add_argument("--model", type=local_path, help="bundle (default: the shipped model, exported at first use)")
+    common.add_argument(
+        "--ckpt", type=local_path, help="the checkpoint it was exported from (default: the shipped one)"
+    )
     common.add_argument("--threads", type=int, default=usable_cores(), help="CPU threads (default: all cores)")
     common.add_argument("--batch", type=int, help="images to a call of the engine (default: by calibration)")
     common.add_argument("--lanes", type=int, help="calls of the engine at once (default: by calibration)")
-    common.add_argument("--out", type=Path, help="write JSON, Markdown and SVG into this folder")
+    common.add_argument("--out", type=local_path, help="write JSON, Markdown and SVG into this folder")
 
     speed = kinds.add_parser("speed", parents=[common], help="stages, and systems end to end, taking turns")
     speed.add_argument(
@@ -70,10 +73,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     speed.add_argument("--no-memory", action="store_true", help="skip the measurement of peak memory")
 
     quality = kinds.add_parser("quality", parents=[common], help="price and quality of settings, judged by an oracle")
-    quality.add_argument("--oracle", type=Path, help="oracle.pt of a training run (default: the checkpoint's)")
+    quality.add_argument("--oracle", type=local_path, help="oracle.pt of a training run (default: the checkpoint's)")
     about = "fields of Options, name, system, capture; repeatable; the first is what the others are compared with"
     quality.add_argument("--setting", action="append", default=[], metavar="'key=value ...'", help=about)
-    quality.add_argument("--settings", type=Path, help="JSON file with a list of such settings as objects")
+    quality.add_argument("--settings", type=local_path, help="JSON file with a list of such settings as objects")
     quality.add_argument("--images", type=int, default=336, help="images of every setting (default 336)")
     quality.add_argument("--objects", type=int, choices=(1, 2), default=1, help="objects to a prompt (default 1)")
 
@@ -81,7 +84,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     grounding.add_argument("--size", default="sd15", help="sd15 or tiny (default sd15)")
     grounding.add_argument("--rounds", type=int, default=3, help="timed rounds (default 3)")
     grounding.add_argument("--threads", type=int, default=usable_cores(), help="CPU threads (default: all cores)")
-    grounding.add_argument("--out", type=Path, help="write JSON and Markdown into this folder")
+    grounding.add_argument("--out", type=local_path, help="write JSON and Markdown into this folder")
     return parser.parse_args(argv)
 
 
@@ -199,12 +202,11 @@ def run_quality(args: argparse.Namespace) -> None:
 def read_settings(file: Path) -> list[dict[str, Any]]:
     """Settings of a JSON file. Raises UsageError."""
     try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"cannot read the settings {file}: {error}") from None
-    if not isinstance(settings, list) or not all(isinstance(setting, dict) for setting in settings):
-        raise UsageError(f"{file} must hold a list of objects, one a setting")
-    return settings
+        return decode(file.read_bytes(), list[dict[str, Any]])
+    except OSError as error:
+        raise UsageError(f"cannot read the settings {file}: {error.strerror}") from None
+    except Misfit as error:
+        raise UsageError(f"{error.at(file)}; it must hold a list of tables, one a setting") from None
 
 
 def run_grounding(args: argparse.Namespace) -> None:
@@ -222,10 +224,10 @@ def run_grounding(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status of gd-bench: 0, or 1 and 2 as GroundedDiffusionError has them."""
-    args = parse(argv)
     runs = {"speed": run_speed, "quality": run_quality, "grounding": run_grounding}
 
     def body() -> None:
+        args = parse(argv)
         if args.kind == "quality" and (missing := missing_packages("eager")):
             raise UsageError(f"gd-bench quality needs {', '.join(missing)}: pip install 'grounded-diffusion[export]'")
         if not missing_packages("eager"):
@@ -235,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.filterwarnings("ignore", module="torch|diffusers|transformers|onnxscript")
         runs[args.kind](args)
 
-    return run_command("gd-bench", body, {})
+    return run_command("gd-bench", body, {}, argv=argv)
 
 
 if __name__ == "__main__":

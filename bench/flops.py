@@ -48,8 +48,8 @@ def infer_shapes(path: Path, sizes: Mapping[str, int]) -> tuple[Any, Shapes]:
     for value in graph.output:
         value.type.tensor_type.ClearField("shape")  # symbols of other axes; they are inferred
     del graph.value_info[:]
-    for node in graph.node:  # of which the tool knows the one alone; their shapes are the same
-        if node.op_type == "ReduceMax":
+    for node in graph.node:  # the tool knows the sum alone; the shapes are the same
+        if node.op_type in ("ReduceMax", "ReduceLogSumExp"):
             node.op_type = "ReduceSum"
     outside = [tensor for tensor in graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
     for tensor in outside:  # weights are left where they are: their shapes are enough

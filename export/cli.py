@@ -9,10 +9,9 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from grounded_diffusion.engine.cli.common import run_command
+from grounded_diffusion.engine.cli.common import Parser, run_command
 from grounded_diffusion.engine.cli.options import add_sampling_options
 from grounded_diffusion.engine.sampling.options import SAMPLING
 from grounded_diffusion.export import engine_cli
@@ -32,12 +31,12 @@ EPILOG = f"""examples:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "gd-export", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--ckpt", type=Path, help="a checkpoint directory, or the paper's grounding_module.pth")
-    source.add_argument("--bundle", type=Path, help="a bundle made before, to build --engine into")
+    source.add_argument("--ckpt", type=local_path, help="a checkpoint directory, or the paper's grounding_module.pth")
+    source.add_argument("--bundle", type=local_path, help="a bundle made before, to build --engine into")
     parser.add_argument(
         "--base",
         help="a model: one .safetensors or .ckpt file, a diffusers-format directory or a hub name; alone, or with the "
@@ -210,7 +209,8 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    return run_command("gd-export", lambda: run(parse(argv)), {}, interrupted="interrupted; what was finished is kept")
+    kept = "interrupted; what was finished is kept"
+    return run_command("gd-export", lambda: run(parse(argv)), {}, interrupted=kept, argv=argv)
 
 
 if __name__ == "__main__":

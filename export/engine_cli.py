@@ -49,7 +49,7 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Refuse what cannot be built, before anything long is begun.
 
     Raises:
-        SystemExit: options that do not fit together.
+        UsageError: options that do not fit together.
         BackendError: a backend that is not installed, or a device it does not build for.
     """
     if not options.engine:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from grounded_diffusion.errors import BundleError
 from grounded_diffusion.files import replace_file
+from grounded_diffusion.reading import Count, Misfit, Number, as_type, load_json
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -97,24 +100,24 @@ class Manifest:
     """
 
     family: str
-    image_size: tuple[int, int]
-    vae_scale_factor: int
-    latent_channels: int
-    size_multiple: int
-    context_length: int
-    context_dim: int
-    pad_token_id: int
-    bos_token_id: int
-    eos_token_id: int
+    image_size: tuple[Count, Count]
+    vae_scale_factor: Count
+    latent_channels: Count
+    size_multiple: Count
+    context_length: Count
+    context_dim: Count
+    pad_token_id: Number
+    bos_token_id: Number
+    eos_token_id: Number
     scheduler: dict[str, Any]
-    capture_timestep: int
+    capture_timestep: Number
     query_template: str
     head: dict[str, Any]
     precision: str
     guidance_layout: str = "uncond_first"
     names: dict[str, list[str]] = field(default_factory=dict)
     pooled_text: bool = False
-    guidance_embedding: int = 0
+    guidance_embedding: Number = 0
     sampling: dict[str, Any] = field(default_factory=dict)
     base: str = ""
     files: dict[str, str] = field(default_factory=dict)
@@ -153,6 +156,22 @@ class Bundle:
         return self.file(name if name in self.manifest.files else graph)
 
 
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """What a manifest's `sampling` may have; the values here are not looked at."""
+
+    sampler: str = ""
+    steps: Count = 1
+    guidance_scale: float = 1.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+
+
+class HasSchema(msgspec.Struct):
+    """What a manifest of any version has."""
+
+    schema: int
+
+
 def sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file."""
     with path.open("rb") as stream:
@@ -171,24 +190,37 @@ def read_manifest(path: Path) -> Manifest:
         raise BundleError(f"there is no bundle at {path}; make one with gd-export --ckpt CHECKPOINT --out {path}")
     if not file.is_file():
         raise BundleError(f"{path} has no {MANIFEST}, so its export did not finish; run gd-export again")
+    content = file.read_bytes()
     try:
-        raw: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        schema = raw["schema"]
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise BundleError(f"{file} is not a manifest ({error}); run gd-export again") from None
-    if schema != SCHEMA:
-        raise BundleError(
-            f"{file} has schema {schema}, this version reads schema {SCHEMA}; "
-            + ("upgrade grounded-diffusion" if isinstance(schema, int) and schema > SCHEMA else "run gd-export again")
-        )
-    known = {f.name for f in fields(Manifest)}
-    if unknown := sorted(raw.keys() - known):
-        raise BundleError(f"{file} has unknown fields {', '.join(unknown)}; run gd-export again")
+        raw = load_json(content)
+        schema = as_type(raw, HasSchema, content).schema
+        if schema != SCHEMA:
+            repair = "upgrade grounded-diffusion" if schema > SCHEMA else "run gd-export again"
+            raise BundleError(f"{file} has schema {schema}, this version reads schema {SCHEMA}; {repair}")
+        return checked(as_type(raw, Manifest, content))
+    except Misfit as error:
+        raise BundleError(f"{error.at(file)}; run gd-export again") from None
+
+
+def checked(manifest: Manifest) -> Manifest:
+    """A manifest whose fields make sense together. Raises Misfit."""
+    if manifest.query_template.count("{}") != 1:
+        raise Misfit(f"query_template must have {{}} once, not be {manifest.query_template!r}")
+    if manifest.precision not in ("fp32", "fp16"):
+        raise Misfit(f"precision must be fp32 or fp16, not {manifest.precision!r}")
+    if manifest.guidance_layout != "uncond_first":
+        raise Misfit(f"guidance_layout must be uncond_first, not {manifest.guidance_layout!r}")
+    if manifest.size_multiple % manifest.vae_scale_factor:
+        raise Misfit(f"size_multiple must be a multiple of vae_scale_factor {manifest.vae_scale_factor}")
+    if not all(side % manifest.size_multiple == 0 for side in manifest.image_size):
+        raise Misfit(f"image_size must be multiples of size_multiple {manifest.size_multiple}")
     try:
-        raw["image_size"] = tuple(raw["image_size"])
-        return Manifest(**raw)
-    except (TypeError, KeyError) as error:
-        raise BundleError(f"{file} lacks a field ({error}); run gd-export again") from None
+        as_type(manifest.sampling, Sampling)
+    except Misfit as error:
+        raise Misfit(f"sampling: {error}") from None
+    if manifest.context_length < 3:
+        raise Misfit("context_length must be at least 3: begin, a word and end")
+    return manifest
 
 
 def open_bundle(path: str | Path, verify: bool = True) -> Bundle:

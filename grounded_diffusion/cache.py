@@ -26,7 +26,7 @@ def cache_folder() -> Path:
         folder = Path.home() / ".cache" / NAME
     except RuntimeError:  # no HOME, and no entry for this user id
         return private_folder()
-    return folder if is_usable(folder) else private_folder()
+    return folder if folder.is_absolute() and is_usable(folder) else private_folder()
 
 
 def is_usable(folder: Path) -> bool:

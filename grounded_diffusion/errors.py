@@ -44,9 +44,13 @@ class BadPrompts(UsageError):  # noqa: N818 - what they are
 class BundleError(GroundedDiffusionError):
     """A bundle is missing, damaged, incomplete or of a schema this version does not know."""
 
+    exit_code = 2
+
 
 class CheckpointError(GroundedDiffusionError):
     """A checkpoint cannot be read, lacks keys, or does not fit the model it is paired with."""
+
+    exit_code = 2
 
 
 class ParityError(GroundedDiffusionError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import stat
 from collections.abc import Callable, Iterable, Iterator
@@ -13,16 +14,57 @@ from typing import BinaryIO
 from grounded_diffusion.errors import StorageError, UsageError
 
 SHOWN = 3  # names that a message lists
+MAX_LINE = 1_000_000  # bytes; a prompt with 254 names of 64 characters, whatever they are, takes 65,000
+MAX_STREAM = 1 << 30  # bytes of what cannot be read twice
+
+
+def check_place(text: str, *fields: str) -> None:
+    """Raise UsageError for what nobody means by a path or a URL, though the system would take it as it stands.
+
+    Args:
+        text: as it was given.
+        fields: the field that it was given for, if it has a name.
+    """
+    shown = text if len(text) <= 100 else f"{text[:97]}..."
+    named = f"`{fields[0]}`" if fields else "a path"
+    if not text.strip():
+        raise UsageError(f"{named} is empty, which would be the current folder; write . if that is meant", *fields)
+    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+        raise UsageError(f"{named} {shown!r} has a character that no file is called by here; rename the file", *fields)
+    if text.startswith("~"):
+        raise UsageError(f"{shown} begins with ~, which only a shell knows; write it in full, or ./{shown}", *fields)
+    if match := re.match(r"([a-zA-Z][a-zA-Z0-9+.-]+):/(?!/)", text):
+        line = f"{shown} is a folder called {match[1]}: here; write {match[1]}:// for a URL, or ./{shown}"
+        raise UsageError(line, *fields)
 
 
 def local_path(text: str) -> Path:
-    """A path of this machine, as a command line gives it. Raises UsageError for "" and for a URL."""
-    if not text:
-        raise UsageError("a path is empty, which would be the current folder; write . if that is meant")
+    """A path of this machine, as a command line gives it. Raises UsageError for "", a URL, and as `check_place`."""
+    check_place(text)
     scheme, separator, rest = text.partition("://")
     if separator and scheme != "file":
         raise UsageError(f"{text} is a URL, and this takes a path of this machine; copy the files here first")
     return Path(rest if separator else text)
+
+
+def lines_of(stream: BinaryIO, name: object) -> Iterator[bytes]:
+    """Lines of a file that people write, read piece by piece. Raises UsageError for one of over MAX_LINE bytes."""
+    number = 1
+    while line := stream.readline(MAX_LINE + 1):
+        if len(line) > MAX_LINE:
+            raise UsageError(f"{name}:{number}: the line has over {MAX_LINE:,} bytes; is this a file of lines?")
+        yield line
+        number += 1
+
+
+def read_stream(stream: BinaryIO, name: object) -> bytes:
+    """All lines of what has an end, and cannot be read twice. Raises UsageError as `lines_of`, and over MAX_STREAM."""
+    content = bytearray()
+    for line in lines_of(stream, name):
+        content += line
+        if len(content) > MAX_STREAM:
+            raise UsageError(f"{name} has over {MAX_STREAM:,} bytes; write it to a file, which is read piece by piece")
+    return bytes(content)
 
 
 def inside(root: Path, path: str) -> Path:

@@ -67,7 +67,7 @@ def attention_bundle(tiny_checkpoint, tmp_path_factory):
     from grounded_diffusion.training.head.attention import AttentionHead
 
     checkpoint = load_checkpoint(tiny_checkpoint, head="attention")
-    config = replace(checkpoint.head.config, presence=0.0, floor=0.0, alone=0.0, relative=0.9)
+    config = replace(checkpoint.head.config, presence=0.0, floor=0.0, alone=-100.0, relative=0.9)
     head = AttentionHead(config, checkpoint.unet, checkpoint.head.template, checkpoint.latent_size)
     checkpoint = replace(checkpoint, head=head.eval().requires_grad_(False))
     path = tmp_path_factory.mktemp("attention") / "bundle"

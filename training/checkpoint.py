@@ -27,6 +27,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from grounded_diffusion.bundle import Manifest
 from grounded_diffusion.errors import CheckpointError, UsageError
 from grounded_diffusion.families import FAMILIES
+from grounded_diffusion.reading import Misfit, Number, decode
 from grounded_diffusion.training.generator.attention import GUIDANCE, NOUNS, attention_head
 from grounded_diffusion.training.generator.denoiser import Denoiser
 from grounded_diffusion.training.generator.model import PARTS, SAMPLING, first_line, load_base
@@ -109,6 +110,17 @@ def with_statistics(checkpoint: Checkpoint, statistics: str) -> Checkpoint:
     return replace(checkpoint, head=head.eval().requires_grad_(False))
 
 
+@dataclass(frozen=True, slots=True)
+class HeadFile:
+    """grounding_head/config.json; fields as Checkpoint has them."""
+
+    head: HeadConfig
+    capture_timestep: Number = RELEASED_TIMESTEP
+    query_template: str = RELEASED_TEMPLATE
+    names: dict[str, list[str]] = field(default_factory=dict)
+    presence: PresenceConfig | None = None
+
+
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint, dtype: torch.dtype = torch.float16) -> None:
     """Write a checkpoint directory, its weights in `dtype`; `StableDiffusionPipeline.from_pretrained` loads it too.
 
@@ -154,10 +166,10 @@ def _save_weights(module: torch.nn.Module, file: Path, dtype: torch.dtype) -> No
     save_file({name: value.contiguous() for name, value in weights.items()}, file)
 
 
-def _load_presence(folder: Path, config: dict[str, Any]) -> Presence:
+def _load_presence(folder: Path, config: PresenceConfig) -> Presence:
     """What a head's folder says of presence. Raises CheckpointError."""
     try:
-        presence = Presence(PresenceConfig(**config))
+        presence = Presence(config)
         presence.load_state_dict({name: value.float() for name, value in load_file(folder / PRESENCE).items()})
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError, UsageError) as error:
         raise CheckpointError(f"cannot load {folder / PRESENCE}: {first_line(error)}") from None
@@ -167,15 +179,15 @@ def _load_presence(folder: Path, config: dict[str, Any]) -> Presence:
 def _load_head(folder: Path) -> tuple[GroundingHead, dict[str, Any]]:
     """The head in `folder` and what its configuration says besides."""
     try:
-        about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        head_config = about.pop("head")
+        about = decode((folder / "config.json").read_bytes(), HeadFile)
         state = load_file(folder / "model.safetensors")
-        config = HeadConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in head_config.items()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, UsageError) as error:
-        raise CheckpointError(f"cannot load the grounding head {folder}: {first_line(error)}") from None
-    head = GroundingHead(config)
+        head = GroundingHead(about.head)
+    except (OSError, ValueError, RuntimeError, SafetensorError, UsageError) as error:
+        told = error.at(folder / "config.json") if isinstance(error, Misfit) else first_line(error)
+        raise CheckpointError(f"cannot load the grounding head {folder}: {told}") from None
     load_state(head, state, folder / "model.safetensors")
-    return head.eval().requires_grad_(False), about
+    rest = {name: getattr(about, name) for name in ("capture_timestep", "query_template", "names", "presence")}
+    return head.eval().requires_grad_(False), rest
 
 
 def untrained_checkpoint(base: str | Path, capture_timestep: int = RELEASED_TIMESTEP, **model: Any) -> Checkpoint:
@@ -233,14 +245,11 @@ def load_checkpoint(
         if trained.config.tap_channels != expected or trained.config.text_dim != context_width(parts):
             raise CheckpointError(f"the grounding head of {path} was made for another UNet than the one beside it")
         if head == "attention":
-            kept = {name: about[name] for name in ("names", "query_template") if name in about}
+            kept = {name: about[name] for name in ("names", "query_template")}
             return with_attention(parts, report=report, **kept)
-        if "presence" in about:
+        if about["presence"] is not None:
             about["presence"] = _load_presence(path / HEAD, about["presence"])
-        try:
-            return Checkpoint(**parts, head=trained, **about)
-        except TypeError as error:
-            raise CheckpointError(f"{path / HEAD / 'config.json'} has an unknown entry ({error})") from None
+        return Checkpoint(**parts, head=trained, **about)
     if base is None:
         raise UsageError(f"{path} is only a grounding module; name its Stable Diffusion 1.x model with --base")
     if head == "attention":

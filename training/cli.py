@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from grounded_diffusion.errors import GroundedDiffusionError, UsageError
-from grounded_diffusion.files import os_error_line
+from grounded_diffusion.engine.checks import check_int
+from grounded_diffusion.engine.cli.common import Parser, run_command
+from grounded_diffusion.errors import UsageError
+from grounded_diffusion.files import local_path
 from grounded_diffusion.training.grounding import cli as any_model
+
+if TYPE_CHECKING:  # it loads torch
+    from grounded_diffusion.training.emoji.config import TrainConfig
 
 STAGES = {
     "base": "autoencoder, then UNet and text encoder",
@@ -17,6 +22,8 @@ STAGES = {
     "evaluate": "measure the trained model; writes evaluation.json and evaluation.png",
     "pack": "write the checkpoint directory that gd-export takes, in FP16",
 }
+
+NEEDED = {"base": ("vae", "unet"), "oracle": ("labeller", "oracle"), "head": ("head",)}  # tables of [stages]
 
 
 def is_world(argv: list[str]) -> bool:
@@ -31,7 +38,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if not is_world(argv):
         return any_model.parse(argv)
     listing = "\n".join(f"  {name:9} {text}" for name, text in STAGES.items())
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="gd-train",
         description=(
             "Train a grounding head on any Stable Diffusion model (gd-train examples --help shows all of it):\n"
@@ -45,9 +52,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("stage", choices=STAGES, metavar="STAGE", help="one of " + ", ".join(STAGES))
-    parser.add_argument("--config", required=True, type=Path, help="TOML file, such as models/emoji-64.toml")
-    parser.add_argument("--run", required=True, type=Path, help="folder of the run: states, samples, weights")
-    parser.add_argument("--out", type=Path, help="pack: the checkpoint directory to write")
+    parser.add_argument("--config", required=True, type=local_path, help="TOML file, such as models/emoji-64.toml")
+    parser.add_argument("--run", required=True, type=local_path, help="folder of the run: states, samples, weights")
+    parser.add_argument("--out", type=local_path, help="pack: the checkpoint directory to write")
     parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")
     args = parser.parse_args(argv)
@@ -59,12 +66,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> None:
     import torch
 
+    from grounded_diffusion.training.devices import check_device
     from grounded_diffusion.training.emoji.config import load_config
     from grounded_diffusion.training.worlds import open_world
 
+    check_int(args.threads, "threads", 0, 1024)
+    check_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
     config = load_config(args.config)
+    check_stages(config, args.stage)
     args.run.mkdir(parents=True, exist_ok=True)
     if args.stage == "pack":
         from grounded_diffusion.training.emoji.pack import pack
@@ -93,20 +104,22 @@ def run(args: argparse.Namespace) -> None:
         evaluate(config, world, args.run)
 
 
+def check_stages(config: TrainConfig, stage: str) -> None:
+    """Raise UsageError where the configuration has no pace for what a stage trains."""
+    needed = [name for name in NEEDED.get(stage, ()) if not (name == "vae" and "vae" in config.init)]
+    if missing := [name for name in needed if name not in config.stages]:
+        raise UsageError(f"the configuration has no table [stages.{missing[0]}], which gd-train {stage} needs")
+
+
 def main(argv: list[str] | None = None) -> int:
-    try:
+    """Entry point; returns the exit status."""
+
+    def body() -> None:
         args = parse(argv)
         any_model.run(args) if "command" in args else run(args)
-    except GroundedDiffusionError as error:
-        print(f"gd-train: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        print(f"gd-train: {os_error_line(error)}", file=sys.stderr)
-        return UsageError.exit_code
-    except KeyboardInterrupt:
-        print("gd-train: interrupted; the same command goes on from the last saved step", file=sys.stderr)
-        return 130
-    return 0
+
+    kept = "interrupted; the same command goes on from the last saved step"
+    return run_command("gd-train", body, {}, interrupted=kept, argv=argv)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from grounded_diffusion.engine.backends.open import DEFAULT_BACKEND, open_backen
 from grounded_diffusion.engine.checks import usable_cores
 from grounded_diffusion.engine.sampling.backend import Backend
 from grounded_diffusion.engine.sampling.options import MAX_BATCH, Options
+from grounded_diffusion.reading import Count, Misfit, decode
 
 CALIBRATED = 256  # images from which it pays to try which batch is fastest on this machine
 BUDGET = 25.0  # seconds; at large images only a few candidates are tried
@@ -36,8 +37,8 @@ WORTH = 1.015  # a larger candidate must be faster by this, or the smaller one, 
 class BatchAndLanes:
     """Images to a batch, and batches at once; `rate` is guided calls of one image a second with them."""
 
-    batch: int
-    lanes: int
+    batch: Count
+    lanes: Count
     rate: float = field(default=0.0, compare=False)
 
 
@@ -75,9 +76,8 @@ def remembered(
     bundle: Bundle, options: Options, threads: int | None = None, backend: str = DEFAULT_BACKEND
 ) -> BatchAndLanes | None:
     """What `calibrate` has found before; None where it would have to measure."""
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        file = cache_file(bundle, options, threads or usable_cores(), backend)
-        return BatchAndLanes(**json.loads(file.read_text(encoding="utf-8")))
+    with contextlib.suppress(OSError, Misfit):
+        return decode(cache_file(bundle, options, threads or usable_cores(), backend).read_bytes(), BatchAndLanes)
     return None
 
 

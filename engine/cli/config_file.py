@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import json
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from grounded_diffusion.engine.cli.common import Parser
 from grounded_diffusion.engine.dataset.formats import WITHOUT_CLASSES
-from grounded_diffusion.engine.dataset.runfile import RUN
+from grounded_diffusion.engine.dataset.runfile import RUN, RunFile
 from grounded_diffusion.engine.prompts.vocabulary import COCO_IDS
 from grounded_diffusion.errors import UsageError
-from grounded_diffusion.files import readable_errors
+from grounded_diffusion.files import local_path, readable_errors
+from grounded_diffusion.reading import Misfit, as_type, load_json, load_toml
 
 # An option of the command line also takes the place of a file's that excludes it.
 INSTEAD = {"prompt": "prompts", "prompts": "prompt", "backend": "precision", "precision": "backend",
@@ -30,7 +29,7 @@ DERIVED = ("model", "prompts", "samples", "classes")
 def add_config_option(group: argparse._ArgumentGroup) -> None:
     """--config."""
     group.add_argument(
-        "--config", type=Path, metavar="FILE",
+        "--config", type=local_path, metavar="FILE",
         help="options from a TOML file, as in images-per-prompt = 4, or from a run.json, which has all but prompts, "
         "model and output; those given here win",
     )  # fmt: skip
@@ -62,10 +61,12 @@ def read_options(path: Path, known: Mapping[str, Any]) -> dict[str, Any]:
     with readable_errors(path, "read"):
         content = path.read_bytes()
     try:
-        text = content.decode("utf-8-sig")
-        found = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} cannot be read: {error}; give --config a TOML file or a {RUN}") from None
+        found = load_json(content) if path.suffix == ".json" else load_toml(content)
+        if path.suffix == ".json":
+            as_type(found, RunFile, content)
+    except Misfit as error:
+        where = f", line {error.line}" if error.line else ""
+        raise UsageError(f"{path} cannot be read{where}: {error}; give --config a TOML file or a {RUN}") from None
     if path.suffix == ".json":
         return of_run(path, found)
     options = {name.replace("-", "_"): value for name, value in found.items()}

@@ -13,7 +13,6 @@ from itertools import islice
 from pathlib import Path
 from typing import cast
 
-from grounded_diffusion import __version__
 from grounded_diffusion.engine.cli import common
 from grounded_diffusion.engine.cli.completion import add_completion_option
 from grounded_diffusion.engine.cli.options import add_format_options, format_options_of
@@ -62,7 +61,6 @@ def build_parser() -> common.Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"gd-dataset {__version__}")
     add_completion_option(parser)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=common.Parser)
     add_convert(commands)
@@ -262,7 +260,7 @@ def main(argv: list[str] | None = None) -> int:
         args = build_parser().parse_args(argv)
         return args.run(args)
 
-    return common.run_command("gd-dataset", body, {})
+    return common.run_command("gd-dataset", body, {}, argv=argv)
 
 
 if __name__ == "__main__":

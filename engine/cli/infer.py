@@ -1,7 +1,7 @@
 """gd-infer: prompts in, images with masks out.
 
 Exit status: 0 complete; 3 complete, but for samples that were rejected or failed; 75 interrupted or out of disk space,
-and the same command goes on; 2 an option, prompt or output cannot be used; 1 any other failure.
+and the same command goes on; 2 an option, prompt, model or output cannot be used; 1 any other failure.
 """
 
 from __future__ import annotations
@@ -12,10 +12,8 @@ import json
 import sys
 import warnings
 from dataclasses import asdict, fields
-from pathlib import Path
 from typing import TextIO
 
-from grounded_diffusion import __version__
 from grounded_diffusion.engine.backends.open import BACKENDS, DEFAULT_BACKEND, PRECISIONS
 from grounded_diffusion.engine.cli import common
 from grounded_diffusion.engine.cli.common import parse_seed, parse_size
@@ -41,6 +39,7 @@ from grounded_diffusion.engine.runs.run import Run
 from grounded_diffusion.engine.runs.stop import Stop
 from grounded_diffusion.engine.sampling.options import Options
 from grounded_diffusion.errors import UsageError
+from grounded_diffusion.files import local_path
 
 # Options that are not called as the field of RunConfig that they set.
 FLAGS = {"prompt_file": "--prompts FILE", "prompts": "--prompt TEXT"}
@@ -61,7 +60,7 @@ examples:
 The same command given again makes what is missing. Several at once share the work, shard by shard.
 
 exit status: 0 complete; 3 complete, but for samples that were rejected or failed; 75 interrupted or out of disk
-space, and the same command goes on; 2 an option, prompt or output cannot be used; 1 any other failure
+space, and the same command goes on; 2 an option, prompt, model or output cannot be used; 1 any other failure
 """
 
 
@@ -74,10 +73,9 @@ def build_parser() -> common.Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"gd-infer {__version__}")
     add_completion_option(parser)
     what = parser.add_argument_group("what to make")
-    what.add_argument("--prompts", type=Path, metavar="FILE", help="prompt file; - is standard input")
+    what.add_argument("--prompts", type=local_path, metavar="FILE", help="prompt file; - is standard input")
     what.add_argument(
         "--skip-bad-lines", action="store_true", help="leave out lines of --prompts that cannot be used, listing each"
     )
@@ -104,7 +102,7 @@ def build_parser() -> common.Parser:
     )
     add_config_option(what)
     how = parser.add_argument_group("how to make it")
-    how.add_argument("--model", type=Path, metavar="BUNDLE", help="exported model (default: the shipped one)")
+    how.add_argument("--model", type=local_path, metavar="BUNDLE", help="exported model (default: the shipped one)")
     add_sampling_options(how, "default: the model's own")
     how.add_argument(
         "--negative-prompt", metavar="TEXT",
@@ -248,7 +246,7 @@ def main(argv: list[str] | None = None) -> int:
             warnings.showwarning = show_warning  # ty: ignore[invalid-assignment]
             return run(parse_with_config(build_parser(), sys.argv[1:] if argv is None else argv), stop)
 
-    return common.run_command("gd-infer", body, FLAGS)
+    return common.run_command("gd-infer", body, FLAGS, argv=argv)
 
 
 if __name__ == "__main__":

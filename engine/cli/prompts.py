@@ -10,9 +10,10 @@ import argparse
 import hashlib
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
 
-from grounded_diffusion import __version__
 from grounded_diffusion.engine.cli import common
 from grounded_diffusion.engine.cli.completion import add_completion_option
 from grounded_diffusion.engine.prompts.prompt import MAX_COUNT, Prompt, to_line
@@ -29,6 +30,7 @@ from grounded_diffusion.engine.prompts.vocabulary import (
 from grounded_diffusion.errors import UsageError
 from grounded_diffusion.files import check_target, local_path, readable_errors, replace_file
 
+MAX_SHUFFLED = 2_000_000  # lines, which are in memory at once
 EXAMPLES = """\
 examples:
   gd-prompts --vocabulary voc --out prompts.jsonl                  10,000 images of a name, 10,082 of a pair
@@ -51,12 +53,11 @@ def build_parser() -> common.Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"gd-prompts {__version__}")
     add_completion_option(parser)
     words = parser.add_mutually_exclusive_group(required=True)
     words.add_argument("--vocabulary", metavar="NAME", help="voc, coco, or emoji-64 (the names of the shipped model)")
     words.add_argument("--names", metavar="NAMES", help="your own names, in a file; or as --vocabulary")
-    parser.add_argument("--pairs", type=Path, metavar="FILE", help="your own pairs (default: the vocabulary's)")
+    parser.add_argument("--pairs", type=local_path, metavar="FILE", help="your own pairs (default: the vocabulary's)")
     parser.add_argument("--per-name", type=int, default=500, metavar="N", help="images of each name (default: 500)")
     parser.add_argument("--per-pair", type=int, default=71, metavar="N", help="images of each pair (default: 71)")
     parser.add_argument(
@@ -98,7 +99,7 @@ def spread(words: Sequence[tuple[str, ...]], templates: list[str], count: int) -
 
 def shuffled(prompts: list[Prompt], seed: int) -> list[Prompt]:
     """One prompt an image, ordered by a hash of seed and place: the same on every machine and Python."""
-    singles = [Prompt(prompt.text, prompt.objects, count=1) for prompt in prompts for _ in range(prompt.count or 1)]
+    singles = [one for prompt in prompts for one in repeat(replace(prompt, count=1), prompt.count or 1)]
     order = [hashlib.sha256(f"{seed}:{k}".encode()).digest() for k in range(len(singles))]
     return [singles[k] for k in sorted(range(len(singles)), key=order.__getitem__)]
 
@@ -138,6 +139,11 @@ def run(args: argparse.Namespace) -> None:
     if not prompts:
         raise UsageError("nothing to make; raise --per-name, or --per-pair with a vocabulary that has pairs")
     if args.shuffle_seed is not None:
+        if (lines := sum(prompt.count or 1 for prompt in prompts)) > MAX_SHUFFLED:
+            raise UsageError(
+                f"--shuffle-seed has {lines:,} lines to mix, and mixes at most {MAX_SHUFFLED:,}; leave it out, or "
+                "lower --per-name or --per-pair"
+            )
         prompts = shuffled(prompts, args.shuffle_seed)
     with readable_errors(args.out):
         args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -148,7 +154,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    return common.run_command("gd-prompts", lambda: run(build_parser().parse_args(argv)), {})
+    return common.run_command("gd-prompts", lambda: run(build_parser().parse_args(argv)), {}, argv=argv)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,10 @@ removed, and where it is in the way the command is refused with its name.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
-from grounded_diffusion.engine.dataset.runfile import INFER, MARKER, RUN, SUMMARY, About, read_about, read_json
+from grounded_diffusion.engine.dataset.runfile import INFER, MARKER, RUN, SUMMARY, About, read_about, read_summary
 from grounded_diffusion.engine.dataset.shards import DamagedShard, finished_shards, read_finished, read_shard
 from grounded_diffusion.engine.dataset.storage.base import (
     FINISHED,
@@ -24,6 +23,7 @@ from grounded_diffusion.engine.dataset.storage.base import (
 from grounded_diffusion.engine.dataset.storage.open import open_storage
 from grounded_diffusion.errors import UsageError
 from grounded_diffusion.files import check_foreign, readable_errors
+from grounded_diffusion.reading import Misfit, decode
 
 LOCK = re.compile(rf"{SHARDS}/(\d+|[a-z]+)\.lock")
 
@@ -100,7 +100,7 @@ def named_files(storage: Storage, found: list[str]) -> set[str]:
         named.add(FINISHED)
     except (DamagedShard, FileNotFoundError):
         pass
-    if {"samples", "accepted"} <= (read_json(storage, SUMMARY) or {}).keys():
+    if read_summary(storage):
         named.add(SUMMARY)
     for path in found:
         if LOCK.fullmatch(path) or path.startswith(f"{PARTIAL}/"):
@@ -113,7 +113,6 @@ def named_files(storage: Storage, found: list[str]) -> set[str]:
 def journal(storage: Storage, path: str) -> set[str]:
     """The names that a killed worker was about to give its files."""
     try:
-        names = json.loads(storage.read(path))
-        return {name for name in names if isinstance(name, str)}
-    except (ValueError, TypeError, FileNotFoundError):
+        return set(decode(storage.read(path), list[str]))
+    except (Misfit, FileNotFoundError):
         return set()

@@ -5,25 +5,23 @@ The metadata is read line by line, anew at every iteration. Of ten million sampl
 
 from __future__ import annotations
 
-import json
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from grounded_diffusion.engine.dataset.formats.folder import METADATA
 from grounded_diffusion.engine.dataset.record import SPLITS, Record, sample_id
+from grounded_diffusion.engine.dataset.rows import FolderRow, read_line
 from grounded_diffusion.engine.dataset.runfile import RUN, read_about
 from grounded_diffusion.engine.dataset.storage.base import SHARDS, Storage
 from grounded_diffusion.engine.dataset.storage.open import open_storage
 from grounded_diffusion.engine.sampling.sample import ObjectMask
 from grounded_diffusion.errors import StorageError, UsageError
-
-FIELDS = {"id": str, "index": int, "prompt": str, "seed": int, "draw": int, "width": int, "height": int,
-          "capture_timestep": (int, float), "image": str, "mask": str, "objects": list}  # fmt: skip
-OBJECT_FIELDS = {"name": str, "label": int, "area": int, "box": list, "score": (int, float), "mask": str}
+from grounded_diffusion.reading import Misfit
 
 
 class FolderDataset:
@@ -46,8 +44,8 @@ class FolderDataset:
         self.storage = open_storage(path)
         indices, names = array("q"), set()
         for row in read_rows(self.storage):
-            indices.append(row["index"])
-            names.update(thing["name"] for thing in row["objects"])
+            indices.append(row.index)
+            names.update(thing.name for thing in row.objects)
         self.indices, self.names = np.frombuffer(indices, np.int64), sorted(names)
         in_val = read_splits(self.storage, self.indices) if splits else None
         self._in_val = np.zeros(len(self.indices), np.bool_) if in_val is None else in_val
@@ -62,7 +60,7 @@ class FolderDataset:
     def rows(self) -> Iterator[dict[str, Any]]:
         """The objects of metadata.jsonl, in order."""
         with self.storage.open(METADATA) as lines:
-            yield from map(json.loads, lines)
+            yield from map(msgspec.json.decode, lines)
 
     def parts(self) -> list[tuple[int, Iterator[Record]]]:
         """Number and records of each split that has any."""
@@ -108,7 +106,7 @@ def read_settings(storage: Storage) -> dict[str, Any]:
     raise UsageError(f"{storage.root}/{RUN} is missing or damaged; restore it, or generate the data set again")
 
 
-def read_rows(storage: Storage) -> Iterator[dict[str, Any]]:
+def read_rows(storage: Storage) -> Iterator[FolderRow]:
     """Checked lines of a data set's metadata. Raises UsageError."""
     file, last, number = f"{storage.root}/{METADATA}", -1, 0
     if not storage.exists(METADATA):
@@ -128,45 +126,17 @@ def read_rows(storage: Storage) -> Iterator[dict[str, Any]]:
         with storage.open(METADATA) as lines:
             for line in lines:
                 number += 1
-                row = json.loads(line)
-                check_row(row)
-                if row["index"] <= last:
-                    raise ValueError(f"the id {row['id']} does not come after {sample_id(last)}, the one before")
-                last = row["index"]
+                row = read_line(line)
+                if row.index <= last:
+                    raise Misfit(f"the id {row.id} does not come after {sample_id(last)}, the one before")
+                last = row.index
                 yield row
     except OSError as error:
         raise UsageError(f"cannot read {file}: {error}") from None
-    except (ValueError, RecursionError) as error:
+    except Misfit as error:
         raise UsageError(f"{file}:{number}: {error}; restore the file, or generate the data set again") from None
     if not number:
         raise UsageError(f"{file} is empty; there is nothing to work on")
-
-
-def check_row(row: Any) -> None:
-    """Raise ValueError where a metadata line lacks a field, or a field has the wrong type."""
-    check_fields(row, FIELDS, "record")
-    if row["index"] < 0 or row["id"] != sample_id(row["index"]):
-        raise ValueError(f"the id {row['id']!r} does not belong to index {row['index']}")
-    for thing in row["objects"]:
-        check_fields(thing, OBJECT_FIELDS, "object")
-        if len(thing["box"]) != 4 or not all(isinstance(side, int) for side in thing["box"]):
-            raise ValueError(f"the box of {thing['name']!r} is not four whole numbers")
-    for file in (row["image"], row["mask"], *(thing["mask"] for thing in row["objects"])):
-        if file.startswith("/") or ".." in file.split("/"):
-            raise ValueError(f"the file {file} lies outside the data set")
-    if sorted(thing["label"] for thing in row["objects"]) != list(range(1, len(row["objects"]) + 1)):
-        raise ValueError("the labels of the objects are not 1, 2, ...")
-    if len({thing["name"] for thing in row["objects"]}) < len(row["objects"]):
-        raise ValueError("an object is named twice")
-
-
-def check_fields(value: Any, fields: dict[str, Any], what: str) -> None:
-    """Raise ValueError unless `value` is an object with these fields of these types."""
-    if not isinstance(value, dict):
-        raise ValueError(f"the {what} is not a JSON object")
-    for name, kind in fields.items():
-        if isinstance(value.get(name), bool) or not isinstance(value.get(name), kind):
-            raise ValueError(f"the {what} has no usable field {name!r}")
 
 
 def read_splits(storage: Storage, indices: np.ndarray) -> np.ndarray | None:

@@ -11,10 +11,13 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from msgspec import UNSET, Struct, UnsetType
+
 from grounded_diffusion.engine.checks import shorten
 from grounded_diffusion.engine.dataset.formats import FORMATS
 from grounded_diffusion.engine.dataset.storage.base import Storage
 from grounded_diffusion.errors import UsageError
+from grounded_diffusion.reading import Count, Misfit, Number, as_type, line_of, load_json
 
 RUN, SUMMARY, MARKER = "run.json", "summary.json", "gd-dataset.json"
 CLEARING = "clearing"  # in run.json while --overwrite removes the run that was there before
@@ -37,30 +40,63 @@ class About:
     clearing: bool = False
 
 
+class RunSettings(Struct):
+    """What of a run's settings is computed with; all of them together are compared as they stand."""
+
+    samples: Number | UnsetType = UNSET  # a merged data set has no plan
+    shard_size: Count | UnsetType = UNSET
+    model: str | UnsetType = UNSET
+    prompts: str | UnsetType = UNSET
+    backend: str | UnsetType = UNSET
+    batch: Count | UnsetType | None = UNSET
+    classes: dict[str, Number] | UnsetType = UNSET
+    merged: list[dict[str, Any]] | UnsetType = UNSET
+
+
+class RunFile(Struct):
+    """run.json."""
+
+    format: str
+    settings: RunSettings
+    clearing: bool = False
+
+
+class Marker(RunSettings, kw_only=True):
+    """gd-dataset.json."""
+
+    format: str
+
+
+class Summary(Struct):
+    """summary.json."""
+
+    samples: Number
+    accepted: Number
+    rejected: Number = 0
+    quarantined: Number = 0
+    masks: Number = 0
+    reasons: dict[str, Number] = {}
+
+
 def read_about(storage: Storage) -> About | None:
     """What a data set says of itself; None where there is none. Raises UsageError for a damaged file."""
-    for name in (RUN, MARKER):
-        content = read_json(storage, name)
-        if content is None:
+    for name, kind in ((RUN, RunFile), (MARKER, Marker)):
+        try:
+            bytes_ = storage.read(name)
+        except FileNotFoundError:
             continue
-        settings = content.get("settings") if name == RUN else content
-        if (
-            not isinstance(content.get("format"), str)
-            or content["format"] not in FORMATS
-            or not isinstance(settings, dict)
-            or not are_counts(settings)
-        ):
-            line = f"{storage.root}/{name} is damaged, or not ours; restore it, or choose another `out`"
-            raise UsageError(line, "out")
+        try:
+            content = load_json(bytes_)
+            as_type(content, kind, bytes_)
+            if content["format"] not in FORMATS:
+                raise Misfit(f"there is no format {content['format']!r}", line_of(bytes_, "format"))
+        except Misfit as error:
+            line = f"{error.at(f'{storage.root}/{name}')}; the file is damaged, or not ours: restore it, or choose"
+            raise UsageError(f"{line} another `out`", "out") from None
+        settings = content["settings"] if name == RUN else content
         made_by = CONVERT if name == MARKER else MERGE if "merged" in settings else INFER
         return About(made_by, content["format"], settings, bool(content.get(CLEARING)))
     return None
-
-
-def are_counts(settings: dict[str, Any]) -> bool:
-    """Whether the plan's numbers are numbers, so that a damaged file is told and not computed with."""
-    given = [settings[key] for key in ("samples", "shard_size") if key in settings]
-    return all(isinstance(value, int) and value >= 0 for value in given) and settings.get("shard_size") != 0
 
 
 def run_json(format: str, settings: dict[str, Any], clearing: bool = False) -> bytes:
@@ -74,15 +110,14 @@ def to_bytes(content: Any) -> bytes:
     return json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n"
 
 
-def read_json(storage: Storage, path: str) -> dict[str, Any] | None:
-    """A file of the output as JSON; None where there is none, {} where it is damaged."""
+def read_summary(storage: Storage) -> dict[str, Any] | None:
+    """What came of a run; None where summary.json is missing or damaged."""
     try:
-        content = json.loads(storage.read(path))
-    except FileNotFoundError:
+        content = load_json(storage.read(SUMMARY))
+        as_type(content, Summary)
+    except (FileNotFoundError, Misfit):
         return None
-    except (ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    return content
 
 
 def check_same(root: str, before: dict[str, Any], now: dict[str, Any]) -> None:

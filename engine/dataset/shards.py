@@ -24,18 +24,27 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from io import BytesIO
 from itertools import islice
 from typing import Any, BinaryIO, TypeVar, cast
 
 from grounded_diffusion.engine.dataset.formats.common import Encoded, Format
+from grounded_diffusion.engine.dataset.rows import AnyRow, ShardRecord
 from grounded_diffusion.engine.dataset.runfile import MARKER, RUN, SUMMARY, run_json, to_bytes
 from grounded_diffusion.engine.dataset.storage.base import FINISHED, SHARDS, Storage, record_path
 from grounded_diffusion.errors import StorageError
+from grounded_diffusion.reading import Misfit, as_type, load_json
 
 Item = TypeVar("Item")
-FIELDS = {"shard": int, "first": int, "samples": int, "accepted": int, "rejected": list, "quarantined": list,
-          "files": dict, "rows": list}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """What shards/finish.json says; see above."""
+
+    files: dict[str, str]
+    added: dict[str, str] = field(default_factory=dict)
 
 
 class DamagedShard(StorageError):  # noqa: N818 - a state, not a failure
@@ -64,19 +73,27 @@ def encode_shard(
     return json.dumps(record, ensure_ascii=False).encode() + b"\n"
 
 
-def read_shard(storage: Storage, shard: int, samples: range | None = None) -> dict[str, Any]:
-    """The record of a shard, which must be about these samples. Raises DamagedShard, or FileNotFoundError."""
+def read_shard(
+    storage: Storage, shard: int, samples: range | None = None, row: type[AnyRow] = AnyRow
+) -> dict[str, Any]:
+    """The record of a shard, which must be about these samples, with rows of a type.
+
+    Raises DamagedShard, or FileNotFoundError.
+    """
     path = record_path(shard)
     try:
-        record = json.loads(storage.read(path))
-        good = all(isinstance(record[name], kind) for name, kind in FIELDS.items()) and record["shard"] == shard
-        indices = [entry["index"] for name in ("rows", "rejected", "quarantined") for entry in record[name]]
-        good = good and record["accepted"] == len(record["rows"]) and record["samples"] == len(indices)
-        good = good and (samples is None or sorted(indices) == list(samples))
-    except (ValueError, KeyError, TypeError, RecursionError):
-        good = False
-    if not good:
-        raise DamagedShard(f"{storage.root}/{path} is damaged; remove it, and the same command makes the shard again")
+        record = load_json(storage.read(path))
+        found = as_type(record, cast(Any, ShardRecord)[row])
+        indices = [entry.index for entries in (found.rows, found.rejected, found.quarantined) for entry in entries]
+        if found.shard != shard:
+            raise Misfit(f"shard is {found.shard}, not {shard}")
+        if (found.accepted, found.samples) != (len(found.rows), len(indices)):
+            raise Misfit("accepted or samples are not those of its lists")
+        if samples is not None and sorted(indices) != list(samples):
+            raise Misfit("its samples are not those of the shard")
+    except Misfit as error:
+        again = "remove it, and the same command makes the shard again"
+        raise DamagedShard(f"{storage.root}/{path} is damaged; {again} ({error})") from None
     return record
 
 
@@ -89,12 +106,12 @@ def finished_shards(storage: Storage) -> list[int]:
 class Rows:
     """The rows of shards, in order, read anew at every iteration: one shard is in memory at a time."""
 
-    def __init__(self, storage: Storage, shards: Sequence[int]):
-        self.storage, self.shards = storage, shards
+    def __init__(self, storage: Storage, shards: Sequence[int], row: type[AnyRow]):
+        self.storage, self.shards, self.row = storage, shards, row
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for shard in self.shards:
-            yield from read_shard(self.storage, shard)["rows"]
+            yield from read_shard(self.storage, shard, row=self.row)["rows"]
 
 
 def digest_of(storage: Storage, path: str) -> str:
@@ -142,15 +159,13 @@ def read_finished(storage: Storage) -> dict[str, dict[str, str]]:
     """What shards/finish.json says. Raises FileNotFoundError, and DamagedShard where any byte of it has changed."""
     content = storage.read(FINISHED)
     try:
-        found = json.loads(content)
-        good = to_bytes(found) == content and found.keys() in ({"files"}, {"files", "added"})
-        good = good and all(isinstance(text, str) for files in found.values() for text in files.values())
-    except (ValueError, TypeError, AttributeError, RecursionError):
-        good = False
-    if not good:
-        raise DamagedShard(
-            f"{storage.root}/{FINISHED}: is damaged; remove it, and the same command as before writes it again"
-        )
+        found = load_json(content)
+        as_type(found, Finished)
+        if to_bytes(found) != content:
+            raise Misfit("not as it was written")
+    except Misfit as error:
+        again = "remove it, and the same command as before writes it again"
+        raise DamagedShard(f"{storage.root}/{FINISHED}: is damaged; {again} ({error})") from None
     return found
 
 
@@ -167,7 +182,7 @@ def finish_shards(
     Args:
         last: contents of files that are written after all others, by path.
     """
-    recording, rows, last = Recording(storage), Rows(storage, shards), last or {}
+    recording, rows, last = Recording(storage), Rows(storage, shards, format.row), last or {}
     format.finish(cast(Storage, recording), rows, run)  # what it does not have itself it asks of the storage
     files = recording.files | {path: hashlib.sha256(content).hexdigest() for path, content in last.items()}
     before = [*map(record_path, shards), *([RUN] if storage.exists(RUN) else [])]

@@ -3,7 +3,6 @@ on one that died and on one that is finished, and needs nothing of the processes
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -12,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from grounded_diffusion.engine.checks import duration
-from grounded_diffusion.engine.dataset.runfile import INFER, RUN, SUMMARY, About, kind_of, read_about, read_json
+from grounded_diffusion.engine.dataset.rows import Head
+from grounded_diffusion.engine.dataset.runfile import INFER, RUN, SUMMARY, About, kind_of, read_about
 from grounded_diffusion.engine.dataset.shards import DamagedShard, absent, finished_shards, read_finished
-from grounded_diffusion.engine.dataset.storage.base import FINISH, FINISHED, SHARDS, Storage, record_path
+from grounded_diffusion.engine.dataset.storage.base import FINISH, FINISHED, SHARDS, Storage, read_holder, record_path
 from grounded_diffusion.engine.dataset.storage.open import open_storage
 from grounded_diffusion.errors import UsageError
+from grounded_diffusion.reading import Misfit, decode
 
 WINDOW = 600.0  # seconds before the last record, over which the rate is taken
 FEWEST = 8  # records that the rate is taken over, where there are so many
@@ -74,31 +75,30 @@ def count_records(storage: Storage, shards: list[int]) -> tuple[dict[int, int], 
     for shard in shards:
         try:
             head = read_head(storage, record_path(shard))
-            lost = {kind: [kind_of(entry["reason"], kind) for entry in head[kind]] for kind in reasons}
-            size, accepted = int(head["samples"]), int(head["accepted"])
         except FileNotFoundError:  # being made again
             continue
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except Misfit:
             damaged.append(shard)
             continue
-        sizes[shard] = size
-        counts["accepted"] += accepted
+        lost = {kind: [kind_of(entry.reason, kind) for entry in getattr(head, kind)] for kind in reasons}
+        sizes[shard] = head.samples
+        counts["accepted"] += head.accepted
         for kind, some in lost.items():
             counts[kind] += len(some)
             reasons[kind].update(some)
     return sizes, counts, {kind: dict(some.most_common()) for kind, some in reasons.items()}, damaged
 
 
-def read_head(storage: Storage, path: str) -> dict[str, Any]:
-    """A record without its files and rows, which are most of it. Raises ValueError, FileNotFoundError."""
+def read_head(storage: Storage, path: str) -> Head:
+    """A record without its files and rows. Raises Misfit, FileNotFoundError."""
     content = b""
     for piece in pieces(storage, path):
         content += piece
         # Not within a text: there the quotation marks would be escaped.
         head, found, _ = content.partition(b', "files": ')
         if found:
-            return json.loads(head + b"}")
-    return json.loads(content)
+            return decode(head + b"}", Head)
+    return decode(content, Head)
 
 
 def pieces(storage: Storage, path: str) -> Iterator[bytes]:
@@ -124,8 +124,13 @@ def read_holders(storage: Storage) -> list[dict[str, Any]]:
         stem, _, suffix = name.partition(".")
         if suffix != "lock":
             continue
-        holder = alive.get(stem) or read_json(storage, f"{SHARDS}/{name}")
-        if holder is not None:  # else it was let go just now
+        try:
+            holder = alive.get(stem) or read_holder(storage.read(f"{SHARDS}/{name}"))
+        except FileNotFoundError:  # it was let go just now
+            continue
+        except Misfit:
+            holder = {}
+        if stem.isdecimal() or stem.isalpha():
             known = {key: holder.get(key) for key in ("host", "pid", "started")}
             holders.append({"shard": int(stem) if stem.isdecimal() else stem, **known, "alive": stem in alive})
     return holders

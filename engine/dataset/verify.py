@@ -18,8 +18,9 @@ import numpy as np
 from grounded_diffusion.engine.dataset.formats.common import VOID
 from grounded_diffusion.engine.dataset.formats.folder import FOLDERS, record_files
 from grounded_diffusion.engine.dataset.instances import mask_box
-from grounded_diffusion.engine.dataset.reader import check_row, read_array, read_splits
+from grounded_diffusion.engine.dataset.reader import read_array, read_splits
 from grounded_diffusion.engine.dataset.record import sample_id
+from grounded_diffusion.engine.dataset.rows import FolderRow
 from grounded_diffusion.engine.dataset.runfile import CONVERT, INFER, MARKER, RUN, SUMMARY, About, read_about
 from grounded_diffusion.engine.dataset.shards import (
     DamagedShard,
@@ -31,6 +32,7 @@ from grounded_diffusion.engine.dataset.shards import (
 from grounded_diffusion.engine.dataset.storage.base import FINISHED, SHARDS, Storage, record_path
 from grounded_diffusion.engine.dataset.storage.open import open_storage
 from grounded_diffusion.errors import StorageError, UsageError
+from grounded_diffusion.reading import Misfit, as_type
 
 ODD = (TypeError, ValueError, KeyError, AttributeError, OverflowError)  # what a damaged record may lead to
 
@@ -123,9 +125,9 @@ class Check:
         """That a row of the format "folder" fits its files."""
         name = self.file(record_path(record["shard"]))
         try:
-            check_row(row)
-        except ValueError as error:
-            return [f"{name}: {error}"]
+            as_type(row, FolderRow)
+        except Misfit as error:
+            return [f"{name}: {error} (sample {sample_id(row['index'])})"]
         unknown = [f"{name}: has no SHA-256 of {file}" for file in record_files(row) if file not in record["files"]]
         return unknown or list(check_arrays(self.storage, row))
 

@@ -14,6 +14,7 @@ from typing import BinaryIO
 
 from grounded_diffusion.engine.prompts.prompt import HOW_TO_MARK, Prompt, parse_line
 from grounded_diffusion.errors import BadPrompts, UsageError
+from grounded_diffusion.files import lines_of, read_stream
 
 STANDARD_INPUT = Path("-")
 STRIDE = 64  # prompts from one remembered place to the next
@@ -60,7 +61,7 @@ class PromptFile:
         self.content = content
         if self.path == STANDARD_INPUT:
             self.name = "standard input"
-            self.content = sys.stdin.buffer.read() if content is None else content
+            self.content = read_standard_input() if content is None else content
         self._stat: tuple[int, int, int] | None = None
         self.prompts = self.samples = 0
         self._places, self._firsts = array("q"), array("q")  # where a line begins; index of its first sample
@@ -155,7 +156,7 @@ class PromptFile:
         if self.path is not None and place >= 0:
             with self._open(self.path) as stream:
                 stream.seek(place)
-                for number, raw in enumerate(stream, 1):
+                for number, raw in enumerate(lines_of(stream, self.name), 1):
                     line = (raw.removeprefix(BOM) if place == 0 else raw).strip()
                     if line and not line.startswith(b"#") and place not in self._bad:
                         yield place, number, line
@@ -172,7 +173,7 @@ class PromptFile:
             stream = path.open("rb")
             if not path.is_file():
                 with stream:
-                    self.content = stream.read()
+                    self.content = read_stream(stream, self.name)
                 return io.BytesIO(self.content)
         except FileNotFoundError:
             raise UsageError(f"there is no prompt file {path}") from None
@@ -185,6 +186,13 @@ class PromptFile:
             raise UsageError(f"{path} has changed during the run; restore it, and give the same command again")
         self._stat = stat
         return stream
+
+
+def read_standard_input() -> bytes:
+    """All of it. Raises UsageError where it is closed."""
+    if sys.stdin is None:
+        raise UsageError("standard input is closed; give `prompt_file` a file", "prompt_file")
+    return read_stream(sys.stdin.buffer, "standard input")
 
 
 def all_of(problems: Sequence[UsageError], count: int) -> UsageError:

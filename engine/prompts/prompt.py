@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from grounded_diffusion.engine.checks import check_int
 from grounded_diffusion.engine.sampling.noise import MAX_SEED
 from grounded_diffusion.errors import UsageError
+from grounded_diffusion.reading import Misfit, load_json
 
 MAX_NAME = 64  # characters of an object's name; it becomes part of file names
 MAX_OBJECTS = 254  # labels are bytes; 0 is the background, 255 void
@@ -86,10 +87,15 @@ def clean_negative(text: object) -> str | None:
     return text if text is None else clean(text, "the negative prompt")
 
 
+def tidy(name: str) -> str:
+    """A name with single spaces, composed: however "\N{LATIN SMALL LETTER E WITH ACUTE}" is typed, it is one name."""
+    return unicodedata.normalize("NFC", " ".join(name.split()))
+
+
 def check_name(name: str) -> str:
-    """An object's name with single spaces. Raises UsageError where it cannot be part of a file name."""
+    """An object's name, tidy. Raises UsageError where it cannot be part of a file name."""
     shown = name if len(name) <= MAX_NAME else name[:MAX_NAME] + "..."
-    name = clean(name, f"object name {shown!r}")
+    name = tidy(clean(name, f"object name {shown!r}"))
     if not name:
         raise UsageError(f"an object has an empty name; {HOW_TO_MARK}")
     if len(name) > MAX_NAME:
@@ -123,12 +129,9 @@ def split_brackets(text: str) -> tuple[str, tuple[str, ...]]:
 def parse_json(line: str) -> Prompt:
     """A prompt from a JSON object with `prompt`, and optionally `objects`, `seed`, `count`, `negative_prompt`."""
     try:
-        fields = json.loads(line)
-    except RecursionError:
-        raise UsageError("invalid JSON: nested too deeply") from None
-    except ValueError as error:
-        where = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise UsageError(f"invalid JSON{where}: {getattr(error, 'msg', error)}") from None
+        fields = load_json(line.encode(errors="surrogatepass"))
+    except Misfit as error:
+        raise UsageError(str(error)) from None
     if unknown := sorted(fields.keys() - set(JSON_FIELDS)):
         raise UsageError(f"unknown field {', '.join(unknown)}; known are {', '.join(JSON_FIELDS)}")
     text, objects = fields.get("prompt"), fields.get("objects", [])

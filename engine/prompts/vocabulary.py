@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
-from grounded_diffusion.engine.prompts.prompt import check_name
+from grounded_diffusion.engine.prompts.prompt import check_name, tidy
 from grounded_diffusion.errors import UsageError
+from grounded_diffusion.files import lines_of
 
 VOC_NAMES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "dining table", "dog",
@@ -111,9 +112,10 @@ class Vocabulary:
         if not self.names:
             raise UsageError("the vocabulary has no names")
         seen: set[frozenset[str]] = set()
+        names = set(self.names)
         for pair in self.pairs:
             for name in pair:
-                if name not in self.names:
+                if name not in names:
                     raise UsageError(f"the pair {', '.join(pair)!r} has {name!r}, which is not among the names")
             if len(set(pair)) < 2 or frozenset(pair) in seen:
                 raise UsageError(
@@ -139,7 +141,7 @@ def built_in(name: str) -> Vocabulary:
 
 def read_names(path: str | Path) -> tuple[str, ...]:
     """Names of a file, one a line; empty lines and lines that start with # are skipped. Raises UsageError."""
-    names = tuple(" ".join(line.split()) for _, line in read_lines(path, "name"))
+    names = tuple(tidy(line) for _, line in read_lines(path, "name"))
     in_file(path, Vocabulary, names)
     return names
 
@@ -148,7 +150,7 @@ def read_pairs(path: str | Path, names: tuple[str, ...]) -> tuple[tuple[str, str
     """Pairs of a file, `a, b` on a line. Raises UsageError."""
     pairs = []
     for number, line in read_lines(path, "pair"):
-        pair = tuple(" ".join(part.split()) for part in line.split(","))
+        pair = tuple(tidy(part) for part in line.split(","))
         if len(pair) != 2 or not all(pair):
             raise UsageError(f"{path}:{number}: {line.strip()!r} is not a pair; write two names with a comma between")
         pairs.append(pair)
@@ -159,12 +161,13 @@ def read_pairs(path: str | Path, names: tuple[str, ...]) -> tuple[tuple[str, str
 def read_lines(path: str | Path, what: str) -> list[tuple[int, str]]:
     """Numbered lines that say something. Raises UsageError: no such file, not UTF-8, or nothing in it."""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        with Path(path).open("rb") as stream:
+            found = enumerate((line.decode("utf-8-sig") for line in lines_of(stream, path)), 1)
+            lines = [(number, line) for number, line in found if line.strip() and line.lstrip()[0] != "#"]
     except UnicodeDecodeError:
         raise UsageError(f"{path} is not UTF-8; save the file as UTF-8") from None
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from None
-    lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip() and line.lstrip()[0] != "#"]
     if not lines:
         raise UsageError(f"{path} is empty; write one {what} a line")
     return lines

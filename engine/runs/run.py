@@ -15,7 +15,7 @@ from grounded_diffusion.engine.dataset.runfile import (
     check_same,
     kind_of,
     read_about,
-    read_json,
+    read_summary,
     run_json,
     to_bytes,
 )
@@ -112,7 +112,7 @@ class Run:
     def _record(self, shard: int) -> dict[str, Any] | None:
         self.stop.check()
         try:
-            return read_shard(self.storage, shard, self.plan.indices(shard))
+            return read_shard(self.storage, shard, self.plan.indices(shard), self.format.row)
         except (DamagedShard, FileNotFoundError):
             return None
 
@@ -137,7 +137,7 @@ class Run:
             with self.storage.claim(FINISH) as mine:
                 damaged: list[int] = []
                 if mine:
-                    summary = read_json(self.storage, SUMMARY) if is_finished(self.storage, shards) else None
+                    summary = read_summary(self.storage) if is_finished(self.storage, shards) else None
                     if not summary:
                         summary, damaged = self.count(shards)
                         if not damaged:

@@ -1,4 +1,4 @@
-"""Stopping when asked to: SIGTERM and SIGINT end a command within seconds, whatever it is doing."""
+"""Stopping when asked to: SIGTERM, SIGINT and SIGHUP end a command within seconds, whatever it is doing."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from collections.abc import Callable
 from grounded_diffusion.errors import Interrupted
 
 GRACE = 6.0  # seconds to end by itself; Kubernetes, Slurm and we promise more
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Stop:
     """A request to stop, which a program checks wherever it can.
 
-    As a context manager it is set by SIGTERM and SIGINT. A program that has not ended GRACE seconds after the first
-    signal, or at the second one, is ended on the spot: nothing that matters is ever written in part. A thread reads
-    the signals, as Python's own handlers wait for a long call of a library to return.
+    As a context manager it is set by SIGTERM, SIGINT and SIGHUP, the last unless it is ignored, as under nohup. A
+    program that has not ended GRACE seconds after the first signal, or at the second one, is ended on the spot: nothing
+    that matters is ever written in part. A thread reads the signals, as Python's own handlers wait for a long call of a
+    library to return.
 
     Args:
         last: called before the program is ended on the spot, with the name of the signal; has a second.
@@ -60,7 +61,11 @@ class Stop:
             self._reader, self._writer = socket.socketpair()
             self._writer.setblocking(False)
             self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-            self._before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+            self._before = {
+                number: signal.signal(number, lambda *_: None)
+                for number in SIGNALS
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
+            }
             self._watcher = threading.Thread(target=self._watch, name="stop", daemon=True)
             self._watcher.start()
         return self

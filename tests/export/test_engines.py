@@ -249,9 +249,7 @@ def test_the_runtime_takes_only_engines_of_its_gpu_version_and_sizes(built, tmp_
     ],
 )
 def test_command_line_mistakes_are_named(arguments, says, capsys):
-    with pytest.raises(SystemExit) as error:
-        cli.main(["--bundle", "bundle", *arguments])
-    assert error.value.code == 2
+    assert cli.main(["--bundle", "bundle", *arguments]) == 2
     assert says in capsys.readouterr().err
 
 
@@ -266,6 +264,5 @@ def test_an_export_with_a_backend_that_is_missing_stops_before_it_begins(monkeyp
     monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
     assert cli.main(["--ckpt", str(tmp_path), "--out", str(tmp_path / "out"), "--engine", "tensorrt"]) == 1
     assert "pip install 'grounded-diffusion[tensorrt]'" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        cli.main(["--ckpt", str(tmp_path), "--out", str(tmp_path / "out"), "--sm", "86"])
+    assert cli.main(["--ckpt", str(tmp_path), "--out", str(tmp_path / "out"), "--sm", "86"]) == 2
     assert "--sm needs --engine" in capsys.readouterr().err

@@ -294,9 +294,9 @@ def test_where_a_bundle_may_not_go(tiny_bundle, tmp_path):
 @pytest.mark.parametrize(
     ("options", "status", "message"),
     [
-        (["--ckpt", "nowhere", "--out", "out"], 1, "there is no checkpoint at nowhere"),
+        (["--ckpt", "nowhere", "--out", "out"], 2, "there is no checkpoint at nowhere"),
         (["--ckpt", "junk.pth", "--out", "out"], 2, "name its Stable Diffusion 1.x model with --base"),
-        (["--ckpt", "empty", "--out", "out"], 1, "is not a checkpoint"),
+        (["--ckpt", "empty", "--out", "out"], 2, "is not a checkpoint"),
         (["--ckpt", "empty", "--out", "full"], 2, "is not empty"),
         (["--ckpt", "empty", "--out", "junk.pth/out"], 2, "cannot write to"),
     ],
@@ -318,7 +318,7 @@ def test_an_export_without_a_tokenizer_is_refused(tiny_checkpoint, tmp_path, cap
     """The tokenizer that is left has two tokens, and graphs and loop would agree on it."""
     copy = shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
     (copy / "tokenizer" / "tokenizer.json").unlink()
-    assert cli.main(["--ckpt", str(copy), "--out", str(tmp_path / "out")]) == 1
+    assert cli.main(["--ckpt", str(copy), "--out", str(tmp_path / "out")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "knows 2 tokens" in line and not (tmp_path / "out").exists()
 

@@ -51,7 +51,7 @@ def with_head(parts, family):
         affinity_features(unet),
         presence=0,
         floor=0,
-        alone=0,
+        alone=-100,
         relative=0.9,
     )
     words = template_states(bare.tower, bare.tokenizer, RELEASED_TEMPLATE)

@@ -56,7 +56,7 @@ def test_options_of_the_export_go_first(tiny_checkpoint, tmp_path):
         "sampler": "lcm", "steps": 4, "guidance_scale": 1.0, "guidance_interval": (0.0, 1.0)
     }  # fmt: skip
     assert model.scheduler.config.timestep_spacing == "trailing"
-    with pytest.raises(SystemExit):
+    with pytest.raises(UsageError, match="a --bundle says it already"):
         cli.parse(["--bundle", "b", "--engine", "tensorrt", "--steps", "4"])
 
 

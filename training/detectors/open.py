@@ -8,6 +8,7 @@ from grounded_diffusion.errors import CheckpointError
 from grounded_diffusion.training.detectors.base import Segmenter
 from grounded_diffusion.training.detectors.mask_rcnn import MaskRcnn
 from grounded_diffusion.training.detectors.segmenters import TransformersSegmenter
+from grounded_diffusion.training.devices import check_device
 from grounded_diffusion.training.hub import HUB_NAME
 
 MASK_RCNN = "mask-rcnn"
@@ -19,6 +20,7 @@ def open_segmenter(source: str, device: str = "cpu") -> Segmenter:
     Raises:
         UsageError, CheckpointError: there is none, or it cannot be loaded.
     """
+    check_device(device)
     if source == MASK_RCNN:
         return MaskRcnn(device)
     local = Path(source).exists() or not HUB_NAME.fullmatch(source)

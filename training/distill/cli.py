@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 from grounded_diffusion.engine.backends.open import BACKENDS, DEFAULT_BACKEND
 from grounded_diffusion.engine.prompts.file import read_prompts
 from grounded_diffusion.errors import UsageError
+from grounded_diffusion.files import local_path
 
 EXAMPLES = """\
 examples:
@@ -24,10 +24,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """What gd-train distill takes."""
     parser.add_argument("--base", required=True, metavar="MODEL", help="Stable Diffusion: a directory or a hub name")
     parser.add_argument(
-        "--model", type=Path, required=True, metavar="BUNDLE", help="the same model exported: the teacher"
+        "--model", type=local_path, required=True, metavar="BUNDLE", help="the same model exported: the teacher"
     )
-    parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="as gd-infer takes it")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument("--prompts", type=local_path, required=True, metavar="FILE", help="as gd-infer takes it")
+    parser.add_argument("--out", type=local_path, required=True, metavar="DIR", help="folder to write")
     group = parser.add_argument_group("teacher")
     group.add_argument(
         "--timesteps", default="999,700,400,130", metavar="T,T,...",

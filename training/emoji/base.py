@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from grounded_diffusion.training.emoji.config import TrainConfig
+from grounded_diffusion.training.emoji.config import TrainConfig, table_errors
 from grounded_diffusion.training.generator.sampling import sample_images
 from grounded_diffusion.training.images import save_grid
 from grounded_diffusion.training.loop import step_generator, train
@@ -68,6 +68,7 @@ def train_tokenizer(corpus: list[str], size: int) -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=CONTEXT_LENGTH)
 
 
+@table_errors("text")
 def build_text_encoder(config: TrainConfig, tokenizer: CLIPTokenizer) -> CLIPTextModel:
     sizes = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4)
     sizes |= dict(projection_dim=128, hidden_act="quick_gelu", max_position_embeddings=CONTEXT_LENGTH) | config.text
@@ -92,6 +93,7 @@ def place_by_meaning(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, mean
     table[ids, width:] *= (table.shape[1] / (table.shape[1] - width) / 2) ** 0.5
 
 
+@table_errors("unet")
 def build_unet(config: TrainConfig, latent_size: int, text_width: int) -> UNet2DConditionModel:
     """Three levels with cross-attention on the lower two, unless the configuration says otherwise."""
     sizes = dict(block_out_channels=(48, 96, 160), layers_per_block=1, norm_num_groups=16, attention_head_dim=4)
@@ -188,7 +190,8 @@ def train_base(config: TrainConfig, world: World, folder: Path) -> None:
     torch.manual_seed(stage.seed)
     vae = AutoencoderKL.from_pretrained(folder / "vae").to(device, memory_format=torch.channels_last).eval()
     tokenizer, text_encoder, unet = start_models(config, vae, folder)
-    scheduler = DDIMScheduler(**SCHEDULER | config.scheduler)
+    with table_errors("scheduler"):
+        scheduler = DDIMScheduler(**SCHEDULER | config.scheduler)
     model = TextToImage(unet, text_encoder).to(device, memory_format=torch.channels_last)
     latents, ids = encode_scenes(vae, world, tokenizer, config.latents, folder / "latents.pt")
     empty = tokenize(tokenizer, [""]).to(device)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
-import tomllib
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 
-from grounded_diffusion.errors import UsageError
+from grounded_diffusion.engine.checks import first_line
+from grounded_diffusion.errors import GroundedDiffusionError, UsageError
+from grounded_diffusion.reading import Misfit, as_type, line_of, load_toml
 from grounded_diffusion.training.emoji.world import WorldConfig as EmojiConfig
 from grounded_diffusion.training.worlds import WorldConfig, kind_named, kind_of
+
+T = TypeVar("T")
+STAGES = ("vae", "unet", "oracle", "labeller", "head")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +55,9 @@ class StageConfig:
         for name in ("steps", "batch", "sample_every", "save_every"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("lr", "muon_lr", "weight_decay", "warmup", "seed"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be a finite number of at least 0")
         if not 0 <= self.ema < 1 or not 0 < self.cooldown <= 1:
             raise UsageError("ema must lie in [0, 1) and cooldown in (0, 1]")
 
@@ -111,9 +120,12 @@ class TrainConfig:
         for part, folder in self.init.items():
             if not Path(folder, part).is_dir():
                 raise UsageError(f"init.{part} is {folder}, which holds no {part}; name a checkpoint directory")
+        for name in ("latents", "examples"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if not 0 <= self.rendered_share <= 1:
             raise UsageError(f"rendered_share is {self.rendered_share}; it must lie in [0, 1]")
-        if self.absent_weight < 0 or not 1 <= self.capture_range < 1000:
+        if not 0 <= self.absent_weight < math.inf or not 1 <= self.capture_range < 1000:
             raise UsageError("absent_weight must be at least 0 and capture_range from 1 to 999")
 
     @property
@@ -122,22 +134,47 @@ class TrainConfig:
         return tuple(name for name in self.names if name not in self.unseen)
 
 
-def _build(kind, table: dict[str, Any], where: str):
-    known = {f.name for f in dataclasses.fields(kind)}
-    if unknown := sorted(table.keys() - known):
-        raise UsageError(f"unknown option {', '.join(unknown)} in [{where}]; known: {', '.join(sorted(known))}")
-    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in table.items()})
+@contextmanager
+def table_errors(table: str) -> Iterator[None]:
+    """Turn what a library says of the keyword arguments of a table into one line. Raises UsageError."""
+    try:
+        yield
+    except GroundedDiffusionError:
+        raise
+    except Exception as error:  # each library has its own kinds
+        raise UsageError(f"[{table}] describes nothing that can be built: {first_line(error)}") from None
+
+
+def _table(kind: type[T], table: Any, where: str, content: bytes) -> T:
+    """A table as its dataclass; what is in it already as one stays. Raises Misfit, and UsageError of the dataclass."""
+    if not isinstance(table, dict):
+        raise Misfit(f"{where} must be a table", line_of(content, where))
+    kinds = get_type_hints(kind)
+    if unknown := sorted(table.keys() - kinds):
+        raise Misfit(f"unknown option {', '.join(unknown)} in [{where}]; known: {', '.join(sorted(kinds))}")
+    made = ("world", "stages") if kind is TrainConfig else ()
+    name = lambda key: key if kind is TrainConfig else f"{where}.{key}"
+    return kind(**{
+        key: value if key in made else as_type(value, kinds[key], content, name(key)) for key, value in table.items()
+    })  # fmt: skip
 
 
 def load_config(path: str | Path) -> TrainConfig:
-    """Read a TOML file. Unknown tables and options fail by name."""
+    """Read a TOML file. Raises UsageError with file, line and option: unknown, of another type, or out of range."""
     try:
-        raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        content = Path(path).read_bytes()
+        raw = load_toml(content)
+        world = as_type(raw.get("world", {}), dict[str, Any], content, "world")
+        kind = kind_named(as_type(world.pop("kind", "emoji"), str, content, "world.kind"))
+        stages = as_type(raw.get("stages", {}), dict[str, Any], content, "stages")
+        if unknown := sorted(stages.keys() - set(STAGES)):
+            raise Misfit(f"unknown stage {', '.join(unknown)}; known: {', '.join(STAGES)}")
+        raw["world"] = _table(kind.config, world, "world", content)
+        raw["stages"] = {name: _table(StageConfig, table, f"stages.{name}", content) for name, table in stages.items()}
+        return _table(TrainConfig, raw, str(path), content)
     except OSError as error:
         raise UsageError(f"cannot read the configuration {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not TOML: {error}") from None
-    world = raw.get("world", {})
-    raw["world"] = _build(kind_named(world.pop("kind", "emoji")).config, world, "world")
-    raw["stages"] = {k: _build(StageConfig, v, f"stages.{k}") for k, v in raw.get("stages", {}).items()}
-    return _build(TrainConfig, raw, str(path))
+    except Misfit as error:
+        raise UsageError(error.at(path)) from None
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
+from grounded_diffusion.engine.checks import first_line
 from grounded_diffusion.errors import CheckpointError
-from grounded_diffusion.training.emoji.config import TrainConfig
+from grounded_diffusion.training.emoji.config import TrainConfig, table_errors
 from grounded_diffusion.training.emoji.head import BaseModel, object_masks
 from grounded_diffusion.training.emoji.oracle import load_oracle, measure, reconstruct
 from grounded_diffusion.training.emoji.vae import psnr
@@ -33,8 +34,13 @@ def load_head(base: BaseModel, config: TrainConfig, folder: Path) -> GroundingHe
     """The trained head of a run, in evaluation mode."""
     if not (folder / "head.pt").is_file():
         raise CheckpointError(f"{folder} has no head.pt; train it with gd-train head")
-    head = GroundingHead(HeadConfig.for_unet(base.unet.config, text_dim=base.empty.shape[-1], **config.head))
-    head.load_state_dict(torch.load(folder / "head.pt", weights_only=True)["weights"])
+    with table_errors("head"):
+        head = GroundingHead(HeadConfig.for_unet(base.unet.config, text_dim=base.empty.shape[-1], **config.head))
+    try:
+        head.load_state_dict(torch.load(folder / "head.pt", weights_only=True)["weights"])
+    except Exception as error:  # pickle, zip files and tensors have many kinds
+        line = f"{folder / 'head.pt'} is damaged ({first_line(error)}); train it with gd-train head"
+        raise CheckpointError(line) from None
     return head.to(base.device).eval().requires_grad_(False)
 
 

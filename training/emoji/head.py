@@ -17,7 +17,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from grounded_diffusion.errors import CheckpointError
 from grounded_diffusion.training.emoji.base import tokenize
-from grounded_diffusion.training.emoji.config import TrainConfig
+from grounded_diffusion.training.emoji.config import TrainConfig, table_errors
 from grounded_diffusion.training.emoji.oracle import load_oracle
 from grounded_diffusion.training.emoji.world import World
 from grounded_diffusion.training.generator.sampling import sample_images
@@ -131,8 +131,9 @@ def train_head(config: TrainConfig, world: World, folder: Path) -> GroundingHead
     stage, device = config.stages["head"], world.bank.device
     torch.manual_seed(stage.seed)
     base = BaseModel(folder, device)
-    head_config = HeadConfig.for_unet(base.unet.config, text_dim=base.empty.shape[-1], **config.head)
-    head = GroundingHead(head_config).to(device)
+    with table_errors("head"):
+        head_config = HeadConfig.for_unet(base.unet.config, text_dim=base.empty.shape[-1], **config.head)
+        head = GroundingHead(head_config).to(device)
     seen = list(config.seen)
     seen_world = World(config.world, seen, device)
     examples = generate_examples(base, config, folder, stage.seed + 1)

@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 from torch.nn import functional as F
 
+from grounded_diffusion.engine.checks import first_line
 from grounded_diffusion.errors import CheckpointError
 from grounded_diffusion.training.emoji.config import TrainConfig
 from grounded_diffusion.training.emoji.world import Scene
@@ -104,6 +105,8 @@ def train_oracle(name: str, config: TrainConfig, folder: Path, device: str = "cp
     stage = config.stages[name]
     torch.manual_seed(stage.seed)
     world = open_world(config.world, list(config.names if name == "oracle" else config.seen), device)
+    if not (folder / "vae").is_dir():
+        raise CheckpointError(f"{folder} has no vae; train it with gd-train base")
     vae = AutoencoderKL.from_pretrained(folder / "vae").to(device, memory_format=torch.channels_last).eval()
     segmenter = Segmenter(world.names).to(device, memory_format=torch.channels_last)
 
@@ -128,7 +131,10 @@ def load_oracle(file: Path) -> Segmenter:
     """A trained segmenter. Raises CheckpointError where there is none."""
     if not file.is_file():
         raise CheckpointError(f"{file} does not exist; train it with gd-train {file.stem}")
-    saved = torch.load(file, weights_only=True)
-    segmenter = Segmenter(saved["names"])
-    segmenter.load_state_dict(saved["weights"])
+    try:
+        saved = torch.load(file, weights_only=True)
+        segmenter = Segmenter(saved["names"])
+        segmenter.load_state_dict(saved["weights"])
+    except Exception as error:  # pickle, zip files and tensors have many kinds
+        raise CheckpointError(f"{file} is damaged ({first_line(error)}); train it with gd-train {file.stem}") from None
     return segmenter.to(memory_format=torch.channels_last).eval().requires_grad_(False)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 
-from grounded_diffusion.training.emoji.config import TrainConfig
+from grounded_diffusion.training.emoji.config import TrainConfig, table_errors
 from grounded_diffusion.training.images import save_grid
 from grounded_diffusion.training.loop import step_generator, train
 from grounded_diffusion.training.worlds import World
@@ -16,6 +16,7 @@ from grounded_diffusion.training.worlds import World
 KL_WEIGHT = 1e-6  # Rombach et al., 2022, section 4: a slight penalty only
 
 
+@table_errors("vae")
 def build_vae(config: TrainConfig) -> AutoencoderKL:
     """A three-level (f4) autoencoder unless the configuration says otherwise."""
     sizes = dict(block_out_channels=(16, 48, 96), layers_per_block=1, norm_num_groups=8, latent_channels=4)

@@ -7,6 +7,7 @@ keeps a small trainer fed and a GPU is never starved.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -95,6 +96,8 @@ class WorldConfig:
             low, high = getattr(self, field)
             if not 0 < low <= high <= 1:
                 raise UsageError(f"world.{field} is ({low}, {high}); it must satisfy 0 < low <= high <= 1")
+        if not (math.isfinite(self.rotation) and 0 <= self.tint <= 1):
+            raise UsageError("world.rotation must be a finite number of degrees, and world.tint lie in [0, 1]")
         if not 0 <= self.pair_share <= 1 or not 0 <= self.flip <= 1:
             raise UsageError("world.pair_share and world.flip are shares; they must lie in [0, 1]")
 

@@ -29,8 +29,7 @@ STEPS = 8  # of DDIM; the step before the last is near CAPTURE_TIMESTEP
 GUIDANCE = 5.0
 LARGE = 1024  # latent cells; above, half as many nouns are drawn, at half the side
 STRONGEST = 8  # the strongest 1/8 of the cells answer for a noun
-WEAK = 0.8  # of what drawn nouns reach is needed, where that is less than the usual threshold
-LEAST_SHARE = 1e-3
+WEAK = 0.5  # log-odds below what drawn nouns reach, where that is less than the usual threshold, are enough
 LEAST = 0.4  # of the best layer's margin; weaker layers are left out
 
 
@@ -131,10 +130,11 @@ def calibrated(head: AttentionHead, taps: AttentionTaps, queries: torch.Tensor) 
     """
     tapped, config = taps.features(), head.config
     size = tapped[config.features[-1]].shape[2:]
-    _, alone = head.maps(tapped, queries, torch.ones(queries.shape[:2], dtype=torch.bool), size)
-    usual = head.strongest(alone).median().item()
+    _, odds = head.maps(tapped, queries, torch.ones(queries.shape[:2], dtype=torch.bool), size)
+    usual = head.strongest(odds).median()
     if usual >= config.alone:
         return config
-    less = max(usual, LEAST_SHARE) * WEAK / config.alone
-    thresholds = {name: round(getattr(config, name) * less, 4) for name in ("floor", "presence", "alone")}
-    return replace(config, **thresholds)
+    alone = usual.item() - WEAK
+    less = (torch.tensor([alone, config.alone]).sigmoid()).tolist()  # the same as shares
+    scaled = {name: getattr(config, name) * less[0] / less[1] for name in ("floor", "presence")}
+    return replace(config, **{name: round(value, 4) for name, value in (scaled | {"alone": alone}).items()})

@@ -11,6 +11,7 @@ import torch
 from grounded_diffusion.errors import CheckpointError
 from grounded_diffusion.families import FAMILIES
 from grounded_diffusion.training.checkpoint import RELEASED_TEMPLATE, Checkpoint, load_base
+from grounded_diffusion.training.devices import check_device
 from grounded_diffusion.training.fingerprint import weights_digest
 from grounded_diffusion.training.head.head import GroundingHead
 from grounded_diffusion.training.head.taps import Taps
@@ -33,6 +34,7 @@ class FrozenBase:
     """
 
     def __init__(self, source: str | Path, device: torch.device | str = "cpu", template: str = RELEASED_TEMPLATE):
+        check_device(str(device))
         self.source, self.device, self.template = str(source), torch.device(device), template
         self.parts = load_base(source)
         if self.parts.get("text_encoder_2") is not None or self.parts["unet"].config.get("time_cond_proj_dim"):

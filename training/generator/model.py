@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,10 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
 
+from grounded_diffusion.bundle import Sampling
 from grounded_diffusion.engine.checks import listing
 from grounded_diffusion.errors import CheckpointError, UsageError
+from grounded_diffusion.reading import Misfit, as_type, load_json
 from grounded_diffusion.training.generator.lora import fuse, said_of_runs
 from grounded_diffusion.training.generator.single_file import SUFFIXES, load_single_file, load_vae_file
 from grounded_diffusion.training.generator.vocabulary import find_tokenizer
@@ -133,11 +134,11 @@ def read_sampling(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        said = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not JSON ({error})") from None
-    if not isinstance(said, dict) or said.keys() - set(OWN):
-        raise CheckpointError(f"{file} must be an object of {', '.join(OWN)}")
+        content = file.read_bytes()
+        said = load_json(content)
+        as_type(said, Sampling, content)
+    except Misfit as error:
+        raise CheckpointError(f"{error.at(file)}; it must be an object of {', '.join(OWN)}") from None
     return said
 
 

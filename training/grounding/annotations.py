@@ -112,7 +112,7 @@ class CocoFile:
                 )
         except OSError as error:
             raise UsageError(f"cannot read {file}: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UsageError(f"{file} is no COCO file of instances: {type(error).__name__} {error}") from None
         images = tuple(image for image in images if image["id"] in by_image)
         if not images:

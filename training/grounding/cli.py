@@ -6,15 +6,15 @@ import argparse
 import logging
 import os
 from collections.abc import Callable
-from pathlib import Path
-from typing import NoReturn
 
 from grounded_diffusion.engine.backends.open import BACKENDS, DEFAULT_BACKEND
+from grounded_diffusion.engine.cli.common import Parser
 from grounded_diffusion.engine.cli.prompts import read_templates
 from grounded_diffusion.engine.prompts.vocabulary import Vocabulary, built_in, read_names, read_pairs
 from grounded_diffusion.engine.sampling.options import Options
 from grounded_diffusion.engine.sampling.schedule import SAMPLERS
 from grounded_diffusion.errors import UsageError
+from grounded_diffusion.files import local_path as place
 from grounded_diffusion.training.distill import cli as distill
 from grounded_diffusion.training.grounding.config import LOSSES, OPTIMIZERS, PRECISIONS, PRESETS, build
 from grounded_diffusion.training.grounding.loss import ZERO_MASKS
@@ -39,13 +39,6 @@ The same command given again makes what is missing.
 """
 
 
-class Parser(argparse.ArgumentParser):
-    """Reports bad options as every other error: in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see {self.prog} --help")
-
-
 def parser_of(name: str, description: str, examples: str = EXAMPLES) -> Parser:
     shape = argparse.RawDescriptionHelpFormatter
     return Parser(
@@ -58,13 +51,13 @@ def add_names(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("names")
     words = group.add_mutually_exclusive_group(required=True)
     words.add_argument("--vocabulary", metavar="NAME", help="voc, coco, or emoji-64 (the names of the shipped model)")
-    words.add_argument("--names", type=Path, metavar="FILE", help="your own names, one a line")
+    words.add_argument("--names", type=place, metavar="FILE", help="your own names, one a line")
     unseen = group.add_mutually_exclusive_group()
     unseen.add_argument(
         "--split", type=int, metavar="N", help="a split of the vocabulary (the paper's Table 4), from 1"
     )
-    unseen.add_argument("--unseen", type=Path, metavar="FILE", help="names that are kept from the head, one a line")
-    group.add_argument("--pairs", type=Path, metavar="FILE", help="names that occur together, two a line with a comma")
+    unseen.add_argument("--unseen", type=place, metavar="FILE", help="names that are kept from the head, one a line")
+    group.add_argument("--pairs", type=place, metavar="FILE", help="names that occur together, two a line with a comma")
 
 
 def read_split(args: argparse.Namespace) -> Split:
@@ -84,13 +77,13 @@ def examples_parser() -> Parser:
     """Of gd-train examples."""
     parser = parser_of("examples", "Make what a head is trained on: images from a model, masks from a detector.")
     parser.add_argument(
-        "--model", type=Path, required=True, metavar="BUNDLE", help="gd-export's, such as with --head untrained"
+        "--model", type=place, required=True, metavar="BUNDLE", help="gd-export's, such as with --head untrained"
     )
     parser.add_argument(
         "--detector", required=True, metavar="MODEL",
         help="a segmentation model of transformers, in a directory or on the hub; or mask-rcnn, torchvision's",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument("--out", type=place, required=True, metavar="DIR", help="folder to write")
     parser.add_argument(
         "--examples", type=int, default=40_000, metavar="N", help="images (default: 40000, the paper's)"
     )
@@ -99,7 +92,7 @@ def examples_parser() -> Parser:
     parser.add_argument(
         "--pair-share", type=float, default=0.5, metavar="P", help="share of images with two names (0.5)"
     )
-    parser.add_argument("--templates", type=Path, metavar="FILE", help="your own templates, {} where names go")
+    parser.add_argument("--templates", type=place, metavar="FILE", help="your own templates, {} where names go")
     group = parser.add_argument_group("detector")
     group.add_argument(
         "--score", type=float, default=0.5, metavar="P", help="least score of an instance (default: 0.5)"
@@ -108,7 +101,7 @@ def examples_parser() -> Parser:
         "--instances", choices=("all", "first"), default="all",
         help="join all of a name, as the paper does, or take the first, as the released program does (default: all)",
     )  # fmt: skip
-    group.add_argument("--aliases", type=Path, metavar="FILE", help="labels for your names: name = label, label")
+    group.add_argument("--aliases", type=place, metavar="FILE", help="labels for your names: name = label, label")
     group.add_argument("--device", default="cpu", help="torch device of the detector (default: cpu)")
     group.add_argument("--detector-batch", type=int, default=8, metavar="N", help="images to one call (default: 8)")
     how = parser.add_argument_group("images, as in gd-infer")
@@ -149,11 +142,11 @@ def real_parser() -> Parser:
     parser = parser_of("real", "Make examples of real images with masks, by DDIM inversion (the paper's C.3).")
     parser.add_argument("--base", required=True, metavar="MODEL", help="Stable Diffusion: a directory or a hub name")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--voc", type=Path, metavar="DIR", help="VOCdevkit/VOC2012, or a folder of its form")
-    source.add_argument("--coco", type=Path, metavar="FILE", help="instances of COCO's form")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="with --coco: the folder of its images")
+    source.add_argument("--voc", type=place, metavar="DIR", help="VOCdevkit/VOC2012, or a folder of its form")
+    source.add_argument("--coco", type=place, metavar="FILE", help="instances of COCO's form")
+    parser.add_argument("--images", type=place, metavar="DIR", help="with --coco: the folder of its images")
     parser.add_argument("--part", default="train", metavar="NAME", help="with --voc: train, val, ... (default: train)")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument("--out", type=place, required=True, metavar="DIR", help="folder to write")
     parser.add_argument("--limit", type=int, metavar="N", help="look at the first N images only")
     parser.add_argument("--size", type=int, metavar="PIXELS", help="side of the images (default: the model's)")
     parser.add_argument("--capture-timestep", type=int, default=1, metavar="T", help="of the head (default: 1)")
@@ -185,12 +178,12 @@ def head_parser() -> Parser:
     """Of gd-train head."""
     parser = parser_of("head", "Train a grounding head on examples; writes a checkpoint that gd-export takes.")
     parser.add_argument("--base", required=True, metavar="MODEL", help="Stable Diffusion: a directory or a hub name")
-    parser.add_argument("--examples", type=Path, nargs="+", required=True, metavar="DIR", help="what to train on")
-    parser.add_argument("--validate", type=Path, nargs="+", default=[], metavar="DIR", help="examples to measure on")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the checkpoint directory to write")
+    parser.add_argument("--examples", type=place, nargs="+", required=True, metavar="DIR", help="what to train on")
+    parser.add_argument("--validate", type=place, nargs="+", default=[], metavar="DIR", help="examples to measure on")
+    parser.add_argument("--out", type=place, required=True, metavar="DIR", help="the checkpoint directory to write")
     parser.add_argument("--preset", choices=PRESETS, default="paper", help="settings to begin with (default: paper)")
     parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="TOML file of settings, with a table [head] of sizes"
+        "--config", type=place, metavar="FILE", help="TOML file of settings, with a table [head] of sizes"
     )
     parser.add_argument("--variant", choices=("released", "paper"), help="form of the head (default: released)")
     parser.add_argument("--device", help="cpu or cuda (default: a GPU where there is one)")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import tomllib
+import math
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from grounded_diffusion.errors import UsageError
+from grounded_diffusion.reading import Misfit, as_type, load_toml
 from grounded_diffusion.training.grounding.loss import ZERO_MASKS
 
 OPTIMIZERS = ("adam", "muon")
@@ -76,8 +77,11 @@ class HeadTraining:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise UsageError(f"{name} {getattr(self, name)!r} is unknown; choose {' or '.join(known)}")
-        if self.lr <= 0 or self.muon_lr <= 0 or self.weight_decay < 0:
-            raise UsageError("lr and muon_lr must be above 0, weight_decay at least 0")
+        for name in ("lr", "muon_lr", "weight_decay", "clip"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UsageError(f"{name} is {getattr(self, name)!r}; it must be a finite number of at least 0")
+        if not (self.lr and self.muon_lr):
+            raise UsageError("lr and muon_lr must be above 0")
         if not 0 <= self.cooldown <= 1 or not 0 <= self.noise_range <= MAX_NOISE:
             raise UsageError(f"cooldown must lie in [0, 1] and noise_range in [0, {MAX_NOISE}]")
 
@@ -111,12 +115,16 @@ def build(
 def read_settings(file: Path) -> dict[str, Any]:
     """Fields of HeadTraining from a TOML file; unknown ones fail by name. Raises UsageError."""
     try:
-        content = tomllib.loads(file.read_text(encoding="utf-8"))
+        content = file.read_bytes()
+        settings = load_toml(content)
+        known = {field.name for field in fields(HeadTraining)}
+        if unknown := sorted(settings.keys() - known):
+            raise UsageError(f"unknown settings {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+        as_type(settings, HeadTraining, content)
     except OSError as error:
         raise UsageError(f"cannot read the settings {file}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file} is not TOML: {error}") from None
-    known = {f.name for f in fields(HeadTraining)}
-    if unknown := sorted(content.keys() - known):
-        raise UsageError(f"{file} has unknown settings {', '.join(unknown)}; known: {', '.join(sorted(known))}")
-    return content
+    except Misfit as error:
+        raise UsageError(error.at(file)) from None
+    except UsageError as error:
+        raise UsageError(f"{file}: {error}") from None
+    return settings

@@ -21,12 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
 from PIL import Image
 
 from grounded_diffusion.engine.dataset.shards import DamagedShard, finished_shards, read_shard
 from grounded_diffusion.engine.dataset.storage.base import Storage
 from grounded_diffusion.engine.dataset.storage.open import open_storage
 from grounded_diffusion.errors import UsageError
+from grounded_diffusion.reading import Misfit, Number, as_type, decode, load_json
 
 ABOUT = "examples.json"
 MASKS = "masks"
@@ -59,13 +61,12 @@ class About:
 def read_about(storage: Storage) -> About:
     """Raises UsageError where there are no examples."""
     try:
-        content = json.loads(storage.read(ABOUT))
-        tuples = {name: tuple(content[name]) for name in ("seen", "unseen")}
-        return About(**{**content, **tuples})
+        return decode(storage.read(ABOUT), About)
     except FileNotFoundError:
         raise UsageError(f"{storage.root} has no finished examples; make them with gd-train examples") from None
-    except (ValueError, KeyError, TypeError):
-        raise UsageError(f"{storage.root}/{ABOUT} is damaged; remove it and run gd-train examples again") from None
+    except Misfit as error:
+        again = "is damaged; remove it and run gd-train examples again"
+        raise UsageError(f"{storage.root}/{ABOUT} {again} ({error})") from None
 
 
 def npy(array: np.ndarray) -> bytes:
@@ -98,14 +99,25 @@ def encode_masks(shard: int, masks: Sequence[np.ndarray], scores: Sequence[np.nd
     return content, json.dumps(record, ensure_ascii=False).encode() + b"\n"
 
 
+class MasksRecord(Struct):
+    """The record of a shard's masks."""
+
+    shard: Number
+    detector: dict[str, Any]
+    sha256: str
+    width: Number
+    areas: list[list[Number]]
+    scores: list[list[float]]
+
+
 def read_masks_record(storage: Storage, shard: int) -> dict[str, Any] | None:
     """The record of a shard's masks; None where there is none that can be used."""
     try:
-        record = json.loads(storage.read(masks_path(shard, "json")))
-        good = record["shard"] == shard and {"detector", "sha256", "width", "areas", "scores"} <= record.keys()
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        record = load_json(storage.read(masks_path(shard, "json")))
+        found = as_type(record, MasksRecord)
+    except (FileNotFoundError, Misfit):
         return None
-    return record if good else None
+    return record if found.shard == shard else None
 
 
 def damaged_file(storage: Storage, files: dict[str, str]) -> str | None:

@@ -11,8 +11,8 @@ query k_o competes at every head of a layer with the keys of the words that stan
 averaged over layers. Layers are weighted by measurement, see training/generator/attention.py. The maps are then spread
 twice over the image's own affinity (a softmax over cosines of the features of the UNet's last two blocks), as seeds
 over a graph of like pixels. A pixel is inside where its share is above half of the object's highest. An object is there
-at all only where its share is high in two ways: spread and beside the other objects, and at its strongest small patch
-against the template's words alone, since one that is asked alone has no other rival.
+at all only where its share, spread and beside the other objects, is high, and where at its strongest small patch it
+outweighs the template's words, since one that is asked alone has no other rival.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class AttentionConfig:
         relative: a pixel is inside above this part of the object's highest share,
         floor: but never below this share.
         presence: an object with a highest share below this is not in the image,
-        alone: nor one whose strongest patch has less than this against the template alone.
+        alone: nor one whose strongest patch has less than this, as log-odds against the template alone.
     """
 
     layers: tuple[tuple[str, float], ...]
@@ -61,7 +61,7 @@ class AttentionConfig:
     relative: float = 0.5
     floor: float = 0.15
     presence: float = 0.25
-    alone: float = 0.48
+    alone: float = 0.3
     variant: str = "attention"
 
     def __post_init__(self):
@@ -147,9 +147,9 @@ class AttentionHead(nn.Module):
     def shares(
         self, layer: int, image: torch.Tensor, queries: torch.Tensor, valid: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Image queries [B,hw,C] of a layer, object queries [B,O,D] -> shares of the attention, [B,O,hw] each.
+        """Image queries [B,hw,C] of a layer, object queries [B,O,D] -> what an object has of it, [B,O,hw] each.
 
-        First beside the other objects, then as if an object had been asked alone.
+        First its share beside the other objects, then its log-odds against the template alone; means over heads.
         """
         batch = queries.shape[0]
         split = lambda x: x.unflatten(-1, (self.heads[layer], -1)).transpose(1, 2)  # [B,heads,n,d]
@@ -157,26 +157,26 @@ class AttentionHead(nn.Module):
         masked = F.pad(~valid, (len(self.template), 0))[:, None, None]  # [B,1,1,T+O]
         q, k = split(image), split(self.to_k[layer](words))
         scores = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).masked_fill(masked, -3e4)  # [B,heads,hw,T+O]
-        shares, before = scores.softmax(-1), len(self.template)
-        words, objects = shares[..., :before], shares[..., before:]
-        alone = objects / (objects + words.sum(-1, keepdim=True))
-        return objects.mean(1).transpose(1, 2), alone.mean(1).transpose(1, 2)
+        before = len(self.template)
+        shares = scores.softmax(-1)[..., before:]
+        odds = scores[..., before:] - scores[..., :before].logsumexp(-1, keepdim=True)
+        return shares.mean(1).transpose(1, 2), odds.mean(1).transpose(1, 2)
 
     def maps(
         self, tapped: Mapping[str, torch.Tensor], queries: torch.Tensor, valid: torch.Tensor, size: Sequence[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both kinds of shares over all layers, at one size: [B,O,*size] each."""
-        beside = alone = torch.zeros(())
+        """Shares and log-odds over all layers, at one size: [B,O,*size] each."""
+        beside = odds = torch.zeros(())
         for i, (name, weight) in enumerate(self.config.layers):
             place = tapped[place_of(name)].shape[2:]
             shares = self.shares(i, self.image_queries(i, tapped), queries, valid)
             both = (weight * resize(share.unflatten(2, place), size) for share in shares)
-            beside, alone = (total + share for total, share in zip((beside, alone), both, strict=True))
-        return beside, alone
+            beside, odds = (total + share for total, share in zip((beside, odds), both, strict=True))
+        return beside, odds
 
-    def strongest(self, shares: torch.Tensor) -> torch.Tensor:
-        """Shares [B,O,h,w] -> [B,O,1], the mean of the strongest patch."""
-        return F.avg_pool2d(shares, self.patch, 1).flatten(2).amax(-1, keepdim=True)
+    def strongest(self, odds: torch.Tensor) -> torch.Tensor:
+        """Log-odds [B,O,h,w] -> [B,O,1], the mean of the strongest patch."""
+        return F.avg_pool2d(odds, self.patch, 1).flatten(2).amax(-1, keepdim=True)
 
     def affinity(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
         """Features [B,C,h,w] each -> row-stochastic [B,n,n] over the n cells of the graph."""
@@ -200,8 +200,8 @@ class AttentionHead(nn.Module):
             features = [F.avg_pool2d(feature, self.stride) for feature in features]
         size = features[-1].shape[2:]
         features = [feature if feature.shape[2:] == size else resize(feature, size) for feature in features]
-        maps, alone = (total.flatten(2) for total in self.maps(tapped, queries, query_valid, size))  # [B,O,n]
-        strongest = self.strongest(alone.unflatten(2, size))
+        maps, odds = (total.flatten(2) for total in self.maps(tapped, queries, query_valid, size))  # [B,O,n]
+        strongest = self.strongest(odds.unflatten(2, size))
         affinity, spread = self.affinity(features), maps.transpose(1, 2)  # [B,n,n], [B,n,O]: the small one is turned
         for _ in range(cfg.spreads):
             spread = affinity @ spread

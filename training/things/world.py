@@ -6,6 +6,7 @@ the background's light. Everything is drawn in torch from one generator, so that
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,6 +61,8 @@ class ThingsConfig:
             low, high = getattr(self, field)
             if not 0 < low <= high <= 1:
                 raise UsageError(f"world.{field} is ({low}, {high}); it must satisfy 0 < low <= high <= 1")
+        if not (math.isfinite(self.rotation) and 0 <= self.tint <= 1):
+            raise UsageError("world.rotation must be a finite number of degrees, and world.tint lie in [0, 1]")
         if not 0 <= self.pair_share <= 1 or not 0 <= self.flip <= 1:
             raise UsageError("world.pair_share and world.flip are shares; they must lie in [0, 1]")
         if self.models < 0 or self.views < 0:

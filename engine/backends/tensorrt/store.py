@@ -13,8 +13,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from msgspec import Struct
+
 from grounded_diffusion.bundle import UNET, UNET_GROUNDED, Bundle, read_manifest, sha256
 from grounded_diffusion.errors import BackendError
+from grounded_diffusion.reading import Misfit, decode
 
 PACKAGES = {"tensorrt": "grounded-diffusion[tensorrt]", "tensorrt_rtx": "grounded-diffusion[rtx]"}  # what pip installs
 PLAN, SIDECAR = "engine.plan", "engine.json"
@@ -65,6 +68,14 @@ class EngineSpec:
         return f"{self.graph} for {self.backend} {self.version} on {self.device}, {shapes_text(self.shapes)}"
 
 
+class Sidecar(Struct):
+    """engine.json."""
+
+    schema: int
+    spec: EngineSpec
+    plan_sha256: str
+
+
 def shapes_text(shapes: dict[str, list[int]]) -> str:
     """Shapes as a person reads them: latents 2x4x8x8, timestep 2."""
     return ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in shapes.items())
@@ -80,13 +91,14 @@ def read_sidecar(directory: Path) -> tuple[EngineSpec, str]:
     """An engine's description and its plan's SHA-256. Raises BackendError when the sidecar is missing or damaged."""
     file = directory / SIDECAR
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-        if raw["schema"] != SCHEMA:
-            raise BackendError(f"{file} has schema {raw['schema']}, this version reads {SCHEMA}; {rebuild(directory)}")
-        return EngineSpec(**{f.name: raw["spec"][f.name] for f in fields(EngineSpec)}), str(raw["plan_sha256"])
+        content = file.read_bytes()
+        found = decode(content, Sidecar)
+        if found.schema != SCHEMA:
+            raise BackendError(f"{file} has schema {found.schema}, this version reads {SCHEMA}; {rebuild(directory)}")
+        return found.spec, found.plan_sha256
     except FileNotFoundError:
         raise BackendError(f"{directory} has no {SIDECAR}, so its build did not finish; {rebuild(directory)}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, Misfit) as error:
         raise BackendError(f"{file} is damaged ({error}); {rebuild(directory)}") from None
 
 

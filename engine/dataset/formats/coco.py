@@ -31,6 +31,7 @@ from grounded_diffusion.engine.dataset.formats.rle import encode_rle
 from grounded_diffusion.engine.dataset.formats.tables import Entries, write_tables
 from grounded_diffusion.engine.dataset.instances import mask_box
 from grounded_diffusion.engine.dataset.record import Record, told
+from grounded_diffusion.engine.dataset.rows import CocoRow
 from grounded_diffusion.engine.dataset.storage.base import Storage
 from grounded_diffusion.engine.prompts.vocabulary import COCO_SUPERCATEGORIES
 
@@ -41,6 +42,7 @@ class CocoFormat(Format):
     """See common.Format."""
 
     name = "coco"
+    row = CocoRow
 
     def __init__(self, settings: Settings):
         self.settings = settings

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import unicodedata
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,6 +14,7 @@ import numpy as np
 
 from grounded_diffusion.engine.dataset.instances import by_components
 from grounded_diffusion.engine.dataset.record import SPLITS, Record, told
+from grounded_diffusion.engine.dataset.rows import AnyRow, Row
 from grounded_diffusion.engine.dataset.storage.base import Storage
 from grounded_diffusion.errors import UsageError
 from grounded_diffusion.kernels import mask_epilogue
@@ -43,6 +45,7 @@ class Format(Protocol):
 
     name: str
     settings: Settings
+    row: type[AnyRow] = Row  # of which it writes its lists
 
     @abstractmethod
     def encode(self, record: Record) -> Encoded:
@@ -113,7 +116,7 @@ class Classes:
 
 def key(name: str) -> str:
     """A name as it is compared."""
-    return "".join(name.casefold().split())
+    return unicodedata.normalize("NFC", "".join(name.casefold().split()))
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ import numpy as np
 
 from grounded_diffusion.engine.dataset.formats.common import Encoded, Format, Settings, describe, encode_image
 from grounded_diffusion.engine.dataset.record import Record, subfolder
+from grounded_diffusion.engine.dataset.rows import ExamplesRow
 from grounded_diffusion.engine.dataset.storage.base import Storage
 from grounded_diffusion.errors import UsageError
 
@@ -26,6 +27,7 @@ class ExamplesFormat(Format):
     """See common.Format."""
 
     name = "examples"
+    row = ExamplesRow
 
     def __init__(self, settings: Settings):
         self.settings = settings

@@ -29,6 +29,7 @@ from grounded_diffusion.engine.dataset.formats.common import (
 from grounded_diffusion.engine.dataset.formats.tables import write_lines
 from grounded_diffusion.engine.dataset.preview import write_preview
 from grounded_diffusion.engine.dataset.record import SPLITS, Record, subfolder
+from grounded_diffusion.engine.dataset.rows import FolderRow
 from grounded_diffusion.engine.dataset.storage.base import Storage
 
 FOLDERS = ("images", "masks", "objects")
@@ -39,6 +40,7 @@ class FolderFormat(Format):
     """See common.Format."""
 
     name = "folder"
+    row = FolderRow
 
     def __init__(self, settings: Settings):
         self.settings = settings

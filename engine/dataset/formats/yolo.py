@@ -24,6 +24,7 @@ from grounded_diffusion.engine.dataset.formats.common import (
 from grounded_diffusion.engine.dataset.formats.polygons import contours
 from grounded_diffusion.engine.dataset.formats.tables import count_splits, yaml_string
 from grounded_diffusion.engine.dataset.record import Record
+from grounded_diffusion.engine.dataset.rows import OutlinedRow
 from grounded_diffusion.engine.dataset.storage.base import Storage
 from grounded_diffusion.engine.sampling.sample import ObjectMask
 
@@ -73,6 +74,7 @@ class YoloSegFormat(YoloFormat):
     """Outlines. See common.Format."""
 
     name = "yolo-seg"
+    row = OutlinedRow
 
     def shapes(self, record: Record, thing: ObjectMask, described: dict[str, Any]) -> Iterator[list[float]]:
         outer, holes = contours(thing.mask)

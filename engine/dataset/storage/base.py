@@ -16,7 +16,12 @@ import socket
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
+
+from msgspec import Struct
+from msgspec.structs import asdict
+
+from grounded_diffusion.reading import Count, decode
 
 SHARDS, PARTIAL = "shards", ".partial"
 FINISHED = f"{SHARDS}/finish.json"
@@ -93,6 +98,20 @@ def record_path(shard: int) -> str:
 def lock_path(shard: int | str) -> str:
     """Where the lock of a shard is."""
     return f"{SHARDS}/{shard if isinstance(shard, str) else f'{shard:06d}'}.lock"
+
+
+class Holder(Struct):
+    """What a lock says."""
+
+    host: str
+    pid: Count
+    started: str
+    renewed: float = 0.0
+
+
+def read_holder(content: bytes) -> dict[str, Any]:
+    """What a lock says. Raises Misfit."""
+    return asdict(decode(content, Holder))
 
 
 def holder() -> bytes:

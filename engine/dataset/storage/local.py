@@ -13,12 +13,21 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
-from grounded_diffusion.engine.dataset.storage.base import JOURNAL, PARTIAL, SHARDS, holder, lock_path, record_path
+from grounded_diffusion.engine.dataset.storage.base import (
+    JOURNAL,
+    PARTIAL,
+    SHARDS,
+    holder,
+    lock_path,
+    read_holder,
+    record_path,
+)
 from grounded_diffusion.errors import DiskFullError, StorageError, UsageError
 from grounded_diffusion.files import files_below, inside, writing
 
 SYNCS = 16  # files synced at the same time, which ext4 gathers into few journal commits: 20 times faster than in turn
 
+OF_THE_PATH = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 BLOCK = 4096  # bytes in which most file systems give space
 
 
@@ -57,7 +66,7 @@ class LocalStorage:
         except FileNotFoundError:
             raise
         except OSError as error:
-            raise StorageError(f"cannot read {self._file(path)}: {error.strerror or error}") from None
+            raise refusal(error, "read", self._file(path)) from None
 
     @contextlib.contextmanager
     def open(self, path: str) -> Iterator[BinaryIO]:
@@ -66,7 +75,7 @@ class LocalStorage:
         except FileNotFoundError:
             raise
         except OSError as error:
-            raise StorageError(f"cannot read {self._file(path)}: {error.strerror or error}") from None
+            raise refusal(error, "read", self._file(path)) from None
         with stream:
             yield stream
 
@@ -121,7 +130,7 @@ class LocalStorage:
                     try:
                         fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
                     except BlockingIOError:
-                        held[name.removesuffix(".lock")] = json.loads(stream.read())
+                        held[name.removesuffix(".lock")] = read_holder(stream.read())
         return held
 
     def commit(self, shard: int, files: Iterable[tuple[str, bytes]], record: bytes) -> None:
@@ -239,13 +248,17 @@ def readable_errors(root: Path, *, need=0, what: str = "", folder: Path | None =
         raise UsageError(f"cannot write {root / what}: {error.filename} is a file, not a folder") from None
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            kind = UsageError if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) else StorageError
-            where = error.filename2 or error.filename or root / what
-            raise kind(f"cannot write {where}: {error.strerror or error}") from None
+            raise refusal(error, "write", root / what) from None
         size = need() if callable(need) else need
         if folder:
             shutil.rmtree(folder, ignore_errors=True)
         raise DiskFullError(full(root, what, size, error.errno)) from None
+
+
+def refusal(error: OSError, verb: str, path: Path) -> UsageError | StorageError:
+    """What to say of a file that the system refuses: the user's matter where the path itself is what is wrong."""
+    kind = UsageError if error.errno in OF_THE_PATH else StorageError
+    return kind(f"cannot {verb} {error.filename2 or error.filename or path}: {error.strerror or error}")
 
 
 def full(root: Path, what: str, need: int, code: int) -> str:

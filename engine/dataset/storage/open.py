@@ -7,13 +7,12 @@ from pathlib import Path
 from grounded_diffusion.engine.dataset.storage.base import Storage
 from grounded_diffusion.engine.dataset.storage.local import LocalStorage
 from grounded_diffusion.engine.dataset.storage.remote import FsspecStorage
-from grounded_diffusion.errors import UsageError
+from grounded_diffusion.files import check_place
 
 
 def open_storage(out: str | Path) -> Storage:
     """A folder, or a URL such as s3://bucket/prefix. Creates nothing. Raises UsageError."""
-    if not str(out):
-        raise UsageError("`out` is empty, which would be the current folder; write . if that is meant", "out")
+    check_place(str(out), "out")
     scheme, separator, rest = str(out).partition("://")
     if not separator or scheme == "file":
         return LocalStorage(Path(rest if separator else out))

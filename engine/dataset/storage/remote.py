@@ -18,8 +18,16 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import BinaryIO
 
-from grounded_diffusion.engine.dataset.storage.base import PARTIAL, SHARDS, holder, lock_path, record_path
+from grounded_diffusion.engine.dataset.storage.base import (
+    PARTIAL,
+    SHARDS,
+    holder,
+    lock_path,
+    read_holder,
+    record_path,
+)
 from grounded_diffusion.errors import StorageError, UsageError
+from grounded_diffusion.reading import Misfit
 
 LEASE, RENEW = 60.0, 15.0  # seconds; a holder that is silent for a LEASE is dead
 HELD: set[str] = set()  # keys of the locks that this process holds, as a restarted container may have its old pid
@@ -137,14 +145,14 @@ class FsspecStorage:
     def _alive(self, path: str) -> dict | None:
         """What a lock object says, if there is one and its holder is alive."""
         try:
-            lock = json.loads(self.read(path))
+            lock = read_holder(self.read(path))
             if time.time() - lock["renewed"] > LEASE:
                 return None
             if lock["host"] == socket.gethostname():  # a restarted task need not wait for its own lease
                 alive = self._key(path) in HELD if lock["pid"] == os.getpid() else is_running(lock["pid"])
                 return lock if alive else None
             return lock
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+        except (FileNotFoundError, Misfit):
             return None
 
     def _renew(self, path: str, over: threading.Event) -> None:

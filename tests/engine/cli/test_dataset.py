@@ -226,11 +226,14 @@ def test_not_a_data_set(tmp_path, capsys):
 
 
 LINES = [
-    (lambda row: row.pop("seed"), "metadata.jsonl:5: the record has no usable field 'seed'"),
+    (lambda row: row.pop("seed"), "metadata.jsonl:5: seed is missing"),
     (lambda row: row.update(id="000003", index=3), "metadata.jsonl:5: the id 000003 does not come after 000003"),
     (lambda row: row.update(id="../x"), "metadata.jsonl:5: the id '../x' does not belong to index 4"),
     (lambda row: row.update(mask="/etc/passwd"), "metadata.jsonl:5: the file /etc/passwd lies outside the data set"),
-    (lambda row: row["objects"][0].update(box=[1, 2]), "metadata.jsonl:5: the box of 'cat' is not four whole numbers"),
+    (
+        lambda row: row["objects"][0].update(box=[1, 2]),
+        "jsonl:5: objects[0].box must be a list of length 4, not 2",
+    ),
 ]
 
 

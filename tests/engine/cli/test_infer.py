@@ -219,7 +219,7 @@ def test_bad_bundle(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     for model, message in (("absent", "there is no bundle"), ("empty", "has no manifest.json")):
         status, line = fails(capsys, *PROMPT, "--model", tmp_path / model, "--out", tmp_path / "out")
-        assert status == 1
+        assert status == 2
         assert message in line
         assert not (tmp_path / "out").exists()
 

@@ -73,7 +73,7 @@ DAMAGES = {
     "not its ids": (lambda d: edit(d, 4, lambda r: r.update(id="000009", index=9)), "its samples are not 4 to 7, each"),
     "file twice": (lambda d: edit(d, 4, lambda r: r.update(image="images/000/000003.png")), "has no SHA-256 of images"),
     "file outside": (lambda d: edit(d, 4, lambda r: r.update(image="../x.png")), "lies outside the data set"),
-    "field missing": (lambda d: edit(d, 0, lambda r: r.pop("seed")), "000000.json: the record has no usable"),
+    "field missing": (lambda d: edit(d, 0, lambda r: r.pop("seed")), "000000.json: seed is missing (sample 000000)"),
     "labels": (lambda d: edit(d, 0, lambda r: r["objects"][0].update(label=2)), "000000.json: the labels"),
     "edited metadata": (
         lambda d: edit_metadata(d, 4, lambda r: r.update(prompt="x")), "metadata.jsonl: has changed since",

@@ -32,7 +32,7 @@ def file(tmp_path):
 
 
 def test_a_bad_line_is_an_error(file):
-    with pytest.raises(UsageError, match=r"prompts\.txt:5: count must be"):
+    with pytest.raises(UsageError, match=r"prompts\.txt:3: the prompt names no objects"):
         PromptFile(file)
 
 

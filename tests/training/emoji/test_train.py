@@ -172,5 +172,5 @@ def test_all_stages_from_scenes_to_checkpoint(tmp_path, capsys):
 def test_stages_out_of_order_say_what_is_missing(tmp_path, capsys):
     config = tmp_path / "tiny.toml"
     config.write_text(TINY)
-    assert cli.main(["head", "--config", str(config), "--run", str(tmp_path / "run")]) == 1
+    assert cli.main(["head", "--config", str(config), "--run", str(tmp_path / "run")]) == 2
     assert "train it with gd-train base" in capsys.readouterr().err

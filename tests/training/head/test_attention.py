@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from helpers.tiny import tiny_model
@@ -27,7 +28,7 @@ def model():
 @pytest.fixture(scope="module")
 def head(model):
     """A head of one layer that finds something in any image."""
-    config = AttentionConfig(((LAYER, 1.0),), ("up_blocks.1", "up_blocks.2"), presence=0.0, floor=0.0, alone=0.0)
+    config = AttentionConfig(((LAYER, 1.0),), ("up_blocks.1", "up_blocks.2"), presence=0.0, floor=0.0, alone=-100.0)
     generator = torch.Generator().manual_seed(1)
     return AttentionHead(config, model.unet, torch.randn(3, 32, generator=generator), model.latent_size)
 
@@ -45,7 +46,7 @@ def test_shares_are_a_layer_s_own_attention(model, head):
     """The same as the layer's weights when its context is the template and the objects."""
     features, queries = tapped(model, head)
     image = head.image_queries(0, features)
-    shares, alone = head.shares(0, image, queries, torch.ones(2, 2, dtype=torch.bool))
+    shares, odds = head.shares(0, image, queries, torch.ones(2, 2, dtype=torch.bool))
     attention = model.unet.get_submodule(LAYER)
     for b in range(2):
         keys = attention.to_k(torch.cat([head.template, queries[b]]))  # [T+O,C]
@@ -56,8 +57,10 @@ def test_shares_are_a_layer_s_own_attention(model, head):
         expected = torch.stack(per_head).mean(0)[:, len(head.template) :].T
         assert torch.allclose(shares[b], expected, atol=1e-6)
     for o in range(2):
-        lone, _ = head.shares(0, image, queries[:, o : o + 1], torch.ones(2, 1, dtype=torch.bool))
-        assert torch.allclose(alone[:, o], lone[:, 0], atol=1e-6)
+        _, lone = head.shares(0, image, queries[:, o : o + 1], torch.ones(2, 1, dtype=torch.bool))
+        assert torch.allclose(odds[:, o], lone[:, 0], atol=1e-5)
+        b, weights = 1, [(h[..., -2 + o] / h[..., :-2].sum(-1)).log() for h in per_head]  # of the last image
+        assert torch.allclose(odds[b, o], torch.stack(weights).mean(0), atol=1e-4)
 
 
 def test_only_the_conditional_half_is_read(model, head):
@@ -99,10 +102,10 @@ def test_what_is_there_at_all(model, head):
     features, queries = tapped(model, head)
     valid = torch.ones(2, 2, dtype=torch.bool)
     assert head.patch == 2
-    _, alone = head.maps(features, queries, valid, (16, 16))
-    patches = [alone[..., y : y + 2, x : x + 2].mean((2, 3)) for y in range(15) for x in range(15)]
+    _, odds = head.maps(features, queries, valid, (16, 16))
+    patches = [odds[..., y : y + 2, x : x + 2].mean((2, 3)) for y in range(15) for x in range(15)]
     strongest = torch.stack(patches).amax(0)  # [B,O]
-    assert torch.allclose(head.strongest(alone)[..., 0], strongest, atol=1e-6)
+    assert torch.allclose(head.strongest(odds)[..., 0], strongest, atol=1e-6)
     between = strongest.flatten().sort().values[1:3].mean().item()
     strict = AttentionHead(replace(head.config, alone=between), model.unet, head.template, model.latent_size)
     found = (strict(features, queries, valid) > 0).flatten(2).any(2)
@@ -114,11 +117,11 @@ def test_thresholds_are_lower_where_a_model_s_own_nouns_are_weak(model, head):
     taps = head.taps(model.unet)
     taps.features = lambda: features
     assert calibrated(head, taps, queries[:, :1]) == head.config
-    strict = AttentionHead(replace(head.config, alone=0.999, floor=0.5), model.unet, head.template, model.latent_size)
+    strict = AttentionHead(replace(head.config, alone=50.0, floor=0.5), model.unet, head.template, model.latent_size)
     config = calibrated(strict, taps, queries[:, :1])
-    _, alone = head.maps(features, queries[:, :1], torch.ones(2, 1, dtype=torch.bool), (16, 16))
-    assert config.alone == pytest.approx(0.8 * head.strongest(alone).median().item(), abs=1e-4)
-    assert config.floor == pytest.approx(0.5 * config.alone / 0.999, abs=1e-4)
+    _, odds = head.maps(features, queries[:, :1], torch.ones(2, 1, dtype=torch.bool), (16, 16))
+    assert config.alone == pytest.approx(head.strongest(odds).median().item() - 0.5, abs=1e-4)
+    assert config.floor == pytest.approx(0.5 / (1 + np.exp(-config.alone)), abs=1e-4)
 
 
 def test_a_unet_without_cross_attention_is_refused():

@@ -1,0 +1,281 @@
+"""What the fuzz test gives to each command: sound files, ways to damage them, and command lines. See fuzz.py."""
+
+import contextlib
+import io
+import json
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from grounded_diffusion.bundle import GRAPHS, MANIFEST, TOKENIZER, Manifest, sha256, write_manifest
+from grounded_diffusion.engine.backends.open import BACKENDS, DEFAULT_BACKEND
+from grounded_diffusion.engine.cli import dataset, prompts
+from grounded_diffusion.engine.dataset.formats import FORMATS
+from helpers import null_backend
+from helpers.fuzz_damage import damage, odd_value
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+PROMPTS = 'a photograph of a [dog] and a [cat]\n# a comment\n{"prompt": "the sea", "objects": ["boat"], "count": 2}\n'
+TOML = """
+latents = 8
+examples = 8
+[world]
+size = 32
+[stages.vae]
+steps = 2
+batch = 4
+[stages.unet]
+steps = 2
+"""
+SETTINGS = '[{"steps": 2}, {"steps": 4, "sampler": "ddim"}]'
+
+
+@dataclass
+class Command:
+    """A command: how to run it, the statuses that it may end with, and the lines it may make."""
+
+    name: str
+    main: Callable
+    statuses: tuple[int, ...]
+    lines: Callable  # (rng, given) -> words of a sound command line
+    files: tuple[str, ...]  # folders and files of `given` that it reads, one of which may be damaged
+    in_place: tuple[str, ...] = ()  # what of a data set it may change
+    chatter: tuple[str, ...] = ()  # what lines begin with that are no refusal
+
+    def case(self, rng, given):
+        """A command line, after some file was damaged or with some word put in or changed."""
+        words, told = [str(word) for word in self.lines(rng, given)], ""
+        how = rng.random()
+        if how < 0.55:
+            read = [name for name in self.files if str(given / name) in words] or self.files
+            told = damage(rng, given, read)
+            if "bundle" in told and rng.random() < 0.5:
+                sign_bundle(given / "bundle")
+        if how > 0.45:
+            for _ in range(rng.choice((1, 1, 1, 2, 3))):
+                words = self.twist(rng, words, given)
+        return Case(self, words, told)
+
+    def twist(self, rng, words, given):
+        """The words with one changed, dropped or put in."""
+        words = list(words)
+        at = rng.randrange(len(words)) if words else 0
+        what = rng.random()
+        if what < 0.55 and words:
+            places = [k for k, word in enumerate(words) if not word.startswith("--")]
+            at = rng.choice(places) if places else at
+            words[at] = odd_value(rng, given)
+        elif what < 0.65 and words:
+            del words[at]
+        elif what < 0.75 and words:
+            words.insert(at, words[at])
+        elif what < 0.9:
+            words.insert(at, odd_value(rng, given))
+        else:
+            words[at:at] = [rng.choice(("--debug", "--version", "--help", "--overwrite", "--bogus", "--seed", "--out"))]
+        return [word for word in words if word != "--debug"] if rng.random() < 0.9 else words
+
+
+@dataclass
+class Case:
+    """One input."""
+
+    command: Command
+    words: list[str] = field(default_factory=list)
+    damaged: str = ""
+
+    def run(self):
+        return self.command.main(self.words)
+
+    def may_touch(self, name):
+        """Whether the command may change a file of `given`."""
+        top, _, rest = name.partition("/")
+        if top == "prompts.txt":
+            return self.command.main is prompts.main and "--overwrite" in self.words
+        of_a_data_set = any(rest == path or rest.startswith(f"{path}/") for path in self.command.in_place)
+        return top in ("data", "coco") and of_a_data_set
+
+    def __str__(self):
+        line = " ".join(shlex.quote(word) if len(word) < 80 else f"{word[:30]!r}..." for word in self.words)
+        return f"{self.command.name} {line.encode('utf-8', 'backslashreplace').decode()}" + (
+            f"   [{self.damaged}]" if self.damaged else ""
+        )
+
+
+def write_bundle(folder):
+    """A bundle whose graphs are empty, for a backend without a network."""
+    folder.mkdir()
+    for name in GRAPHS:
+        (folder / name).write_bytes(b"graph")
+    tokenizer = json.loads((CHECKOUT / "models/emoji-64/tokenizer/tokenizer.json").read_text())
+    (folder / TOKENIZER).write_text(json.dumps(tokenizer))
+    ids = tokenizer["model"]["vocab"]
+    scheduler = json.loads((CHECKOUT / "models/emoji-64/scheduler/scheduler_config.json").read_text())
+    write_manifest(folder, Manifest(
+        family="stable-diffusion", image_size=(16, 16), vae_scale_factor=4, latent_channels=4, size_multiple=16,
+        context_length=77, context_dim=8, pad_token_id=ids["<|endoftext|>"], bos_token_id=ids["<|startoftext|>"],
+        eos_token_id=ids["<|endoftext|>"], scheduler=scheduler, capture_timestep=1, precision="fp32",
+        query_template="a photograph of a {}", head={"variant": "released"}, names={"seen": ["dog"]},
+        files={name: sha256(folder / name) for name in (*GRAPHS, TOKENIZER)},
+    ))  # fmt: skip
+
+
+def sign_bundle(folder):
+    """Have the manifest of a damaged bundle, where it can still be read, say the SHA-256 of what is there."""
+    with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
+        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest["files"] = {name: sha256(folder / name) for name in manifest["files"]}
+        (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+def prepare(root):
+    """(sound files, where commands are started, a home) in a new folder."""
+    given, place, home = (root / name for name in ("given", "place", "home"))
+    for folder in (given, place, home):
+        folder.mkdir()
+    write_bundle(given / "bundle")
+    (given / "prompts.txt").write_text(PROMPTS)
+    (given / "names.txt").write_text("dog\ncat\nboat\n")
+    (given / "pairs.txt").write_text("dog, cat\n")
+    (given / "templates.txt").write_text("a {}\na {} and a {}\n")
+    (given / "run.toml").write_text(TOML)
+    (given / "settings.json").write_text(SETTINGS)
+    (given / "empty").mkdir()
+    (given / "model.safetensors").write_bytes(b'\x10\0\0\0\0\0\0\0{"a": {}}       ')
+    with without_a_model(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        model = ["--model", given / "bundle", "--steps", "1", "--batch", "2", "--threads", "1", "--shard-size", "3"]
+        for out, format in (("data", "folder"), ("coco", "coco")):
+            command = [*model, "--prompts", given / "prompts.txt", "--out", given / out, "--format", format]
+            assert infer([*map(str, command), "--images-per-prompt", "2"]) == 0
+    return given, place, home
+
+
+def infer(words):
+    from grounded_diffusion.engine.cli.infer import main
+
+    return main(words)
+
+
+def train(words):
+    from grounded_diffusion.training.cli import main
+
+    return main(words)
+
+
+def export(words):
+    from grounded_diffusion.export.cli import main
+
+    return main(words)
+
+
+def bench(words):
+    from grounded_diffusion.bench.cli import main
+
+    return main(words)
+
+
+def load_torch():
+    """Load all that training, export and bench load."""
+    import grounded_diffusion.bench.quality
+    import grounded_diffusion.export.bundle
+    import grounded_diffusion.export.verify
+    import grounded_diffusion.training.emoji.evaluate
+    import grounded_diffusion.training.grounding.head
+    import grounded_diffusion.training.grounding.real  # noqa: F401
+
+
+@contextlib.contextmanager
+def without_a_model():
+    """A network that costs nothing in the place of ONNX Runtime."""
+    before = BACKENDS[DEFAULT_BACKEND]
+    BACKENDS[DEFAULT_BACKEND] = null_backend.backend_of(null_backend.NullBackend)
+    try:
+        yield
+    finally:
+        BACKENDS[DEFAULT_BACKEND] = before
+
+
+def infer_lines(rng, given):
+    words = ["--model", given / "bundle", "--steps", "1", "--batch", "2", "--threads", "1", "--shard-size", "3"]
+    words += rng.choice([["--prompts", given / "prompts.txt"], ["--prompt", "a [dog]"], ["--prompt", "a [dog] on [x]"]])
+    words += ["--out", rng.choice(["out", "out", "deep/er", given / "data"]), "--format", rng.choice(list(FORMATS))]
+    options = [["--images-per-prompt", "2"], ["--min-area", "0.1"], ["--require-masks"], ["--seed", "3"],
+               ["--names", given / "names.txt"], ["--void-border", "1"], ["--log", "log.jsonl"], ["--dry-run"],
+               ["--metrics-file", "m.prom"], ["--jpeg-quality", "80"], ["--shard", "0/2"], ["--size", "16"],
+               ["--negative-prompt", "x"], ["--sampler", "ddim"], ["--guidance-interval", "0", "0.5"]]  # fmt: skip
+    return [*words, *(word for option in rng.sample(options, rng.randrange(4)) for word in option)]
+
+
+def dataset_lines(rng, given):
+    data = rng.choice([given / "data", given / "data", given / "coco"])
+    return rng.choice([
+        ["verify", data], ["stats", data], ["stats", data, "--json", "--plot", "p.svg"], ["status", data],
+        ["status", data, "--json"], ["preview", data], ["card", data, "--license", "mit", "--title", "A: b"],
+        ["card", data, "--model", given / "bundle", "--overwrite"], ["split", data, "--val", "0.5"],
+        ["merge", data, given / "coco", "--out", "merged"], ["merge", data, data, "--out", "merged"],
+        *([["convert", data, "--format", name, "--out", "converted"] for name in ("voc", "coco", "yolo-seg")]),
+        ["convert", data, "--format", "webdataset", "--names", given / "names.txt", "--out", "converted"],
+    ])  # fmt: skip
+
+
+def prompts_lines(rng, given):
+    words = rng.choice([["--vocabulary", "voc"], ["--names", given / "names.txt"], ["--names", "voc"]])
+    options = [["--pairs", given / "pairs.txt"], ["--templates", given / "templates.txt"], ["--shuffle-seed", "1"],
+               ["--per-name", "7"], ["--per-pair", "0"], ["--overwrite"]]  # fmt: skip
+    more = (word for option in rng.sample(options, rng.randrange(5)) for word in option)
+    return [*words, "--out", rng.choice(["prompts.jsonl", "deep/p.jsonl", given / "prompts.txt"]), *more]
+
+
+def train_lines(rng, given):
+    """Nothing that would train: what a stage needs is not there, or its configuration is damaged."""
+    names = ["--names", given / "names.txt", "--unseen", given / "pairs.txt"]
+    return rng.choice([
+        *([[stage, "--config", given / "run.toml", "--run", given / "empty"] for stage in ("oracle", "head")]),
+        ["evaluate", "--config", given / "run.toml", "--run", given / "empty"],
+        ["pack", "--config", given / "run.toml", "--run", given / "empty", "--out", "packed"],
+        ["head", "--base", given / "empty", "--examples", given / "data", "--out", "head", "--config",
+         given / "run.toml"],
+        ["examples", "--model", given / "bundle", "--detector", given / "empty", "--out", "examples", *names],
+        ["real", "--base", given / "empty", "--coco", given / "settings.json", "--images", given / "empty", "--out",
+         "real", *names],
+        ["real", "--base", given / "empty", "--voc", given / "data", "--out", "real", *names],
+    ])  # fmt: skip
+
+
+def export_lines(rng, given):
+    return rng.choice([
+        ["--ckpt", given / "empty", "--out", "bundle"], ["--base", given / "model.safetensors", "--out", "bundle"],
+        ["--ckpt", given / "model.safetensors", "--base", given / "empty", "--out", "bundle"],
+        ["--bundle", given / "bundle", "--engine", "tensorrt", "--batch", "1,x"],
+        ["--base", given / "empty", "--lora", f"{given / 'names.txt'}:0.5", "--out", given / "data"],
+    ])  # fmt: skip
+
+
+def bench_lines(rng, given):
+    """Nothing that would measure: one value is always refused."""
+    return rng.choice([
+        ["speed", "--model", given / "empty", "--peers", "nobody"],
+        ["speed", "--backend", "onnxruntime", "--backend", "cuda", "--model", given / "empty"],
+        ["quality", "--settings", given / "settings.json", "--model", given / "empty"],
+        ["quality", "--setting", "steps=x", "--model", given / "empty", "--ckpt", given / "empty"],
+        ["grounding", "--size", "none"],
+    ])  # fmt: skip
+
+
+IN_PLACE = ("README.md", "card.png", "train.txt", "val.txt", "index.html", "preview", "shards/finish.json", ".partial")
+RUN = (*IN_PLACE, "run.json", "summary.json", "shards", "images", "masks", "objects", "metadata.jsonl")
+COMMANDS = {
+    command.name: command
+    for command in (
+        Command("gd-infer", infer, (0, 1, 2, 3), infer_lines, ("bundle", "prompts.txt", "names.txt", "data"), RUN,
+                ("gd-infer: warning", "gd-infer: computing", "gd-infer: 1 of")),
+        Command("gd-dataset", dataset.main, (0, 1, 2), dataset_lines, ("data", "data", "coco", "names.txt", "bundle"),
+                IN_PLACE),
+        Command("gd-prompts", prompts.main, (0, 2), prompts_lines, ("names.txt", "pairs.txt", "templates.txt")),
+        Command("gd-train", train, (0, 1, 2), train_lines, ("run.toml", "names.txt", "data", "bundle/manifest.json")),
+        Command("gd-export", export, (0, 1, 2), export_lines, ("bundle", "model.safetensors")),
+        Command("gd-bench", bench, (0, 1, 2), bench_lines, ("settings.json", "bundle")),
+    )
+}  # fmt: skip
+LIGHT = ("gd-infer", "gd-dataset", "gd-prompts")  # without torch
