@@ -57,7 +57,7 @@ class ImageFolderFormat(Format):
         for row in rows:
             image, mask = file_names(row["index"], self.settings)
             things = [{name: thing[name] for name in (*OBJECTS, "box")} for thing in row["objects"]]
-            line = {"file_name": image, "mask_file_name": mask, **row, "objects": things}
+            line: dict[str, Any] = {"file_name": image, "mask_file_name": mask, **row, "objects": things}
             yield HF_SPLITS[line.pop("split")], json.dumps(line, ensure_ascii=False)
 
 
