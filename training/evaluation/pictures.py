@@ -16,6 +16,7 @@ from grounded_diffusion.training.evaluation.tally import GROUPS
 SIDE = 96  # pixels of a tile
 EACH = 3  # pictures of the best, of the middle and of the worst, to a group
 GAP = 4
+QUALITY = 90  # of WebP
 COLOURS = np.array([[230, 60, 50], [40, 110, 230]], np.float32)  # of the first and the second object
 
 
@@ -57,7 +58,7 @@ def write_page(
                 top = r * (3 * step + 2 * GAP) + k * step
                 page[top : top + SIDE, left : left + SIDE] = picture
     file.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(page).save(file, optimize=True)
+    Image.fromarray(page).save(file, quality=QUALITY, method=6)
 
 
 def as_bool(masks: torch.Tensor) -> np.ndarray:

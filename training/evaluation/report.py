@@ -95,7 +95,7 @@ def by_name(figures: Figures, name: str) -> list[str]:
             lines += [
                 f"The best, the middling and the worst images of each group on the {track} track, by IoU; from above: "
                 "the image, the head's masks, the true ones.", "",
-                f"![best, middling and worst](results/{name}-{track}.png)", "",
+                f"![best, middling and worst](results/{name}-{track}.webp)", "",
             ]  # fmt: skip
     return lines
 
@@ -108,9 +108,9 @@ def names_of(figures: Figures, name: str) -> dict[str, float]:
 
 
 def about(figures: Figures, name: str) -> list[str]:
-    """What was run, in the words of the run itself."""
-    told = figures.get(f"about.{name}")
-    return [f"{told}", ""] if told else []
+    """What was run, in the words of the run itself, and remarks that somebody has added to the figures."""
+    told = [figures[key] for key in (f"about.{name}", f"note.{name}") if key in figures]
+    return [line for text in told for line in (text, "")]
 
 
 def ablation_section(figures: Figures, name: str) -> list[str]:
@@ -195,7 +195,7 @@ def write_report(runs: Sequence[Path], truth: Path, out: Path) -> Figures:
         found = read_figures(run / FIGURES)
         if not found:
             raise UsageError(f"{run} has no figures; give a folder that gd-eval protocol1 or ablation wrote")
-        for page_file in sorted((run / "pages").glob("*.png")):
+        for page_file in sorted((run / "pages").glob("*.webp")):
             name, _, track = page_file.stem.rpartition("-")
             folder.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(page_file, folder / page_file.name)

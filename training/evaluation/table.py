@@ -203,7 +203,7 @@ def compare(bench: Bench, method: str) -> None:
             bench.add(prefix, label, images, tables[-1], by_name=method == "head")
             bench.lab.say(f"{method}, {label}, {images.track}: {line(tables[-1].figures)}")
             if method == "head" and label == next(iter(bench.plan.splits)):
-                file = bench.lab.out / "pages" / f"{bench.plan.name}-{images.track}.png"
+                file = bench.lab.out / "pages" / f"{bench.plan.name}-{images.track}.webp"
                 write_page(file, images, tables[-1].scores, entry.open)
         bench.mean(prefix, images, tables)
 

@@ -56,7 +56,8 @@ class ImageFolderFormat(Format):
     def _lines(self, rows: Iterable[dict[str, Any]]) -> Iterator[tuple[str, str]]:
         for row in rows:
             image, mask = file_names(row["index"], self.settings)
-            things = [{name: thing[name] for name in (*OBJECTS, "box")} for thing in row["objects"]]
+            # The columns of the card, which not every model could fill.
+            things = [{key: value for key, value in thing.items() if key != "presence"} for thing in row["objects"]]
             line: dict[str, Any] = {"file_name": image, "mask_file_name": mask, **row, "objects": things}
             yield HF_SPLITS[line.pop("split")], json.dumps(line, ensure_ascii=False)
 

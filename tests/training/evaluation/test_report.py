@@ -2,6 +2,7 @@
 
 import json
 import xml.dom.minidom
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from grounded_diffusion.training.evaluation.pictures import EACH, places
 from grounded_diffusion.training.evaluation.report import cell, page, write_charts
 from grounded_diffusion.training.evaluation.tally import GROUPS
 
+ROOT = Path(__file__).parents[3]
 FIGURES = {
     "pascal.split1.oracle.one_seen": 91.0,
     "pascal.split2.oracle.one_seen": 89.0,
@@ -25,6 +27,7 @@ FIGURES = {
     "pascal.split1.oracle.name.cat": 85.0,
     "daam.pascal.oracle.one_seen": 55.0,
     "about.pascal": "Twenty names.",
+    "note.pascal": "Bicycles are thin.",
     "about.pascal.unseen": "dog",
     "ablation.timestep.t1.oracle.one_seen": 90.0,
     "ablation.timestep.t401.oracle.one_seen": 70.0,
@@ -61,7 +64,7 @@ def test_the_page_has_what_was_measured_and_nothing_else():
     assert "| DAAM at 0.4 | 55.0 (64.8) |" in text
     assert "| masks exchanged | 1.5 |" in text
     assert "| one seen | 92 | 90.0, missed | 93.0 |" in text
-    assert "Twenty names." in text
+    assert "Twenty names.\n\nBicycles are thin.\n" in text
     assert "(Fig. 7)" in text
     assert "(Table 6)" not in text
     assert "COCO" not in text
@@ -80,7 +83,7 @@ def test_charts_are_well_formed(tmp_path):
 def test_figures_of_runs_are_added_to_the_truth(tmp_path):
     run, truth, out = tmp_path / "run", tmp_path / "truth.json", tmp_path / "docs/results.md"
     (run / "pages").mkdir(parents=True)
-    Image.new("RGB", (4, 4)).save(run / "pages/pascal-oracle.png")
+    Image.new("RGB", (4, 4)).save(run / "pages/pascal-oracle.webp")
     truth.write_text(json.dumps({"pascal.oracle.one_seen": 1.0, "coco.oracle.found": 2.0}))
     (run / "figures.json").write_text(json.dumps(FIGURES))
     options = ["report", run, "--truth", truth, "--out", out]
@@ -88,8 +91,8 @@ def test_figures_of_runs_are_added_to_the_truth(tmp_path):
     found = json.loads(truth.read_text())
     assert found["pascal.oracle.one_seen"] == 90.0
     assert found["coco.oracle.found"] == 2.0
-    assert (out.parent / "results/pascal-oracle.png").is_file()
-    assert "results/pascal-oracle.png" in (first := out.read_text())
+    assert (out.parent / "results/pascal-oracle.webp").is_file()
+    assert "results/pascal-oracle.webp" in (first := out.read_text())
     assert gd_eval("report", "--truth", truth, "--out", out) == 0
     assert out.read_text() == first
 
@@ -112,3 +115,8 @@ def test_pictures_are_the_best_the_middling_and_the_worst():
     assert chosen[-EACH:] == [2, 1, 0]
     assert chosen[EACH : 2 * EACH] == [11, 10, 9]
     assert places(scores[:5], "one_seen") == []
+
+
+def test_the_checked_in_page_is_that_of_the_checked_in_figures():
+    figures = json.loads((ROOT / "bench/results/truth.json").read_text(encoding="utf-8"))
+    assert (ROOT / "docs/results.md").read_text(encoding="utf-8") == page(figures)
