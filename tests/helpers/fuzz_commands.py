@@ -126,11 +126,11 @@ def write_bundle(folder):
 
 def sign_bundle(folder):
     """Have the manifest of a damaged bundle, where it can still be read, say the SHA-256 of what is there."""
-    if not (folder / MANIFEST).is_file():  # a device has no end
+    if not all(path.is_file() for path in folder.iterdir()):  # a device has no end
         return
     with contextlib.suppress(OSError, ValueError, AttributeError, TypeError, RecursionError):
         manifest = json.loads((folder / MANIFEST).read_text())
-        manifest["files"] = {name: sha256(folder / name) for name in manifest["files"]}
+        manifest["files"] = {name: sha256(folder / Path(name).name) for name in manifest["files"]}
         (folder / MANIFEST).write_text(json.dumps(manifest))
 
 
