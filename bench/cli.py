@@ -30,7 +30,7 @@ from grounded_diffusion.engine.cli.common import Parser, run_command
 from grounded_diffusion.engine.pipeline.shipped import shipped_bundle, shipped_checkpoint
 from grounded_diffusion.errors import UsageError
 from grounded_diffusion.files import local_path
-from grounded_diffusion.reading import Misfit, decode
+from grounded_diffusion.reading import Misfit, decode, read_file
 
 DEFAULT_STEPS, DEFAULT_SAMPLER = 20, "dpmpp-2m"
 GPU_BATCH = 16
@@ -202,7 +202,7 @@ def run_quality(args: argparse.Namespace) -> None:
 def read_settings(file: Path) -> list[dict[str, Any]]:
     """Settings of a JSON file. Raises UsageError."""
     try:
-        return decode(file.read_bytes(), list[dict[str, Any]])
+        return decode(read_file(file), list[dict[str, Any]])
     except OSError as error:
         raise UsageError(f"cannot read the settings {file}: {error.strerror}") from None
     except Misfit as error:

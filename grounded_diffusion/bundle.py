@@ -16,7 +16,7 @@ import msgspec
 
 from grounded_diffusion.errors import BundleError
 from grounded_diffusion.files import replace_file
-from grounded_diffusion.reading import Count, Misfit, Number, as_type, load_json
+from grounded_diffusion.reading import Count, Misfit, Number, as_type, load_json, read_file
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -190,8 +190,8 @@ def read_manifest(path: Path) -> Manifest:
         raise BundleError(f"there is no bundle at {path}; make one with gd-export --ckpt CHECKPOINT --out {path}")
     if not file.is_file():
         raise BundleError(f"{path} has no {MANIFEST}, so its export did not finish; run gd-export again")
-    content = file.read_bytes()
     try:
+        content = read_file(file)
         raw = load_json(content)
         schema = as_type(raw, HasSchema, content).schema
         if schema != SCHEMA:

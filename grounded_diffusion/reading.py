@@ -11,6 +11,7 @@ import re
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
 
 import msgspec
@@ -21,6 +22,7 @@ Count = Annotated[int, msgspec.Meta(ge=1, le=2**31)]  # of what there is at leas
 Number = Annotated[int, msgspec.Meta(ge=0, le=2**62)]  # an index, an area or a seed
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
+MAX_FILE = 1 << 26  # bytes
 LONGEST = 200  # characters of what is told
 WORDS = {"int": "a whole number", "float": "a number", "str": "a text", "bool": "true or false", "array": "a list",
          "object": "a table of fields", "null": "null"}  # fmt: skip
@@ -41,6 +43,15 @@ class Misfit(ValueError):  # noqa: N818 - of a text to a type
     def at(self, file: object) -> str:
         """The text behind the file's name and the line: "run.json:3: format must be a text, not a list"."""
         return f"{file}{'' if self.line is None else f':{self.line}'}: {self}"
+
+
+def read_file(path: str | Path) -> bytes:
+    """A file that people write, or one that says what others are. Raises OSError, and Misfit over MAX_FILE bytes."""
+    with Path(path).open("rb") as stream:
+        content = stream.read(MAX_FILE + 1)
+    if len(content) > MAX_FILE:
+        raise Misfit(f"it has over {MAX_FILE:,} bytes, which no such file has")
+    return content
 
 
 def as_type(value: Any, kind: type[T], content: bytes = b"", name: str = "") -> T:

@@ -27,7 +27,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from grounded_diffusion.bundle import Manifest
 from grounded_diffusion.errors import CheckpointError, UsageError
 from grounded_diffusion.families import FAMILIES
-from grounded_diffusion.reading import Misfit, Number, decode
+from grounded_diffusion.reading import Misfit, Number, decode, read_file
 from grounded_diffusion.training.generator.attention import GUIDANCE, NOUNS, attention_head
 from grounded_diffusion.training.generator.denoiser import Denoiser
 from grounded_diffusion.training.generator.model import PARTS, SAMPLING, first_line, load_base
@@ -179,7 +179,7 @@ def _load_presence(folder: Path, config: PresenceConfig) -> Presence:
 def _load_head(folder: Path) -> tuple[GroundingHead, dict[str, Any]]:
     """The head in `folder` and what its configuration says besides."""
     try:
-        about = decode((folder / "config.json").read_bytes(), HeadFile)
+        about = decode(read_file(folder / "config.json"), HeadFile)
         state = load_file(folder / "model.safetensors")
         head = GroundingHead(about.head)
     except (OSError, ValueError, RuntimeError, SafetensorError, UsageError) as error:

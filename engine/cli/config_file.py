@@ -17,7 +17,7 @@ from grounded_diffusion.engine.dataset.runfile import RUN, RunFile
 from grounded_diffusion.engine.prompts.vocabulary import COCO_IDS
 from grounded_diffusion.errors import UsageError
 from grounded_diffusion.files import local_path, readable_errors
-from grounded_diffusion.reading import Misfit, as_type, load_json, load_toml
+from grounded_diffusion.reading import Misfit, as_type, load_json, load_toml, read_file
 
 # An option of the command line also takes the place of a file's that excludes it.
 INSTEAD = {"prompt": "prompts", "prompts": "prompt", "backend": "precision", "precision": "backend",
@@ -58,9 +58,9 @@ def parse_with_config(parser: Parser, argv: Sequence[str]) -> argparse.Namespace
 
 def read_options(path: Path, known: Mapping[str, Any]) -> dict[str, Any]:
     """Options by the names of their fields. Raises UsageError."""
-    with readable_errors(path, "read"):
-        content = path.read_bytes()
     try:
+        with readable_errors(path, "read"):
+            content = read_file(path)
         found = load_json(content) if path.suffix == ".json" else load_toml(content)
         if path.suffix == ".json":
             as_type(found, RunFile, content)

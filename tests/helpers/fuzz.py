@@ -1,8 +1,9 @@
 """Hostile input to every command, from a seed: `python tests/helpers/fuzz.py --inputs 6000` prints the counts.
 
 Each input is a command line with odd values, or a sound one on files of which one is damaged, run in this process. What
-must not happen: a traceback or a line about a bug, more than LIMIT seconds, an exit status that the command does not
-have, a refusal of no line, of several or of a long one, and a file outside of the output that is made or changed.
+must not happen: a traceback or a line about a bug, more than LIMIT seconds or MEMORY bytes, an exit status that the
+command does not have, a refusal of no line, of several or of a long one, and a file outside of the output that is made
+or changed.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import io
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -29,7 +31,8 @@ from helpers.fuzz_commands import COMMANDS, Case, prepare
 
 LIMIT = 60  # seconds
 LONGEST = 500  # characters of a line
-FAULTS = ("traceback", "hang", "exit status", "message", "touched")
+MEMORY = 3 << 30  # bytes, beyond what this process has
+FAULTS = ("traceback", "hang", "memory", "exit status", "message", "touched")
 
 
 class Hang(BaseException):
@@ -106,6 +109,18 @@ def run_case(case: Case):
     return status, *texts, seconds
 
 
+@contextlib.contextmanager
+def little_memory():
+    """Have an allocation of over MEMORY fail at once."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
 def faults_of(case, status, out, err):
     """(kind, what was seen) of what must not happen."""
     if status == "hang":
@@ -114,12 +129,15 @@ def faults_of(case, status, out, err):
         yield "traceback", status if isinstance(status, str) else err
     elif status not in case.command.statuses:
         yield "exit status", f"{status}: {err}"
+    if "not enough memory" in err:
+        yield "memory", err
     lines = err.splitlines()
     if any(len(line) > LONGEST for line in lines):
         yield "message", f"a line of {max(map(len, lines))} characters: {err[:300]}"
     if status and not (lines or out):
         yield "message", f"exit status {status} without a word"
-    if status == 2 and len([line for line in lines if not line.startswith(case.command.chatter)]) != 1:
+    refusals = [line for line in lines if not line.startswith(case.command.chatter)]
+    if status == 2 and len(refusals) != 1 and "prompts cannot be used" not in (lines or [""])[-1]:  # each has its line
         yield "message", err[:600]
 
 
@@ -136,6 +154,7 @@ def fuzz(inputs, seed=0, commands=tuple(COMMANDS), say=lambda line: None, first=
         stack.enter_context(fuzz_commands.without_a_model())
         if set(commands) - set(fuzz_commands.LIGHT):
             fuzz_commands.load_torch()  # which takes seconds, and is no fault of the first input
+        stack.enter_context(little_memory())
         sound = contents(given)
         for number in range(first, first + inputs):
             rng = random.Random(f"{seed}:{number}")

@@ -48,7 +48,8 @@ class Command:
         words, told = [str(word) for word in self.lines(rng, given)], ""
         how = rng.random()
         if how < 0.55:
-            read = [name for name in self.files if str(given / name) in words] or self.files
+            named = lambda name: any(word.startswith(str(given / name)) for word in words)
+            read = [name for name in self.files if named(name)] or self.files
             told = damage(rng, given, read)
             if "bundle" in told and rng.random() < 0.5:
                 sign_bundle(given / "bundle")
@@ -93,6 +94,8 @@ class Case:
         top, _, rest = name.partition("/")
         if top == "prompts.txt":
             return self.command.main is prompts.main and "--overwrite" in self.words
+        if self.command.main is infer and "--overwrite" in self.words:
+            return top in ("data", "coco")  # a run of another format
         of_a_data_set = any(rest == path or rest.startswith(f"{path}/") for path in self.command.in_place)
         return top in ("data", "coco") and of_a_data_set
 
@@ -140,6 +143,7 @@ def prepare(root):
     (given / "pairs.txt").write_text("dog, cat\n")
     (given / "templates.txt").write_text("a {}\na {} and a {}\n")
     (given / "run.toml").write_text(TOML)
+    (given / "infer.toml").write_text('images-per-prompt = 2\nseed = 3\nnames = ["dog", "cat", "boat"]\n')
     (given / "settings.json").write_text(SETTINGS)
     (given / "empty").mkdir()
     (given / "model.safetensors").write_bytes(b'\x10\0\0\0\0\0\0\0{"a": {}}       ')
@@ -203,7 +207,9 @@ def infer_lines(rng, given):
     options = [["--images-per-prompt", "2"], ["--min-area", "0.1"], ["--require-masks"], ["--seed", "3"],
                ["--names", given / "names.txt"], ["--void-border", "1"], ["--log", "log.jsonl"], ["--dry-run"],
                ["--metrics-file", "m.prom"], ["--jpeg-quality", "80"], ["--shard", "0/2"], ["--size", "16"],
-               ["--negative-prompt", "x"], ["--sampler", "ddim"], ["--guidance-interval", "0", "0.5"]]  # fmt: skip
+               ["--negative-prompt", "x"], ["--sampler", "ddim"], ["--guidance-interval", "0", "0.5"],
+               ["--val", "0.5"], ["--config", given / "infer.toml"], ["--config", given / "data" / "run.json"],
+               ["--instances", "components"], ["--skip-bad-lines"], ["--quiet"], ["--json"]]  # fmt: skip
     return [*words, *(word for option in rng.sample(options, rng.randrange(4)) for word in option)]
 
 
@@ -268,7 +274,8 @@ RUN = (*IN_PLACE, "run.json", "summary.json", "shards", "images", "masks", "obje
 COMMANDS = {
     command.name: command
     for command in (
-        Command("gd-infer", infer, (0, 1, 2, 3), infer_lines, ("bundle", "prompts.txt", "names.txt", "data"), RUN,
+        Command("gd-infer", infer, (0, 1, 2, 3), infer_lines,
+                ("bundle", "prompts.txt", "names.txt", "data", "infer.toml"), RUN,
                 ("gd-infer: warning", "gd-infer: computing", "gd-infer: 1 of")),
         Command("gd-dataset", dataset.main, (0, 1, 2), dataset_lines, ("data", "data", "coco", "names.txt", "bundle"),
                 IN_PLACE),

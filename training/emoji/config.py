@@ -11,7 +11,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from grounded_diffusion.engine.checks import first_line
 from grounded_diffusion.errors import GroundedDiffusionError, UsageError
-from grounded_diffusion.reading import Misfit, as_type, line_of, load_toml
+from grounded_diffusion.reading import Misfit, as_type, line_of, load_toml, read_file
 from grounded_diffusion.training.emoji.world import WorldConfig as EmojiConfig
 from grounded_diffusion.training.worlds import WorldConfig, kind_named, kind_of
 
@@ -162,7 +162,7 @@ def _table(kind: type[T], table: Any, where: str, content: bytes) -> T:
 def load_config(path: str | Path) -> TrainConfig:
     """Read a TOML file. Raises UsageError with file, line and option: unknown, of another type, or out of range."""
     try:
-        content = Path(path).read_bytes()
+        content = read_file(path)
         raw = load_toml(content)
         world = as_type(raw.get("world", {}), dict[str, Any], content, "world")
         kind = kind_named(as_type(world.pop("kind", "emoji"), str, content, "world.kind"))

@@ -14,7 +14,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from grounded_diffusion.bundle import Sampling
 from grounded_diffusion.engine.checks import listing
 from grounded_diffusion.errors import CheckpointError, UsageError
-from grounded_diffusion.reading import Misfit, as_type, load_json
+from grounded_diffusion.reading import Misfit, as_type, load_json, read_file
 from grounded_diffusion.training.generator.lora import fuse, said_of_runs
 from grounded_diffusion.training.generator.single_file import SUFFIXES, load_single_file, load_vae_file
 from grounded_diffusion.training.generator.vocabulary import find_tokenizer
@@ -134,7 +134,7 @@ def read_sampling(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        content = file.read_bytes()
+        content = read_file(file)
         said = load_json(content)
         as_type(said, Sampling, content)
     except Misfit as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from grounded_diffusion.errors import UsageError
-from grounded_diffusion.reading import Misfit, as_type, load_toml
+from grounded_diffusion.reading import Misfit, as_type, load_toml, read_file
 from grounded_diffusion.training.grounding.loss import ZERO_MASKS
 
 OPTIMIZERS = ("adam", "muon")
@@ -115,7 +115,7 @@ def build(
 def read_settings(file: Path) -> dict[str, Any]:
     """Fields of HeadTraining from a TOML file; unknown ones fail by name. Raises UsageError."""
     try:
-        content = file.read_bytes()
+        content = read_file(file)
         settings = load_toml(content)
         known = {field.name for field in fields(HeadTraining)}
         if unknown := sorted(settings.keys() - known):

@@ -17,7 +17,7 @@ from msgspec import Struct
 
 from grounded_diffusion.bundle import UNET, UNET_GROUNDED, Bundle, read_manifest, sha256
 from grounded_diffusion.errors import BackendError
-from grounded_diffusion.reading import Misfit, decode
+from grounded_diffusion.reading import Misfit, decode, read_file
 
 PACKAGES = {"tensorrt": "grounded-diffusion[tensorrt]", "tensorrt_rtx": "grounded-diffusion[rtx]"}  # what pip installs
 PLAN, SIDECAR = "engine.plan", "engine.json"
@@ -91,7 +91,7 @@ def read_sidecar(directory: Path) -> tuple[EngineSpec, str]:
     """An engine's description and its plan's SHA-256. Raises BackendError when the sidecar is missing or damaged."""
     file = directory / SIDECAR
     try:
-        content = file.read_bytes()
+        content = read_file(file)
         found = decode(content, Sidecar)
         if found.schema != SCHEMA:
             raise BackendError(f"{file} has schema {found.schema}, this version reads {SCHEMA}; {rebuild(directory)}")
