@@ -92,8 +92,8 @@ class Case:
     def may_touch(self, name):
         """Whether the command may change a file of `given`."""
         top, _, rest = name.partition("/")
-        if top == "prompts.txt":
-            return self.command.main is prompts.main and "--overwrite" in self.words
+        if self.command.main is prompts.main:  # what is there is replaced where that is asked for
+            return "--overwrite" in self.words and any(word.endswith(f"/{name}") for word in self.words)
         if self.command.main is infer and "--overwrite" in self.words:
             return top in ("data", "coco")  # a run of another format
         of_a_data_set = any(rest == path or rest.startswith(f"{path}/") for path in self.command.in_place)
