@@ -35,6 +35,7 @@ CAPTURE_TIMESTEP = 121  # of 9 timesteps from 1 to 721 on the shipped model thos
 SHARPNESS = 4.0  # logit of a pixel with twice the share that is needed
 GRID = 32  # cells a side, at most, of the graph over which maps are spread: it has GRID^4 edges
 TINY = 1e-12
+OUTSIDE = -1e4  # log-odds that no cell has
 ABSENT = 1.0  # a share that no pixel has
 PATCH = 8  # patches of the graph's cells to a side; the strongest is that of an object of 1/64 of the image
 
@@ -176,6 +177,8 @@ class AttentionHead(nn.Module):
 
     def strongest(self, odds: torch.Tensor) -> torch.Tensor:
         """Log-odds [B,O,h,w] -> [B,O,1], the mean of the strongest patch."""
+        half = self.patch // 2  # around the image, so that a smaller one than a patch can be traced; such patches lose
+        odds = F.pad(odds, (half,) * 4, value=OUTSIDE)
         return F.avg_pool2d(odds, self.patch, 1).flatten(2).amax(-1, keepdim=True)
 
     def affinity(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
