@@ -92,10 +92,12 @@ class Case:
     def may_touch(self, name):
         """Whether the command may change a file of `given`."""
         top, _, rest = name.partition("/")
-        if top == "prompts.txt":
-            return self.command.main is prompts.main and "--overwrite" in self.words
+        if self.command.main is prompts.main:  # what is there is replaced where that is asked for
+            return "--overwrite" in self.words and any(word.endswith(f"/{name}") for word in self.words)
         if self.command.main is infer and "--overwrite" in self.words:
             return top in ("data", "coco")  # a run of another format
+        if top == "empty":  # an output like any other
+            return self.command.main is infer
         of_a_data_set = any(rest == path or rest.startswith(f"{path}/") for path in self.command.in_place)
         return top in ("data", "coco") and of_a_data_set
 
@@ -278,7 +280,7 @@ COMMANDS = {
     for command in (
         Command("gd-infer", infer, (0, 1, 2, 3), infer_lines,
                 ("bundle", "prompts.txt", "names.txt", "data", "infer.toml"), RUN,
-                ("gd-infer: warning", "gd-infer: computing", "gd-infer: 1 of")),
+                ("gd-infer: warning", "gd-infer: computing", "gd-infer: skipped")),
         Command("gd-dataset", dataset.main, (0, 1, 2), dataset_lines, ("data", "data", "coco", "names.txt", "bundle"),
                 IN_PLACE),
         Command("gd-prompts", prompts.main, (0, 2), prompts_lines, ("names.txt", "pairs.txt", "templates.txt")),
