@@ -74,8 +74,8 @@ class Command:
         elif what < 0.9:
             words.insert(at, odd_value(rng, given))
         else:
-            words[at:at] = [rng.choice(("--debug", "--version", "--help", "--overwrite", "--bogus", "--seed", "--out"))]
-        return [word for word in words if word != "--debug"] if rng.random() < 0.9 else words
+            words[at:at] = [rng.choice(("--version", "--help", "--overwrite", "--bogus", "--seed", "--out"))]
+        return words
 
 
 @dataclass
@@ -126,9 +126,11 @@ def write_bundle(folder):
 
 def sign_bundle(folder):
     """Have the manifest of a damaged bundle, where it can still be read, say the SHA-256 of what is there."""
-    with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
+    if not all(path.is_file() for path in folder.iterdir()):  # a device has no end
+        return
+    with contextlib.suppress(OSError, ValueError, AttributeError, TypeError, RecursionError):
         manifest = json.loads((folder / MANIFEST).read_text())
-        manifest["files"] = {name: sha256(folder / name) for name in manifest["files"]}
+        manifest["files"] = {name: sha256(folder / Path(name).name) for name in manifest["files"]}
         (folder / MANIFEST).write_text(json.dumps(manifest))
 
 

@@ -12,12 +12,11 @@ from typing import Any
 
 from grounded_diffusion.engine.backends.open import BACKENDS, DEFAULT_BACKEND
 from grounded_diffusion.engine.checks import usable_cores
-from grounded_diffusion.engine.cli.common import Parser
+from grounded_diffusion.engine.cli.common import Parser, run_command
 from grounded_diffusion.engine.pipeline.shipped import shipped_checkpoint
 from grounded_diffusion.engine.prompts.vocabulary import Vocabulary, built_in, read_names, read_pairs
 from grounded_diffusion.engine.sampling.options import Options
-from grounded_diffusion.errors import GroundedDiffusionError, UsageError
-from grounded_diffusion.files import os_error_line
+from grounded_diffusion.errors import UsageError
 from grounded_diffusion.training.evaluation.paper import ABLATIONS, METHODS
 from grounded_diffusion.training.grounding.config import PRESETS, build
 from grounded_diffusion.training.grounding.splits import UNSEEN, Split, built_in_split, split_of
@@ -273,18 +272,8 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status of gd-eval."""
-    try:
-        run(build_parser().parse_args(argv))
-    except GroundedDiffusionError as error:
-        print(f"gd-eval: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        print(f"gd-eval: {os_error_line(error)}", file=sys.stderr)
-        return UsageError.exit_code
-    except KeyboardInterrupt:
-        print("gd-eval: interrupted; the same command goes on where it was", file=sys.stderr)
-        return 130
-    return 0
+    kept = "interrupted; the same command goes on where it was"
+    return run_command("gd-eval", lambda: run(build_parser().parse_args(argv)), {}, interrupted=kept, argv=argv)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ from grounded_diffusion.errors import BundleError, CheckpointError, UsageError
 from grounded_diffusion.files import MAX_LINE, check_place
 
 COMMANDS = {"gd-infer": "engine.cli.infer", "gd-dataset": "engine.cli.dataset", "gd-prompts": "engine.cli.prompts",
-            "gd-export": "export.cli", "gd-train": "training.cli", "gd-bench": "bench.cli"}  # fmt: skip
+            "gd-export": "export.cli", "gd-train": "training.cli", "gd-eval": "training.evaluation.cli",
+            "gd-bench": "bench.cli"}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", COMMANDS)
