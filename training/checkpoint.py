@@ -245,8 +245,7 @@ def load_checkpoint(
         if trained.config.tap_channels != expected or trained.config.text_dim != context_width(parts):
             raise CheckpointError(f"the grounding head of {path} was made for another UNet than the one beside it")
         if head == "attention":
-            kept = {name: about[name] for name in ("names", "query_template")}
-            return with_attention(parts, report=report, **kept)
+            return with_attention(parts, report=report, names=about["names"], query_template=about["query_template"])
         if about["presence"] is not None:
             about["presence"] = _load_presence(path / HEAD, about["presence"])
         return Checkpoint(**parts, head=trained, **about)

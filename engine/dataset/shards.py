@@ -76,10 +76,7 @@ def encode_shard(
 def read_shard(
     storage: Storage, shard: int, samples: range | None = None, row: type[AnyRow] = AnyRow
 ) -> dict[str, Any]:
-    """The record of a shard, which must be about these samples, with rows of a type.
-
-    Raises DamagedShard, or FileNotFoundError.
-    """
+    """The record of a shard, about these samples, with rows of a type. Raises DamagedShard, or FileNotFoundError."""
     path = record_path(shard)
     try:
         record = load_json(storage.read(path))
@@ -295,7 +292,6 @@ def write_dataset(
     if run:
         storage.put(RUN, run_json(format.name, dict(run)))
         return write_shards(storage, format, parts, encode, shard_size, run)
-    settings = format.settings
-    about = settings.as_json()
+    about = format.settings.as_json()
     last = lambda samples: {MARKER: to_bytes({"format": format.name, "samples": samples, **about})}
     return write_shards(storage, format, parts, encode, shard_size, {}, last)
