@@ -304,7 +304,7 @@ def test_a_lock_file_is_what_status_reads(storage):
 def test_clearing_leaves_nothing(storage):
     for shard in range(SHARDS):
         files = shard_files(shard).items()
-        storage.commit(shard, files, encode_shard(shard, shard, [], files, [{"index": shard}]))
+        storage.commit(shard, files, encode_shard(shard, shard, [], files, [{"index": shard, "reason": "unsure"}]))
     storage.put("run.json", run_json("folder", {}))
     clear(storage)
     assert tree(storage.folder).keys() == {"run.json"}

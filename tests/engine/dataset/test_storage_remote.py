@@ -191,7 +191,7 @@ def test_clearing_leaves_nothing_but_what_is_beside(s3):
     beside = open_storage(f"{s3.root}-beside")
     for storage in (s3, beside):
         files = [("images/0.png", b"0")]
-        storage.commit(0, files, encode_shard(0, 0, [], files, [{"index": 0}]))
+        storage.commit(0, files, encode_shard(0, 0, [], files, [{"index": 0, "reason": "unsure"}]))
         storage.put("run.json", run_json("folder", {}))
     clear(s3)
     assert objects(s3).keys() == {"run.json"}

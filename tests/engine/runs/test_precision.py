@@ -19,7 +19,7 @@ def choose(precision, samples=1, before=None, bundle=None, **more):
     """(backend, lines said)."""
     said = []
     config = RunConfig(out="out", prompts="a [dog]", precision=precision, **more)
-    return opening.choose_backend(config, bundle, samples, before or {}, said.append), said
+    return opening.choose_backend(config, bundle, samples, before or {}, said.append, quick=False), said
 
 
 def test_fp32_is_the_default_backend():
