@@ -13,7 +13,7 @@ from grounded_diffusion.training.emoji.evaluate import load_head
 from grounded_diffusion.training.emoji.head import CAPTURE_TIMESTEP, QUERY_TEMPLATE, BaseModel
 
 # What runs without options take: fast, at a price that docs/benchmarks.md states.
-SAMPLING = {"sampler": "dpmpp-2m", "steps": 20, "guidance_scale": 7.5, "guidance_interval": [0.0, 0.6]}
+SAMPLING = {"sampler": "dpmpp-2m", "steps": 8, "guidance_scale": 7.5, "guidance_interval": [0.0, 0.6]}
 
 CARD = """# {title}
 
