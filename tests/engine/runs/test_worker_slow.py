@@ -90,7 +90,17 @@ def test_memory_stays_flat(tiny_bundle, tmp_path):
 @pytest.mark.slow
 def test_sigterm_on_the_shipped_model(tmp_path):
     """Exit 75 within 10 seconds in the middle of a batch of the default size, and the same command goes on."""
-    options = [*PROMPT, "--steps", "20", "--images-per-prompt", "256", "--shard-size", "64", "--model", shipped_bundle()]
+    options = [
+        *PROMPT,
+        "--steps",
+        "20",
+        "--images-per-prompt",
+        "256",
+        "--shard-size",
+        "64",
+        "--model",
+        shipped_bundle(),
+    ]
     command = [sys.executable, "-m", "grounded_diffusion.engine.cli.infer", *options, "--out", tmp_path / "out"]
     for _ in range(2):
         run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)

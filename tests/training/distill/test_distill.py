@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from grounded_diffusion.engine import GroundedPipeline
+from grounded_diffusion.engine.pipeline.shipped import shipped_checkpoint
 from grounded_diffusion.engine.sampling.schedule import build_schedule
 from grounded_diffusion.errors import UsageError
 from grounded_diffusion.training import cli
@@ -152,3 +153,12 @@ def test_what_does_not_fit_is_refused_in_one_line(student, options, changed, mes
     said = capsys.readouterr().err
     assert message in said
     assert len(said.strip().splitlines()) == 1
+
+
+def test_the_shipped_student_says_how_it_is_run():
+    shipped = shipped_checkpoint()
+    parts = load_base(shipped, loras=[(shipped / "student.safetensors", 1.0)])
+    assert parts["sampling"].items() >= {"sampler": "ddim", "steps": 4, "guidance_scale": 1.0}.items()
+    assert parts["scheduler"].config["timesteps"] == [999, 700, 400, 130]
+    plain = load_base(shipped)["unet"].conv_in.weight
+    assert not torch.equal(parts["unet"].conv_in.weight, plain)
