@@ -206,7 +206,7 @@ def test_examples_of_another_model_are_refused(examples, base, tmp_path, capsys)
 
 def test_what_is_no_base_or_no_examples(examples, base, tmp_path, capsys):
     options = ["--out", tmp_path / "out", "--device", "cpu"]
-    assert gd_train("head", "--base", tmp_path, "--examples", examples, *options) == 1
+    assert gd_train("head", "--base", tmp_path, "--examples", examples, *options) == 2
     assert "has no model_index.json" in capsys.readouterr().err
     assert gd_train("head", "--base", base, "--examples", tmp_path, *options) == 2
     assert "has no finished examples" in capsys.readouterr().err
