@@ -167,7 +167,7 @@ class Sampling:
 
 
 class HasSchema(msgspec.Struct):
-    """What a manifest of any version has."""
+    """What a file of any version has."""
 
     schema: int
 

@@ -15,9 +15,9 @@ from typing import Any
 
 from msgspec import Struct
 
-from grounded_diffusion.bundle import UNET, UNET_GROUNDED, Bundle, read_manifest, sha256
+from grounded_diffusion.bundle import UNET, UNET_GROUNDED, Bundle, HasSchema, read_manifest, sha256
 from grounded_diffusion.errors import BackendError
-from grounded_diffusion.reading import Misfit, decode, read_file
+from grounded_diffusion.reading import Misfit, as_type, load_json, read_file
 
 PACKAGES = {"tensorrt": "grounded-diffusion[tensorrt]", "tensorrt_rtx": "grounded-diffusion[rtx]"}  # what pip installs
 PLAN, SIDECAR = "engine.plan", "engine.json"
@@ -92,9 +92,10 @@ def read_sidecar(directory: Path) -> tuple[EngineSpec, str]:
     file = directory / SIDECAR
     try:
         content = read_file(file)
-        found = decode(content, Sidecar)
-        if found.schema != SCHEMA:
-            raise BackendError(f"{file} has schema {found.schema}, this version reads {SCHEMA}; {rebuild(directory)}")
+        raw = load_json(content)
+        if (schema := as_type(raw, HasSchema, content).schema) != SCHEMA:
+            raise BackendError(f"{file} has schema {schema}, this version reads {SCHEMA}; {rebuild(directory)}")
+        found = as_type(raw, Sidecar, content)
         return found.spec, found.plan_sha256
     except FileNotFoundError:
         raise BackendError(f"{directory} has no {SIDECAR}, so its build did not finish; {rebuild(directory)}") from None
