@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -61,21 +62,21 @@ class LocalStorage:
         sync(final.parent)
 
     def read(self, path: str) -> bytes:
-        try:
-            return self._file(path).read_bytes()
-        except FileNotFoundError:
-            raise
-        except OSError as error:
-            raise refusal(error, "read", self._file(path)) from None
+        with self.open(path) as stream:
+            return stream.read()
 
     @contextlib.contextmanager
     def open(self, path: str) -> Iterator[BinaryIO]:
+        file = self._file(path)
         try:
-            stream = self._file(path).open("rb")
+            mode = file.stat().st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a pipe or a device would be waited for, or never end
+                raise UsageError(f"cannot read {file}: it is no regular file; put the file itself in its place")
+            stream = file.open("rb")
         except FileNotFoundError:
             raise
         except OSError as error:
-            raise refusal(error, "read", self._file(path)) from None
+            raise refusal(error, "read", file) from None
         with stream:
             yield stream
 

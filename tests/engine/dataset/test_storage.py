@@ -310,3 +310,11 @@ def test_clearing_leaves_nothing(storage):
     assert tree(storage.folder).keys() == {"run.json"}
     storage.remove("run.json")
     assert list(storage.folder.iterdir()) == []
+
+
+def test_what_never_ends_is_not_read(storage):
+    path = storage.folder / "shards" / "000000.json"
+    path.parent.mkdir(parents=True)
+    os.mkfifo(path)
+    with pytest.raises(UsageError, match="it is no regular file"):
+        storage.read("shards/000000.json")
