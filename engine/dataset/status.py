@@ -102,11 +102,8 @@ def read_head(storage: Storage, path: str) -> Head:
 
 
 def pieces(storage: Storage, path: str) -> Iterator[bytes]:
-    """A file from its beginning, no further than needed where it is local."""
-    if (file := local(storage, path)) is None:
-        yield storage.read(path)
-        return
-    with file.open("rb") as stream:
+    """A file from its beginning, no further than needed."""
+    with storage.open(path) as stream:
         while piece := stream.read(PIECE):
             yield piece
 
