@@ -68,7 +68,10 @@ def read_options(path: Path, known: Mapping[str, Any]) -> dict[str, Any]:
         where = f", line {error.line}" if error.line else ""
         raise UsageError(f"{path} cannot be read{where}: {error}; give --config a TOML file or a {RUN}") from None
     if path.suffix == ".json":
-        return of_run(path, found)
+        options = of_run(path, found)
+        if unknown := sorted(options.keys() - known.keys()):
+            raise UsageError(f"{path} has the setting {unknown[0]}, for which gd-infer has no option")
+        return options
     options = {name.replace("-", "_"): value for name, value in found.items()}
     for name in options:
         if name not in known or name == "config":

@@ -11,7 +11,7 @@ from typing import Any, cast
 from grounded_diffusion.bundle import MANIFEST, SHIPPED, read_manifest, sha256
 from grounded_diffusion.cache import cache_folder
 from grounded_diffusion.engine.dataset.formats.tables import yaml_string
-from grounded_diffusion.engine.dataset.rows import Row
+from grounded_diffusion.engine.dataset.rows import FolderRow, Row
 from grounded_diffusion.engine.dataset.runfile import INFER, read_about, read_summary
 from grounded_diffusion.engine.dataset.shards import Recording, Rows, finished_shards, note_files
 from grounded_diffusion.engine.dataset.sheet import choose, draw_sheet
@@ -111,7 +111,7 @@ def write_card(
     if old and SIGN not in old and not overwrite:
         line = f"{storage.root}/{CARD} was not written by grounded-diffusion; `overwrite` replaces it"
         raise UsageError(line, "overwrite")
-    rows, contents = Rows(storage, finished_shards(storage), Row), Contents()
+    rows, contents = Rows(storage, finished_shards(storage), FolderRow if about.format == "folder" else Row), Contents()
     for row in rows:
         contents.add(row)
     if about.format == "folder":

@@ -9,6 +9,7 @@ from helpers import null_backend as null
 
 from grounded_diffusion.engine.cli.config_file import parse_with_config
 from grounded_diffusion.engine.cli.infer import build_parser, config_of
+from grounded_diffusion.engine.dataset.runfile import run_json
 from grounded_diffusion.errors import UsageError
 
 SHORT = ["--steps", "2", "--sampler", "ddim", "--batch", "2"]
@@ -98,6 +99,12 @@ def test_what_a_file_cannot_say(parse, text, said):
 @pytest.mark.parametrize("content", ["[]", "{}", '{"settings": 3}', '{"settings": {"merged": []}}', "{"])
 def test_what_is_no_run(parse, content):
     with pytest.raises(UsageError, match=r"run\.json"):
+        parse(content, name="run.json")
+
+
+def test_a_runs_setting_without_an_option(parse):
+    content = run_json("folder", {"steps": 4, "stepps": 5}).decode()
+    with pytest.raises(UsageError, match="has the setting stepps, for which gd-infer has no option"):
         parse(content, name="run.json")
 
 
