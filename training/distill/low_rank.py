@@ -8,9 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 from torch.nn.utils import parametrize
+
+from grounded_diffusion.files import replace_file
 
 
 class LowRank(nn.Module):
@@ -45,5 +47,4 @@ def save_changes(changes: nn.ModuleDict, path: Path, about: dict[str, str]) -> N
         layer = f"unet.{name.replace('/', '.')}"
         tensors[f"{layer}.lora_A.weight"] = change.down.detach().to("cpu", torch.float16).contiguous()
         tensors[f"{layer}.lora_B.weight"] = change.up.detach().to("cpu", torch.float16).contiguous()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, metadata={"format": "pt", **about})
+    replace_file(path, save(tensors, metadata={"format": "pt", **about}))
