@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -134,8 +135,8 @@ def ablation_section(figures: Figures, name: str) -> list[str]:
 def labels_of(figures: Figures, start: str) -> list[str]:
     """Labels below a place, those with a number by it."""
     found = dict.fromkeys(key.removeprefix(start).split(".")[0] for key in figures if key.startswith(start))
-    number = lambda label: int("".join(c for c in label if c.isdigit()) or 0)
-    return sorted(found, key=number)
+    digits = lambda label: "".join(re.findall("[0-9]", label)).lstrip("0")
+    return sorted(found, key=lambda label: (len(digits(label)), digits(label)))
 
 
 def targets(figures: Figures) -> list[str]:
@@ -175,7 +176,7 @@ def write_charts(figures: Figures, folder: Path) -> None:
             unseen = str(figures.get(f"about.{name}.unseen", "")).split(", ")
             replace_file(folder / f"{name}-names.svg", bars(values, unseen).encode())
     start = "ablation.timestep."
-    if labels := labels_of(figures, start):
+    if labels := [label for label in labels_of(figures, start) if re.fullmatch("t[0-9]{1,4}", label)]:
         lines = {}
         for group, title in zip(GROUPS, COLUMNS, strict=True):
             points = [(int(label[1:]), figures.get(f"{start}{label}.oracle.{group}")) for label in labels]
