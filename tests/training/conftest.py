@@ -15,6 +15,11 @@ def gd_train(*arguments):
     return cli.main([str(argument) for argument in arguments])
 
 
+@pytest.fixture(scope="session", autouse=True)
+def once(traces):
+    """Equal modules are traced once."""
+
+
 @pytest.fixture(scope="session")
 def detector(tmp_path_factory):
     """A detector that knows the four names, "tv monitor" as "tv", and another."""

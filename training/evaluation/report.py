@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -39,6 +40,9 @@ name; `make results` writes this page from [bench/results/truth.json](../bench/r
 - **DAAM** reads the attention of the whole generation, so it has no exact track. Its best threshold is that of the seen
   names.
 """
+
+
+TITLE = HEAD.partition("\n")[0].encode()
 
 
 def cell(figures: Figures, name: str) -> str:
@@ -189,8 +193,11 @@ def write_report(runs: Sequence[Path], truth: Path, out: Path) -> Figures:
     """Add the figures and pages of runs to `truth`, and write the page `out` with its pictures beside it.
 
     Raises:
-        UsageError: a run without figures, or nothing measured at all.
+        UsageError: a run without figures, nothing measured at all, or something else than such a page at `out`.
     """
+    with contextlib.suppress(FileNotFoundError), out.open("rb") as stream:
+        if stream.read(len(TITLE)) != TITLE:
+            raise UsageError(f"{out} is there and no page of gd-eval's, so it is not replaced; give another --out")
     figures, folder = read_figures(truth), out.parent / out.stem
     for run in runs:
         found = read_figures(run / FIGURES)
