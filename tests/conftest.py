@@ -45,6 +45,18 @@ def tiny_checkpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def small_checkpoint(tiny_checkpoint, tmp_path_factory):
+    """Directory of the tiny checkpoint with a UNet of two levels. Do not write to it."""
+    from helpers.tiny import smaller
+
+    from grounded_diffusion.training.checkpoint import load_checkpoint, save_checkpoint
+
+    path = tmp_path_factory.mktemp("small") / "checkpoint"
+    save_checkpoint(path, smaller(load_checkpoint(tiny_checkpoint)))
+    return path
+
+
+@pytest.fixture(scope="session")
 def traces():
     """While it lasts, equal modules are traced once."""
     from helpers.traces import traced_once

@@ -27,9 +27,9 @@ def detector(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def base(tiny_checkpoint, tmp_path_factory):
-    """The tiny model without its head."""
-    path = shutil.copytree(tiny_checkpoint, tmp_path_factory.mktemp("base") / "tiny")
+def base(small_checkpoint, tmp_path_factory):
+    """A small model without its head."""
+    path = shutil.copytree(small_checkpoint, tmp_path_factory.mktemp("base") / "tiny")
     shutil.rmtree(path / "grounding_head")
     return path
 
