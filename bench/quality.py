@@ -115,8 +115,8 @@ def open_setting(setting: Setting, pipes: Pipes, checkpoint: Path) -> tuple[Sett
     Raises UsageError for what does not exist, or not on this machine.
     """
     if (setting.model, setting.precision) not in pipes:
-        what = f"{setting.precision} here" if setting.model == "given" else f"{setting.precision} of the {setting.model}"
-        raise UsageError(f"this machine cannot run {setting.name!r}: there is no engine in {what}")
+        what = "" if setting.model == "given" else f" of the {setting.model}"
+        raise UsageError(f"cannot run {setting.name!r}: there is no engine in {setting.precision}{what} here")
     pipe = with_capture(pipes[setting.model, setting.precision], setting.capture)
     setting = replace(setting, options=setting.options.of_model(pipe.bundle.manifest))
     return setting, open_system(setting, pipe, checkpoint)

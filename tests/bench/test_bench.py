@@ -181,7 +181,7 @@ def test_quality(model, tmp_path, capsys):
         ("speed=9", "unknown key speed in a setting; known: capture, model, name, precision, system, steps"),
         ("system=other", "there is no system 'other'"),
         ("model=other", "there is no model 'other'"),
-        ("model=student", "there is no engine in fp32 of the student"),
+        ("model=student", "no engine in fp32 of the student here"),
         ("system=eager guidance_interval=[0,0.5]", "guidance at every step"),
         ("steps=0", "steps must be"),
     ],
