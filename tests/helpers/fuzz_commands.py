@@ -142,7 +142,7 @@ def sign_bundle(folder):
     """Have the manifest of a damaged bundle, where it can still be read, say the SHA-256 of what is there."""
     if not all(path.is_file() for path in folder.iterdir()):  # a device has no end
         return
-    with contextlib.suppress(OSError, ValueError, AttributeError, TypeError, RecursionError):
+    with contextlib.suppress(OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
         manifest = json.loads((folder / MANIFEST).read_text())
         manifest["files"] = {name: sha256(folder / Path(name).name) for name in manifest["files"]}
         (folder / MANIFEST).write_text(json.dumps(manifest))
