@@ -110,8 +110,8 @@ def typical_inputs(bundle: Bundle, steps: int = 10) -> dict[str, list[Inputs]]:
     return recorder.calls
 
 
-def marked(bundle: Bundle, graph: str, calls: Sequence[Inputs]) -> Iterator[tuple[str, np.ndarray]]:
-    """Every floating-point value that a graph's nodes make, by name, in every call, each rounded to its own type."""
+def marked(bundle: Bundle, graph: str, inputs: Inputs) -> Iterator[tuple[str, np.ndarray]]:
+    """Every floating-point value that a graph's nodes make, by name, each rounded to its own type."""
     model = onnx_ir.load(bundle.file(graph))
     values = [v for node in model.graph for v in node.outputs if v.dtype in (FLOAT, HALF)]
     outputs, options = list(model.graph.outputs), onnxruntime.SessionOptions()
@@ -123,10 +123,9 @@ def marked(bundle: Bundle, graph: str, calls: Sequence[Inputs]) -> Iterator[tupl
         model.graph.outputs[:] = [*outputs, *(value for value in part if value not in outputs)]
         content = onnx_ir.serde.serialize_model(model).SerializeToString()
         session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        feeds = {i.name: inputs[i.name].astype(DTYPES[i.type]) for i in session.get_inputs()}
         names = [value.name for value in part]
-        for inputs in calls:
-            feeds = {i.name: inputs[i.name].astype(DTYPES[i.type]) for i in session.get_inputs()}
-            yield from zip(names, session.run(names, feeds), strict=True)
+        yield from zip(names, session.run(names, feeds), strict=True)
 
 
 def where(graph: onnx_ir.Graph) -> dict[str, str]:
@@ -145,15 +144,17 @@ def compare(bundle: Bundle, twin: Bundle, graph: str, calls: Sequence[Inputs]) -
     model = onnx_ir.load(bundle.file(graph))
     place, ops = where(model.graph), {v.name: node.op_type for node in model.graph for v in node.outputs}
     layers: dict[str, Layer] = {}
-    both = (marked(one, graph, calls) for one in (bundle, twin))
-    with np.errstate(all="ignore"):
-        for (name, actual), (_, expected) in zip(*both, strict=True):
-            wide = expected.astype(np.float64)
-            error = np.linalg.norm(actual - wide) / max(np.linalg.norm(wide), 1e-30)
-            error = float(error) if np.isfinite(error) else np.inf if np.isfinite(wide).all() else 0.0
-            peak, old = float(np.abs(wide).max(initial=0)), layers.get(name)
-            if old is None or error > old.error:
-                layers[name] = Layer(name, ops[name], place[name], peak, error)
+    for inputs in calls:
+        with np.errstate(all="ignore"):
+            for (name, actual), (_, expected) in zip(
+                marked(bundle, graph, inputs), marked(twin, graph, inputs), strict=True
+            ):
+                wide = expected.astype(np.float64)
+                error = np.linalg.norm(actual - wide) / max(np.linalg.norm(wide), 1e-30)
+                error = float(error) if np.isfinite(error) else np.inf if np.isfinite(wide).all() else 0.0
+                peak, old = float(np.abs(wide).max(initial=0)), layers.get(name)
+                if old is None or error > old.error:
+                    layers[name] = Layer(name, ops[name], place[name], peak, error)
     return list(layers.values())
 
 
