@@ -119,6 +119,12 @@ def open_engines(
     return pipes, forms
 
 
+def open_student(args: argparse.Namespace, form: EngineForm) -> GroundedPipeline:
+    """The shipped model's student in the form that is best for the model itself."""
+    bundle = shipped_bundle(say, student=True)
+    return GroundedPipeline.open(bundle, backend=form.backend, threads=args.threads, lanes=form.lanes)
+
+
 def checkpoint_of(args: argparse.Namespace) -> Path | None:
     """The checkpoint the peers load: the shipped one goes with the shipped bundle only."""
     return args.ckpt or (None if args.model else shipped_checkpoint())
@@ -187,10 +193,18 @@ def run_quality(args: argparse.Namespace) -> None:
     checkpoint = checkpoint_of(args)
     if checkpoint is None:
         raise UsageError("--model needs --ckpt, the checkpoint it was exported from")
-    wanted = {setting.get("precision", "fp32") for setting in settings or DEFAULT}
+    asked = [(setting.get("model", "given"), setting.get("precision", "fp32")) for setting in settings or DEFAULT]
+    wanted = {precision for _, precision in asked}
     args.backend = [name for name in cpu_backends() if name != "openvino" and backend_entry(name).precision in wanted]
-    pipes, forms = open_engines(args, Options(batch=args.batch))
-    settings = settings or [setting for setting in DEFAULT if setting.get("precision", "fp32") in pipes]
+    engines, forms = open_engines(args, Options(batch=args.batch))
+    pipes = {("given", precision): pipe for precision, pipe in engines.items()}
+    if not args.model:
+        pipes |= {
+            (model, precision): open_student(args, forms[precision])
+            for model, precision in dict.fromkeys(asked)
+            if model == "student" and precision in forms
+        }
+    settings = settings or [setting for setting, key in zip(DEFAULT, asked, strict=True) if key in pipes]
     turn = math.lcm(*(form.batch * form.lanes for form in forms.values()))
     results = measure_quality(
         pipes, checkpoint, args.oracle or checkpoint / "oracle.pt", settings, images=args.images,

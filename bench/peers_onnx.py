@@ -106,8 +106,9 @@ class OpenVinoPeer(OnnxPeer):
         def run(*tensors: torch.Tensor) -> Any:
             if not hasattr(own, "request"):
                 own.request = model.create_infer_request()
-            for i, tensor in enumerate(tensors):
-                own.request.set_input_tensor(i, openvino.Tensor(tensor.contiguous().numpy(), shared_memory=True))
+            own.given = [tensor.contiguous().numpy() for tensor in tensors]  # kept: OpenVINO reads it where it lies
+            for i, array in enumerate(own.given):
+                own.request.set_input_tensor(i, openvino.Tensor(array, shared_memory=True))
             own.request.start_async()
             own.request.wait()
             outputs = [

@@ -30,7 +30,8 @@ from grounded_diffusion.training.emoji.head import object_masks
 from grounded_diffusion.training.emoji.oracle import Segmenter, load_oracle
 
 SEED = 41
-SYSTEMS, PRECISIONS = ("engine", "eager", "compile"), ("fp32", "bf16")
+SYSTEMS, PRECISIONS, MODELS = ("engine", "eager", "compile"), ("fp32", "bf16"), ("given", "student")
+Pipes = Mapping[tuple[str, str], GroundedPipeline]  # by model and precision
 OPTIONS = tuple(field.name for field in fields(Options))
 ALWAYS = {"guidance_interval": EVERY_STEP}
 RECIPE = {"name": "released recipe", "system": "eager", "sampler": "ddim", "steps": 50} | ALWAYS
@@ -40,11 +41,10 @@ DEFAULT = (  # the recipe in diffusers, the same in the engine, and what is fast
     RECIPE | BF16 | {"name": "released recipe, bf16"},
     {"name": "the same, engine", "sampler": "ddim", "steps": 50} | ALWAYS,
     {"name": "ddim, 25 steps", "sampler": "ddim", "steps": 25} | ALWAYS,
-    {"name": "dpmpp-2m, 20 steps", "sampler": "dpmpp-2m", "steps": 20} | ALWAYS,
     {"name": "the default"},
     {"name": "the default, bf16"} | BF16,
-    {"name": "20 steps, bf16", "steps": 20} | BF16,
-    {"name": "8 steps, bf16", "steps": 8} | BF16,
+    {"name": "20 steps of it, bf16", "steps": 20} | BF16,
+    {"name": "the student, bf16", "model": "student"} | BF16,
 )
 
 
@@ -58,6 +58,7 @@ class Setting:
         options: of the run.
         capture: training timestep at which the head reads; None for the model's own.
         precision: "fp32" or "bf16".
+        model: one of MODELS; "student" is the shipped model's, with its own defaults.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Setting:
     options: Options
     capture: int | None = None
     precision: str = "fp32"
+    model: str = "given"
 
 
 def parse_setting(text: str) -> dict[str, Any]:
@@ -82,21 +84,21 @@ def parse_setting(text: str) -> dict[str, Any]:
 
 
 def make_setting(given: Mapping[str, Any], batch: int) -> Setting:
-    """A setting of a dict whose keys are Options' fields, name, system, capture and precision. Raises UsageError."""
-    own = {"name", "system", "capture", "precision"}
+    """A setting of a dict whose keys are Options' fields and Setting's. Raises UsageError."""
+    own = {"name", "system", "capture", "precision", "model"}
     if unknown := sorted(given.keys() - own - set(OPTIONS)):
         raise UsageError(f"unknown key {unknown[0]} in a setting; known: {', '.join((*sorted(own), *OPTIONS))}")
     chosen = {key: value for key, value in given.items() if key not in own}
     shown = chosen | ({"capture": given["capture"]} if "capture" in given else {})
     told = " ".join(f"{k}={'-'.join(map(str, v)) if isinstance(v, list | tuple) else v}" for k, v in shown.items())
-    system = given.get("system", "engine")
-    if system not in SYSTEMS:
-        raise UsageError(f"there is no system {system!r} in a setting; choose from {', '.join(SYSTEMS)}")
-    precision = given.get("precision", "fp32")
-    if precision not in PRECISIONS:
-        raise UsageError(f"there is no precision {precision!r} in a setting; choose from {', '.join(PRECISIONS)}")
-    base = {"batch": batch} | ({} if system == "engine" else ALWAYS)  # peers know no interval
-    return Setting(str(given.get("name", told)), system, Options(**base | chosen), given.get("capture"), precision)
+    words = {}
+    for key, known in {"system": SYSTEMS, "precision": PRECISIONS, "model": MODELS}.items():
+        words[key] = given.get(key, known[0])
+        if words[key] not in known:
+            raise UsageError(f"there is no {key} {words[key]!r} in a setting; choose from {', '.join(known)}")
+    base = {"batch": batch} | ({} if words["system"] == "engine" else ALWAYS)  # peers know no interval
+    options = Options(**base | chosen)
+    return Setting(str(given.get("name", told)), options=options, capture=given.get("capture"), **words)
 
 
 def with_capture(pipe: GroundedPipeline, capture: int | None) -> GroundedPipeline:
@@ -107,11 +109,21 @@ def with_capture(pipe: GroundedPipeline, capture: int | None) -> GroundedPipelin
     return GroundedPipeline(replace(pipe.bundle, manifest=manifest), pipe.backend)
 
 
-def open_setting(setting: Setting, pipes: Mapping[str, GroundedPipeline], checkpoint: Path) -> System:
-    """What runs a setting. Raises UsageError for what does not exist, or not on this machine."""
-    if setting.precision not in pipes:
-        raise UsageError(f"this machine cannot run {setting.name!r}: there is no engine in {setting.precision} here")
-    pipe = with_capture(pipes[setting.precision], setting.capture)
+def open_setting(setting: Setting, pipes: Pipes, checkpoint: Path) -> tuple[Setting, System]:
+    """A setting with the model's own options filled in, and what runs it.
+
+    Raises UsageError for what does not exist, or not on this machine.
+    """
+    if (setting.model, setting.precision) not in pipes:
+        what = "" if setting.model == "given" else f" of the {setting.model}"
+        raise UsageError(f"cannot run {setting.name!r}: there is no engine in {setting.precision}{what} here")
+    pipe = with_capture(pipes[setting.model, setting.precision], setting.capture)
+    setting = replace(setting, options=setting.options.of_model(pipe.bundle.manifest))
+    return setting, open_system(setting, pipe, checkpoint)
+
+
+def open_system(setting: Setting, pipe: GroundedPipeline, checkpoint: Path) -> System:
+    """What runs a setting whose options are all said."""
     capture = pipe.schedule(setting.options).capture_index(pipe.bundle.manifest.capture_timestep)
     if setting.system == "engine":
         return Engine(pipe, setting.options)
@@ -192,7 +204,7 @@ def make_work(names: Sequence[str], shape: tuple[int, ...], count: int, objects:
 
 
 def measure_quality(
-    pipes: Mapping[str, GroundedPipeline],
+    pipes: Pipes,
     checkpoint: Path,
     oracle_file: Path,
     settings: Sequence[Mapping[str, Any]],
@@ -206,7 +218,7 @@ def measure_quality(
     """Run every setting on the same `images` prompts and noises and judge them.
 
     Args:
-        pipes: the engine by precision.
+        pipes: the engine by model and precision.
         batch: images to a call of the network, unless a setting says otherwise.
         turn: images that a setting makes before the next one's turn: as many as the engine's lanes need.
 
@@ -218,9 +230,8 @@ def measure_quality(
         raise UsageError(f"{images} images are fewer than the {turn} of a turn; ask for more, or for a smaller batch")
     oracle = load_oracle(oracle_file)
     pipe = next(iter(pipes.values()))
-    made = [make_setting(setting, batch) for setting in settings]
-    chosen = [replace(setting, options=setting.options.of_model(pipe.bundle.manifest)) for setting in made]
-    systems = [open_setting(setting, pipes, checkpoint) for setting in chosen]
+    opened = [open_setting(make_setting(setting, batch), pipes, checkpoint) for setting in settings]
+    chosen, systems = zip(*opened, strict=True)
     work, rows = make_work(oracle.names, pipe.latent_shape(chosen[0].options), images, objects)
     cut = lambda low, high: Work(work.prompts[low:high], work.noise[low:high])
     judges = [Judge(oracle) for _ in chosen]
@@ -241,6 +252,7 @@ def measure_quality(
         result |= {
             "name": setting.name,
             "system": setting.system,
+            "model": setting.model,
             "precision": setting.precision,
             "options": {name: getattr(setting.options, name) for name in OPTIONS},
             "capture": setting.capture,

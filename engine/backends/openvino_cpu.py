@@ -22,7 +22,7 @@ from grounded_diffusion.engine.sampling.backend import Arrays, both_halves
 from grounded_diffusion.errors import BackendError
 
 PRECISIONS = {"fp32": "f32", "bf16": "bf16"}  # ours, and OpenVINO's names for them
-EXACT = (TEXT_ENCODER, CONTEXT, TIME)  # always computed in FP32: they cost little, and everything depends on them
+EXACT = (TEXT_ENCODER, TIME)  # always computed in FP32: they cost little, and everything depends on them
 REMEMBERED = 16  # compiled shapes; one more closes the oldest
 Shapes = dict[str, tuple[int, ...]]
 

@@ -22,6 +22,7 @@ from grounded_diffusion.errors import BundleError, UsageError
 
 PACKAGE = Path(grounded_diffusion.__file__).parent
 NEEDED = ("torch", "diffusers", "transformers", "onnxscript")
+STUDENT = "student.safetensors"  # beside the shipped model: the LoRA that makes few steps of it
 
 
 def shipped_checkpoint() -> Path:
@@ -42,22 +43,30 @@ def checkpoint_key(checkpoint: Path) -> str:
     return digest.hexdigest()
 
 
-def shipped_bundle(report: Callable[[str], None] = lambda line: None) -> Path:
+def shipped_bundle(report: Callable[[str], None] = lambda line: None, student: bool = False) -> Path:
     """The shipped model's bundle, exported now if the cache does not have it.
 
     Args:
         report: told, line by line, that an export starts and how it goes.
+        student: the model of four unguided steps that was distilled from it.
 
     Raises:
         UsageError: no shipped model, the export extra is not installed, or the cache cannot be written.
         BundleError: the export failed.
     """
-    return cached_export(shipped_checkpoint(), cache_folder(), report)
+    return cached_export(shipped_checkpoint(), cache_folder(), report, STUDENT if student else None)
 
 
-def cached_export(checkpoint: Path, cache: Path, report: Callable[[str], None]) -> Path:
-    """The bundle of a checkpoint in a cache folder; a damaged one is made again. Raises as shipped_bundle does."""
-    bundle = cache / f"{checkpoint.name}-{checkpoint_key(checkpoint)[:16]}"
+def cached_export(checkpoint: Path, cache: Path, report: Callable[[str], None], lora: str | None = None) -> Path:
+    """The bundle of a checkpoint in a cache folder; a damaged one is made again. Raises as shipped_bundle does.
+
+    Args:
+        lora: a file of the checkpoint's that is fused into it.
+    """
+    name, given = checkpoint.name, ["--ckpt", str(checkpoint)]
+    if lora:
+        name, given = f"{name}-{Path(lora).stem}", [*given, "--lora", str(checkpoint / lora)]
+    bundle = cache / f"{name}-{checkpoint_key(checkpoint)[:16]}"
     if bundle.is_dir():
         try:
             open_bundle(bundle)
@@ -70,14 +79,14 @@ def cached_export(checkpoint: Path, cache: Path, report: Callable[[str], None]) 
             "or give `model` a bundle exported elsewhere",
             "model",
         )
-    report(f"exporting the shipped model {checkpoint.name}, once, to {bundle} (a minute or two)")
+    report(f"exporting the shipped model {name}, once, to {bundle} (a minute or two)")
     try:
         cache.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=".export-", dir=cache))
     except OSError as error:
         raise UsageError(f"cannot write to the cache {cache}: {error.strerror}; set XDG_CACHE_HOME") from None
     try:
-        export(["--ckpt", str(checkpoint)], work / "bundle", report)
+        export(given, work / "bundle", report)
         open_bundle(work / "bundle")
         if not bundle.exists():  # another process may have been faster
             (work / "bundle").rename(bundle)

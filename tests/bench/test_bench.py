@@ -178,8 +178,10 @@ def test_quality(model, tmp_path, capsys):
     ("setting", "message"),
     [
         ("sampler", "'sampler' is not of the form key=value"),
-        ("speed=9", "unknown key speed in a setting; known: capture, name, precision, system, steps"),
+        ("speed=9", "unknown key speed in a setting; known: capture, model, name, precision, system, steps"),
         ("system=other", "there is no system 'other'"),
+        ("model=other", "there is no model 'other'"),
+        ("model=student", "no engine in fp32 of the student here"),
         ("system=eager guidance_interval=[0,0.5]", "guidance at every step"),
         ("steps=0", "steps must be"),
     ],

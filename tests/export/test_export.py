@@ -150,6 +150,7 @@ def test_graphs_for_openvino(tiny_bundle):
     assert after["Softmax"] == before["Softmax"] > 0
     assert after["ConvTranspose"] == before["Resize"] > 0 == after["Resize"]
     assert after["Sin"] == 0 < before["Sin"]
+    assert after["InstanceNormalization"] == 0 < before["InstanceNormalization"]
     made = {}
     for source, graph in MAKERS.items():
         maker = onnx_ir.load(bundle.variant(OPENVINO, graph))
