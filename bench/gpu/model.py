@@ -85,7 +85,8 @@ def model_gpus(bundle: Bundle, batches: tuple[int, ...]) -> dict[str, Any]:
             parts = decoded_at_once(batch, height * width)
             step = kernels(unet, axis_sizes(batch, OBJECTS, height, width), library)
             decode = kernels(decoder, axis_sizes(parts, OBJECTS, height, width), library)
-            memory = counted_memory(bundle, prefix, sizes_of(bundle, batch, OBJECTS, manifest.image_size))
+            sizes = sizes_of(bundle, batch, OBJECTS, manifest.image_size)
+            memory = counted_memory(bundle, prefix, sizes) if library == "node by node" else None  # in engine.json
             rows += [row(backend, batch, step, decode, batch / parts, memory, *card) for card in CARDS.items()]
     guided = sum(k.flops for k in kernels(bundle.file(UNET), axis_sizes(1, OBJECTS, height, width), "node by node"))
     return {"rows": rows, "standard_flops": guided, "image_size": list(manifest.image_size)}

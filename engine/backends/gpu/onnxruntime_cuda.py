@@ -239,6 +239,7 @@ def load_runtime() -> Any:
         raise BackendError(
             f"the onnxruntime {onnxruntime.__version__} that is installed has no CUDA provider; {INSTALL}"
         )
+    onnxruntime.set_default_logger_severity(SILENT)  # it warns of devices that it does not know by a plugin
     with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find, which may be elsewhere
         onnxruntime.preload_dlls()
     return onnxruntime
