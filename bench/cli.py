@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 import sys
 import tempfile
@@ -21,7 +22,7 @@ from grounded_diffusion.bench.report import (
 )
 from grounded_diffusion.bench.systems import PEERS, missing_packages
 from grounded_diffusion.bench.work import EVERY_STEP, EngineForm, PeerForm, Plan
-from grounded_diffusion.bundle import open_bundle
+from grounded_diffusion.bundle import UNET, open_bundle
 from grounded_diffusion.engine import GroundedPipeline, Options
 from grounded_diffusion.engine.backends.calibrate import calibrate
 from grounded_diffusion.engine.backends.open import BACKENDS, DEFAULT_BACKEND, backend_entry, cpu_backends
@@ -93,11 +94,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def model_of(args: argparse.Namespace, student: bool = False) -> Path:
+    """The bundle given, or the shipped one, with UNets in 8 bits where they can be made here."""
+    return args.model or shipped_bundle(say, student, int8=importlib.util.find_spec("nncf") is not None)
+
+
 def open_model(
     args: argparse.Namespace, options: Options, backend: str = DEFAULT_BACKEND
 ) -> tuple[GroundedPipeline, int]:
     """The engine with the batch and lanes that are best on this machine, or were asked for; and images to a call."""
-    model, chosen = args.model or shipped_bundle(say), dict(backend=backend, threads=args.threads)
+    model, chosen = model_of(args), dict(backend=backend, threads=args.threads)
     if backend_entry(backend).device != "cpu":
         return GroundedPipeline.open(model, **chosen), args.batch or GPU_BATCH
     batch, lanes = args.batch, args.lanes
@@ -107,12 +113,19 @@ def open_model(
     return GroundedPipeline.open(model, **chosen, lanes=lanes), batch
 
 
+def best_backends(args: argparse.Namespace) -> list[str]:
+    """The fastest backend in every precision that the bundle has and this machine's CPU computes in, the exact last."""
+    exact, *others = [name for name in cpu_backends() if name != "openvino"]
+    int8 = cpu_backends("int8") if open_bundle(model_of(args)).int8(UNET) else []
+    return [*others, *int8, exact]
+
+
 def open_engines(
     args: argparse.Namespace, options: Options
 ) -> tuple[dict[str, GroundedPipeline], dict[str, EngineForm]]:
-    """The engine in every precision of the backends asked for, the coarsest first."""
+    """The engine in every precision of the backends asked for."""
     pipes, forms = {}, {}
-    for backend in args.backend or [name for name in reversed(cpu_backends()) if name != "openvino"]:
+    for backend in args.backend or best_backends(args):
         pipe, batch = open_model(args, options, backend)
         precision = backend_entry(backend).precision or pipe.bundle.manifest.precision
         pipes[precision], forms[precision] = pipe, EngineForm(backend, batch, pipe.backend.lanes)
@@ -121,8 +134,9 @@ def open_engines(
 
 def open_student(args: argparse.Namespace, form: EngineForm) -> GroundedPipeline:
     """The shipped model's student in the form that is best for the model itself."""
-    bundle = shipped_bundle(say, student=True)
-    return GroundedPipeline.open(bundle, backend=form.backend, threads=args.threads, lanes=form.lanes)
+    return GroundedPipeline.open(
+        model_of(args, student=True), backend=form.backend, threads=args.threads, lanes=form.lanes
+    )
 
 
 def checkpoint_of(args: argparse.Namespace) -> Path | None:
@@ -195,7 +209,7 @@ def run_quality(args: argparse.Namespace) -> None:
         raise UsageError("--model needs --ckpt, the checkpoint it was exported from")
     asked = [(setting.get("model", "given"), setting.get("precision", "fp32")) for setting in settings or DEFAULT]
     wanted = {precision for _, precision in asked}
-    args.backend = [name for name in cpu_backends() if name != "openvino" and backend_entry(name).precision in wanted]
+    args.backend = [name for name in best_backends(args) if backend_entry(name).precision in wanted]
     engines, forms = open_engines(args, Options(batch=args.batch))
     pipes = {("given", precision): pipe for precision, pipe in engines.items()}
     if not args.model:

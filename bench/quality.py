@@ -30,12 +30,12 @@ from grounded_diffusion.training.emoji.head import object_masks
 from grounded_diffusion.training.emoji.oracle import Segmenter, load_oracle
 
 SEED = 41
-SYSTEMS, PRECISIONS, MODELS = ("engine", "eager", "compile"), ("fp32", "bf16"), ("given", "student")
+SYSTEMS, PRECISIONS, MODELS = ("engine", "eager", "compile"), ("fp32", "bf16", "int8"), ("given", "student")
 Pipes = Mapping[tuple[str, str], GroundedPipeline]  # by model and precision
 OPTIONS = tuple(field.name for field in fields(Options))
 ALWAYS = {"guidance_interval": EVERY_STEP}
 RECIPE = {"name": "released recipe", "system": "eager", "sampler": "ddim", "steps": 50} | ALWAYS
-BF16 = {"precision": "bf16"}
+BF16, INT8 = {"precision": "bf16"}, {"precision": "int8"}
 DEFAULT = (  # the recipe in diffusers, the same in the engine, and what is faster
     RECIPE,
     RECIPE | BF16 | {"name": "released recipe, bf16"},
@@ -44,7 +44,9 @@ DEFAULT = (  # the recipe in diffusers, the same in the engine, and what is fast
     {"name": "the default"},
     {"name": "the default, bf16"} | BF16,
     {"name": "20 steps of it, bf16", "steps": 20} | BF16,
+    {"name": "the default, int8"} | INT8,
     {"name": "the student, bf16", "model": "student"} | BF16,
+    {"name": "the student, int8", "model": "student"} | INT8,
 )
 
 
@@ -57,7 +59,7 @@ class Setting:
         system: one of SYSTEMS.
         options: of the run.
         capture: training timestep at which the head reads; None for the model's own.
-        precision: "fp32" or "bf16".
+        precision: one of PRECISIONS; peers have no "int8".
         model: one of MODELS; "student" is the shipped model's, with its own defaults.
     """
 

@@ -65,7 +65,7 @@ class Plan:
     Attributes:
         options: sampler, steps, guidance.
         threads: CPU threads of every system.
-        engines: the engine by precision, the fastest first: its stages are measured, and its writer.
+        engines: the engine by precision, the most exact last; of the first the stages and the writer are measured.
         peers: names of the peers.
         peer_forms: by precision, the batch and layout at which torch is fastest.
         images: to a turn, of every system.

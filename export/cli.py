@@ -74,6 +74,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="batch norm by each image's own statistics, as the released program runs, or by stored averages "
         "(default: what the checkpoint says)",
     )
+    parser.add_argument(
+        "--int8", action="store_true",
+        help="also UNets in 8 bits for OpenVINO (gd-infer --precision int8), by nncf, from runs of the model",
+    )  # fmt: skip
     parser.add_argument("--no-verify", action="store_true", help="skip the comparison with torch and diffusers")
     parser.add_argument("--overwrite", action="store_true", help="replace the bundle at --out")
     engine_cli.add_options(parser)
@@ -82,8 +86,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--head untrained goes with --base MODEL, and with neither --ckpt nor --bundle")
     if args.statistics and (args.head or not args.ckpt):
         parser.error("--statistics is for the trained head of a --ckpt")
-    if args.bundle and not args.engine:
-        parser.error("--bundle needs --engine: an exported bundle is only ever given engines")
+    if args.bundle and not (args.engine or args.int8):
+        parser.error("--bundle needs --engine or --int8: nothing else is added to an exported bundle")
+    if args.int8 and args.precision != "fp32":
+        parser.error("--int8 is made of a model in fp32; leave out --precision")
     if args.fused and args.precision != "fp16":
         parser.error("--fused needs --precision fp16")
     if not (args.ckpt or args.base or args.bundle):
@@ -201,8 +207,14 @@ def run(args: argparse.Namespace) -> None:
     def report(line: str) -> None:
         print(f"[{time.monotonic() - start:6.1f} s] {line}", flush=True)
 
+    if args.int8:
+        from grounded_diffusion.export.quantize import load_nncf, quantize_bundle
+
+        load_nncf()  # before the minutes of an export
     if not args.bundle:
         export(args, report)
+    if args.int8:
+        quantize_bundle(args.bundle or args.out, report)
     if args.engine:
         engine_cli.build(args.bundle or args.out, args, report)
 

@@ -34,6 +34,7 @@ GRAPHS = (TEXT_ENCODER, UNET, UNET_GROUNDED, VAE_DECODER)
 # any of them. The names of weight files in them are relative to the bundle; OpenVINO takes weights from a graph's own
 # folder only, so its graphs have no folder.
 CPU, CUDA, GPU, OPENVINO = "cpu/", "cuda/", "gpu/", "openvino."
+INT8 = "openvino.int8."  # the UNets of OPENVINO in 8 bits, as OpenVINO writes a model: .xml with .bin beside it
 # What all their UNets need of the context, which is the same from step to step: context [N,L,D] -> keys and values of
 # every cross-attention. They are inputs of those graphs in the place of the context. The first axis of latents and
 # timestep is called S in those graphs: N rows, or the B that both halves of guidance have in common.
@@ -174,6 +175,11 @@ class Bundle:
         """Path of a graph as written for a runtime, CPU, CUDA or OPENVINO; else of the standard one."""
         name = f"{prefix}{graph}"
         return self.file(name if name in self.manifest.files else graph)
+
+    def int8(self, graph: str) -> Path | None:
+        """Path of a UNet in 8 bits; None where the bundle has none, or for another graph."""
+        name = f"{INT8}{Path(graph).stem}.xml"
+        return self.file(name) if name in self.manifest.files else None
 
 
 @dataclass(frozen=True, slots=True)

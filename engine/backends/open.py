@@ -69,6 +69,7 @@ BACKENDS = {
     DEFAULT_BACKEND: BackendEntry("cpu", "fp32", _open_onnxruntime),
     "openvino": BackendEntry("cpu", "fp32", partial(_open_openvino, "fp32")),
     "openvino-bf16": BackendEntry("cpu", "bf16", partial(_open_openvino, "bf16")),
+    "openvino-int8": BackendEntry("cpu", "int8", partial(_open_openvino, "int8")),
     "cuda": BackendEntry("cuda", None, _open_cuda),  # ONNX Runtime
     "tensorrt": BackendEntry(
         "cuda", None, partial(_open_tensorrt, "tensorrt")
@@ -97,12 +98,14 @@ def check_precision(precision: str) -> None:
 def cpu_backends(precision: str = FASTEST) -> list[str]:
     """Backends that run on this machine's CPU in a precision of PRECISIONS, the most exact first.
 
-    In FP32 that is the default alone, whose samples have the same bytes at any batch and beside any others.
+    In FP32 that is the default alone, whose samples have the same bytes at any batch and beside any others. int8 has
+    to be asked for: it changes the images.
     """
     here = chip_precisions()
     fits = lambda entry: entry.device == "cpu" and entry.precision in here and precision in (FASTEST, entry.precision)
     others = [name for name, entry in BACKENDS.items() if name != DEFAULT_BACKEND and fits(entry)]
-    return {"fp32": [DEFAULT_BACKEND], FASTEST: [DEFAULT_BACKEND, *others]}.get(precision, others)
+    closest = [name for name in others if BACKENDS[name].precision != "int8"]
+    return {"fp32": [DEFAULT_BACKEND], FASTEST: [DEFAULT_BACKEND, *closest]}.get(precision, others)
 
 
 def open_backend(

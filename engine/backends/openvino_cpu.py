@@ -1,4 +1,4 @@
-"""OpenVINO on the CPU, in FP32 or in the chip's own BF16: a model compiled for every shape, kept on disk.
+"""OpenVINO on the CPU: a model compiled for every shape, kept on disk. In FP32, the chip's BF16, or UNets in 8 bits.
 
 Shapes are static: OpenVINO then plans all memory beforehand and has no shape arithmetic left. So that not every size of
 a last batch is compiled, sizes are rounded up, and the rows that this adds are cut off again.
@@ -14,14 +14,14 @@ from typing import Any, cast
 
 import numpy as np
 
-from grounded_diffusion.bundle import CONTEXT, GRAPH_IO, OPENVINO, PRESENCE, TEXT_ENCODER, TIME, Bundle
+from grounded_diffusion.bundle import CONTEXT, GRAPH_IO, OPENVINO, PRESENCE, TEXT_ENCODER, TIME, UNET, Bundle
 from grounded_diffusion.cache import cache_folder
 from grounded_diffusion.engine.backends.host import HostBackend
 from grounded_diffusion.engine.checks import first_line, usable_cores
 from grounded_diffusion.engine.sampling.backend import Arrays, both_halves
 from grounded_diffusion.errors import BackendError
 
-PRECISIONS = {"fp32": "f32", "bf16": "bf16"}  # ours, and OpenVINO's names for them
+PRECISIONS = {"fp32": "f32", "bf16": "bf16", "int8": "bf16"}  # ours; and what OpenVINO keeps between layers
 EXACT = (TEXT_ENCODER, TIME)  # always computed in FP32: they cost little, and everything depends on them
 REMEMBERED = 16  # compiled shapes; one more closes the oldest
 Shapes = dict[str, tuple[int, ...]]
@@ -89,9 +89,14 @@ class OpenVinoBackend(HostBackend):
         self._core = self._ov.Core()
         if precision.upper() not in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
             raise BackendError(f"this machine's CPU has no {precision} instructions; use --precision fp32")
-        self._type = getattr(self._ov.Type, PRECISIONS[precision])
+        if precision == "int8" and bundle.int8(UNET) is None:
+            raise BackendError(f"{bundle.path} has no UNets in int8; gd-export --bundle {bundle.path} --int8 adds them")
+        self.precision, kept = precision, PRECISIONS[precision]
+        if kept.upper() not in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES") and kept != "f32":
+            kept = "f32"
+        self._type = getattr(self._ov.Type, kept)
         self._settings = {
-            "INFERENCE_PRECISION_HINT": PRECISIONS[precision],
+            "INFERENCE_PRECISION_HINT": kept,
             "NUM_STREAMS": lanes,
             "INFERENCE_NUM_THREADS": max(threads or usable_cores(), lanes),
             "ENABLE_CPU_PINNING": False,  # several processes would be pinned to the same cores
@@ -124,13 +129,16 @@ class OpenVinoBackend(HostBackend):
         request = compiled.request()
         for name, tensor in made.items():
             request.set_tensor(name, tensor)
-        outputs = infer(request, {name: arrays[name] for name in arrays if name in compiled.types})
+        outputs = self._infer(graph, request, {name: arrays[name] for name in arrays if name in compiled.types})
         rows = rounded(images)
         outputs = {name: cut(value, images, rows) for name, value in outputs.items()}
         if objects:
             for name in {"mask_logits", PRESENCE} & outputs.keys():
                 outputs[name] = outputs[name][:, :objects]
         return outputs
+
+    def _infer(self, graph: str, request: Any, arrays: Mapping[str, np.ndarray]) -> Arrays:
+        return infer(request, arrays)
 
     def _made(self, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """What the UNets take in the place of context and timestep, as OpenVINO's tensors of this thread."""
@@ -161,7 +169,8 @@ class OpenVinoBackend(HostBackend):
             if key not in self._compiled:
                 while len(self._compiled) >= REMEMBERED:
                     self._compiled.pop(next(iter(self._compiled)))
-                self._compiled[key] = self._open(self.bundle.variant(OPENVINO, graph), shapes, made)
+                small = self.bundle.int8(graph) if self.precision == "int8" else None
+                self._compiled[key] = self._open(small or self.bundle.variant(OPENVINO, graph), shapes, made)
             return self._compiled[key]
 
     def _open(self, path: Path, shapes: Shapes, made: Mapping[str, Any]) -> Compiled:

@@ -43,29 +43,37 @@ def checkpoint_key(checkpoint: Path) -> str:
     return digest.hexdigest()
 
 
-def shipped_bundle(report: Callable[[str], None] = lambda line: None, student: bool = False) -> Path:
+def shipped_bundle(
+    report: Callable[[str], None] = lambda line: None, student: bool = False, int8: bool = False
+) -> Path:
     """The shipped model's bundle, exported now if the cache does not have it.
 
     Args:
         report: told, line by line, that an export starts and how it goes.
         student: the model of four unguided steps that was distilled from it.
+        int8: with UNets in 8 bits beside the others.
 
     Raises:
         UsageError: no shipped model, the export extra is not installed, or the cache cannot be written.
         BundleError: the export failed.
     """
-    return cached_export(shipped_checkpoint(), cache_folder(), report, STUDENT if student else None)
+    return cached_export(shipped_checkpoint(), cache_folder(), report, STUDENT if student else None, int8)
 
 
-def cached_export(checkpoint: Path, cache: Path, report: Callable[[str], None], lora: str | None = None) -> Path:
+def cached_export(
+    checkpoint: Path, cache: Path, report: Callable[[str], None], lora: str | None = None, int8: bool = False
+) -> Path:
     """The bundle of a checkpoint in a cache folder; a damaged one is made again. Raises as shipped_bundle does.
 
     Args:
         lora: a file of the checkpoint's that is fused into it.
+        int8: add UNets in 8 bits.
     """
     name, given = checkpoint.name, ["--ckpt", str(checkpoint)]
     if lora:
         name, given = f"{name}-{Path(lora).stem}", [*given, "--lora", str(checkpoint / lora)]
+    if int8:
+        name, given = f"{name}-int8", [*given, "--int8"]
     bundle = cache / f"{name}-{checkpoint_key(checkpoint)[:16]}"
     if bundle.is_dir():
         try:
