@@ -16,7 +16,7 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass(frozen=True, slots=True)
 class MemoryNeed:
-    """Bytes of a device's memory that a batch needs, and those that are free on it."""
+    """Bytes of a device's memory that a batch needs, and those that were free on it when the backend was opened."""
 
     needed: int
     free: int

@@ -90,6 +90,7 @@ class DeviceBackend:
         self._thread = ThreadPoolExecutor(1, "device", initializer=device.activate)
         self._collectors = ThreadPoolExecutor(self.lanes, "collect")
         self._streams = self._call(Streams.on, device)
+        self._free = self._call(device.free_memory)  # bytes: what is opened from now on can be closed again
         self._loops: OrderedDict[Sizes, DeviceLoop] = OrderedDict()
         self._largest: dict[tuple[int, int], int] = {}  # batch asked for yet, by image size
         self._limits: dict[tuple[int, int], int] = {}  # batch that is known to be allowed, by image size
@@ -112,7 +113,7 @@ class DeviceBackend:
         """See `Backend.memory`."""
         buckets = self.runtime.buckets(batch, OBJECTS, size) or [(batch, OBJECTS)]
         needed = self.runtime.memory(sizes_of(self.bundle, *smallest(buckets, batch), size))
-        return None if needed is None else MemoryNeed(needed, self._call(self.device.free_memory))
+        return None if needed is None else MemoryNeed(needed, self._free)
 
     def submit(self, request: BatchRequest) -> Future[BatchResult]:
         """See `Backend.submit`: queued at once; bytes and masks are made and copied while later batches run."""

@@ -67,6 +67,8 @@ def test_a_batch_is_chosen_that_fits(bundle):
     tight = on_device(bundle, roomy.runtime.memory(sizes_of(bundle, 5, OBJECTS, SIZE)))
     with GroundedPipeline(bundle, tight) as pipe:
         assert pipe.batch_size(Options()) == 4
+        list(pipe.generate(["a [dog]"] * 2, steps=1, sampler="ddim", batch=2))
+        assert pipe.batch_size(Options()) == 4, "what a run holds it can give back"
         assert pipe.batch_size(Options(batch=9)) == 9, "what was asked for is tried"
 
 
@@ -74,9 +76,7 @@ def test_a_batch_is_chosen_that_fits(bundle):
     ("batch", "says"), [(2, r"; \S+ GB are free$"), (8, ": too many, a smaller --batch is needed$")]
 )
 def test_a_dry_run_tells_it(bundle, tmp_path, monkeypatch, batch, says):
-    device = HostDevice()
-    backend = DeviceBackend(bundle, device, HostRuntime(bundle, device))
-    device.memory = backend.runtime.memory(sizes_of(bundle, 4, OBJECTS, SIZE))
+    backend = on_device(bundle, counted_memory(bundle, GPU, sizes_of(bundle, 4, OBJECTS, SIZE)))
     monkeypatch.setattr("grounded_diffusion.engine.runs.open.open_backend", lambda *_, **__: backend)
     options = Options(steps=1, batch=batch, sampler="ddim")
     prompts = ["a [dog] and a [cat]"] * 2
