@@ -86,6 +86,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     grounding.add_argument("--rounds", type=int, default=3, help="timed rounds (default 3)")
     grounding.add_argument("--threads", type=int, default=usable_cores(), help="CPU threads (default: all cores)")
     grounding.add_argument("--out", type=local_path, help="write JSON and Markdown into this folder")
+
+    gpu = kinds.add_parser("gpu-model", help="what GPUs would take, by counted operations and bytes; nothing is run")
+    gpu.add_argument("--model", type=local_path, required=True, help="bundle of --precision fp16, best with --fused")
+    gpu.add_argument("--batch", type=int, action="append", help="images to a call; repeatable (default 1 and 16)")
+    gpu.add_argument("--out", type=local_path, help="write JSON and Markdown into this folder")
     return parser.parse_args(argv)
 
 
@@ -250,9 +255,19 @@ def run_grounding(args: argparse.Namespace) -> None:
     emit(args, f"grounding-{args.size}", result, lines)
 
 
+def run_gpu_model(args: argparse.Namespace) -> None:
+    """gd-bench gpu-model."""
+    from grounded_diffusion.bench.gpu.model import model_gpus, model_table
+
+    result = model_gpus(open_bundle(args.model, verify=False), tuple(args.batch or (1, GPU_BATCH)))
+    emit(
+        args, "gpu-model", result, [*model_table(result), "", "A model of counted operations and bytes, not measured."]
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status of gd-bench: 0, or 1 and 2 as GroundedDiffusionError has them."""
-    runs = {"speed": run_speed, "quality": run_quality, "grounding": run_grounding}
+    runs = {"speed": run_speed, "quality": run_quality, "grounding": run_grounding, "gpu-model": run_gpu_model}
 
     def body() -> None:
         args = parse(argv)

@@ -1,7 +1,6 @@
 """Floating-point operations of an ONNX graph, counted on the graph itself at given sizes.
 
-Shapes come from ONNX Runtime's symbolic shape inference, which knows its own fused operations too, so the count is of
-what runs. A multiply-add is two operations. Only contractions count (convolutions, matrix products, attention), as in
+A multiply-add is two operations. Only contractions count (convolutions, matrix products, attention), as in
 torch's FlopCounterMode: the rest of a diffusion model is well below a per cent.
 """
 
@@ -13,58 +12,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from grounded_diffusion.bundle import SHARED_ROWS
-from grounded_diffusion.errors import BackendError, UsageError
+from grounded_diffusion.errors import BackendError
+from grounded_diffusion.export.shapes import Shapes, infer_shapes
 
-Shapes = Mapping[str, tuple[int, ...]]
 CONTRACTIONS = ("attention", "conv", "einsum", "gemm", "matmul")  # an operation with this in its name is never left out
 SUBGRAPHS = ("If", "Loop", "Scan")
-
-
-def axis_sizes(batch: int, objects: int, height: int, width: int, guided: bool = True) -> dict[str, int]:
-    """The free axes of all graphs: B images, O objects, latents of h x w; unguided calls have one row an image."""
-    rows = 2 * batch if guided else batch
-    return {"B": batch, SHARED_ROWS: batch, "N": rows, "2*B": rows, "O": objects, "h": height, "w": width}
-
-
-def infer_shapes(path: Path, sizes: Mapping[str, int]) -> tuple[Any, Shapes]:
-    """A graph without its weights, and the shape of every tensor in it.
-
-    Raises:
-        UsageError: a free axis of the inputs has no size.
-        BackendError: a shape cannot be told.
-    """
-    import onnx
-    from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
-
-    model = onnx.load(path, load_external_data=False)
-    graph = model.graph
-    for value in graph.input:
-        for axis in value.type.tensor_type.shape.dim:
-            if axis.dim_param:
-                if axis.dim_param not in sizes:
-                    raise UsageError(f"{path} has a free axis {axis.dim_param}; known are {', '.join(sizes)}")
-                axis.dim_value = sizes[axis.dim_param]
-    for value in graph.output:
-        value.type.tensor_type.ClearField("shape")  # symbols of other axes; they are inferred
-    del graph.value_info[:]
-    for node in graph.node:  # the tool knows the sum alone; the shapes are the same
-        if node.op_type in ("ReduceMax", "ReduceLogSumExp"):
-            node.op_type = "ReduceSum"
-    outside = [tensor for tensor in graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
-    for tensor in outside:  # weights are left where they are: their shapes are enough
-        graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
-        graph.initializer.remove(tensor)
-    try:
-        model = SymbolicShapeInference.infer_shapes(model, auto_merge=True)
-    except Exception as error:  # the tool raises bare Exception
-        raise BackendError(f"shapes of {path} cannot be inferred: {str(error).splitlines()[0]}") from None
-    known = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
-    for value in (*model.graph.input, *model.graph.value_info, *model.graph.output):
-        axes = value.type.tensor_type.shape.dim
-        if all(axis.HasField("dim_value") for axis in axes):
-            known[value.name] = tuple(axis.dim_value for axis in axes)
-    return model, known
 
 
 def convolution(node: Any, attributes: dict[str, Any], shape: Shapes) -> int:
@@ -134,7 +86,7 @@ def count_flops(path: str | Path, sizes: Mapping[str, int]) -> Counter[str]:
 
     Args:
         path: the ONNX file; its weights need not be there.
-        sizes: a size for every named free axis of the inputs, as from `axis_sizes`.
+        sizes: a size for every named free axis of the inputs, as from `export.shapes.axis_sizes`.
 
     Raises:
         UsageError: a free axis has no size.

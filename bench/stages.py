@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from grounded_diffusion.bench.flops import axis_sizes, count_flops
+from grounded_diffusion.bench.flops import count_flops
 from grounded_diffusion.bench.timing import Timing, repeat
 from grounded_diffusion.bench.work import OBJECTS, Work
 from grounded_diffusion.bundle import CPU, OPENVINO, TEXT_ENCODER, UNET, UNET_GROUNDED, VAE_DECODER, Manifest
 from grounded_diffusion.engine import GroundedPipeline, Options
 from grounded_diffusion.engine.dataset.formats import Settings, open_format
 from grounded_diffusion.engine.dataset.record import Record
+from grounded_diffusion.export.shapes import axis_sizes
 from grounded_diffusion.kernels import image_epilogue, mask_epilogue
 
 VARIANTS = {"onnxruntime-cpu": CPU, "openvino": OPENVINO}  # graphs that backends on a CPU run

@@ -30,7 +30,7 @@ COMMANDS = {  # command -> its module, its own commands
     ),
     "gd-export": ("export.cli", ()),
     "gd-train": ("training.cli", ("examples", "real", "head", "distill")),
-    "gd-bench": ("bench.cli", ("speed", "quality", "grounding")),
+    "gd-bench": ("bench.cli", ("speed", "quality", "grounding", "gpu-model")),
 }  # fmt: skip
 
 

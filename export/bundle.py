@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir
+from onnx_ir.passes import common as passes
 
 from grounded_diffusion import __version__
 from grounded_diffusion.bundle import (
     CONTEXT,
     CPU,
     CUDA,
+    GPU,
     OPENVINO,
     TELLS_PRESENCE,
     TEXT_ENCODER,
@@ -27,6 +29,7 @@ from grounded_diffusion.bundle import (
     sha256,
     write_manifest,
 )
+from grounded_diffusion.engine.backends.tensorrt.store import OBJECTS
 from grounded_diffusion.engine.sampling.options import SAMPLING, Options
 from grounded_diffusion.engine.sampling.schedule import build_schedule
 from grounded_diffusion.errors import UsageError
@@ -34,6 +37,7 @@ from grounded_diffusion.export.cpu import cut, for_cpu, share_halves
 from grounded_diffusion.export.graphs import latent_multiple, trace, without_grounding
 from grounded_diffusion.export.openvino import cut_shared, decoder_for_openvino, for_openvino
 from grounded_diffusion.export.rewrites.winograd import LARGEST, winograd
+from grounded_diffusion.export.shapes import axis_sizes, graph_memory
 from grounded_diffusion.export.staging import check_output, staged
 from grounded_diffusion.export.weights import WeightStore
 from grounded_diffusion.families import FAMILIES, SAMPLERS
@@ -106,6 +110,7 @@ def scheduler_config(checkpoint: Checkpoint) -> dict:
 def write_bundle(checkpoint: Checkpoint, folder: Path, precision: str, fused: bool, report: Report) -> None:
     """Write all files of a bundle into `folder`, the manifest last."""
     store, written = WeightStore(folder), []
+    keys_values: dict[str, str] = {}
 
     def write(model: onnx_ir.Model, name: str) -> None:
         if name in written:  # what both UNets need of the context and the timestep
@@ -120,25 +125,33 @@ def write_bundle(checkpoint: Checkpoint, folder: Path, precision: str, fused: bo
     for graph, place in traces:
         report(f"tracing {place}{graph}")
         model = trace(checkpoint, graph, precision, cuda=bool(place))
-        write(model, f"{place}{graph}")
-        if graph == VAE_DECODER and precision == "fp32":
-            write(for_cpu(model), f"{CPU}{graph}")
-            write(decoder_for_openvino(model), f"{OPENVINO}{graph}")
-        if graph == UNET_GROUNDED:
-            plain = without_grounding(model)
-            write(plain, f"{place}{UNET}")
+        if graph != UNET_GROUNDED:
+            write(model, f"{place}{graph}")
+            if graph == VAE_DECODER and precision == "fp32":
+                write(for_cpu(model), f"{CPU}{graph}")
+                write(decoder_for_openvino(model), f"{OPENVINO}{graph}")
+            continue
+        for name, unet in ((graph, model), (UNET, without_grounding(model))):
+            if not place:
+                write(unet, name)
+            variants = {place or GPU: gpu_unet(unet, name)}
             if precision == "fp32":
                 small = max(checkpoint.latent_size) <= LARGEST
-                for name, unet in ((UNET_GROUNDED, model), (UNET, plain)):
-                    for prefix, parts in ((CPU, cpu_unet(unet, small, name)), (OPENVINO, openvino_unet(unet, name))):
-                        for file, part in parts:
-                            write(part, f"{prefix}{file}")
-            del plain
-        del model
+                variants |= {CPU: cpu_unet(unet, small, name), OPENVINO: openvino_unet(unet, name)}
+            for prefix, parts in variants.items():
+                for file, part in parts:
+                    write(part, f"{prefix}{file}")
+                    if (prefix, file) == (GPU, CONTEXT):
+                        keys_values = {v.name: ",".join(map(str, v.shape)) for v in part.graph.outputs}
+        del model, unet
     checkpoint.tokenizer.backend_tokenizer.save(str(folder / TOKENIZER))
     manifest = describe(checkpoint, precision)
     files = (*written, TOKENIZER, *store.files)
-    write_manifest(folder, replace(manifest, files={name: sha256(folder / name) for name in files}))
+    digests = {name: sha256(folder / name) for name in files}
+    sizes = axis_sizes(1, OBJECTS, *checkpoint.latent_size)
+    on_gpu = [name for name in written if name.startswith((GPU, CUDA)) or name in (TEXT_ENCODER, VAE_DECODER)]
+    memory = {name: graph_memory(folder / name, sizes) for name in on_gpu}
+    write_manifest(folder, replace(manifest, files=digests, keys_values=keys_values, memory=memory))
 
 
 def cpu_unet(unet: onnx_ir.Model, small: bool, name: str) -> Iterator[tuple[str, onnx_ir.Model]]:
@@ -148,6 +161,18 @@ def cpu_unet(unet: onnx_ir.Model, small: bool, name: str) -> Iterator[tuple[str,
     share_halves(own)
     if small:
         winograd(own)
+    yield from {name: own, CONTEXT: context}.items()
+
+
+def gpu_unet(unet: onnx_ir.Model, name: str) -> Iterator[tuple[str, onnx_ir.Model]]:
+    """A UNet for a GPU, of standard operators or of fused ones, and what it needs of the context."""
+    own = unet.clone()
+    passes.ShapeInferencePass()(own)
+    context = cut(own, "context")
+    share_halves(own)
+    for value in (*own.graph.inputs, *context.graph.inputs, *context.graph.outputs):
+        if value.name.startswith("context"):
+            value.shape = onnx_ir.Shape(["N", *value.shape[1:]])
     yield from {name: own, CONTEXT: context}.items()
 
 

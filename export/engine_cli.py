@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from grounded_diffusion.bundle import GRAPHS, open_bundle
+from grounded_diffusion.bundle import GPU_GRAPHS, open_bundle
 from grounded_diffusion.engine.backends.tensorrt.spec import Bucket, load_module, target
 from grounded_diffusion.engine.backends.tensorrt.store import OBJECTS
 from grounded_diffusion.engine.cli.common import parse_size
@@ -42,7 +42,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--guided-only", action="store_true", help="leave out the UNet without guidance, for the steps that have none"
     )
-    group.add_argument("--graph", choices=GRAPHS, action="append", help="build only this graph; may be repeated")
+    group.add_argument("--graph", choices=GPU_GRAPHS, action="append", help="build only this graph; may be repeated")
 
 
 def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
@@ -82,7 +82,7 @@ def build(bundle: Path, options: argparse.Namespace, report: Callable[[str], Non
             options.engine.replace("-", "_"),
             sms=options.sm or [None],
             buckets=buckets,
-            graphs=options.graph or GRAPHS,
+            graphs=options.graph or GPU_GRAPHS,
             progress=lambda phase, done, steps: display.update(task, description=phase, completed=done, total=steps),
             report=report,
         )

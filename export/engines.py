@@ -13,16 +13,25 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import msgspec
 import onnx
 
-from grounded_diffusion.bundle import GRAPHS, UNET, Bundle, sha256
+from grounded_diffusion.bundle import GPU, GPU_GRAPHS, UNET, Bundle, sha256
 from grounded_diffusion.engine.backends.tensorrt.spec import Bucket, engine_spec, load_module, quiet_logger
-from grounded_diffusion.engine.backends.tensorrt.store import PLAN, SCHEMA, SIDECAR, EngineSpec, bundle_files, load_plan
+from grounded_diffusion.engine.backends.tensorrt.store import (
+    PLAN,
+    SCHEMA,
+    SIDECAR,
+    EngineMemory,
+    EngineSpec,
+    Sidecar,
+    bundle_files,
+    load_plan,
+)
 from grounded_diffusion.errors import BackendError
 
 Progress = Callable[[str, int, int], None]
@@ -35,7 +44,7 @@ def build_engines(
     *,
     sms: Sequence[int | None],
     buckets: Sequence[Bucket],
-    graphs: Sequence[str] = GRAPHS,
+    graphs: Sequence[str] = GPU_GRAPHS,
     progress: Progress | None = None,
     report: Report | None = None,
 ) -> list[EngineSpec]:
@@ -68,14 +77,17 @@ def build_engines(
                 tell(f"refused: {error}")
         tell(f"building {spec}")
         start = time.monotonic()
-        plan = build_plan(bundle, spec, progress)
-        _install(bundle.path, spec, plan)
-        tell(f"built in {time.monotonic() - start:.1f} s, {plan.nbytes / 1e6:.1f} MB")
+        plan, memory = build_plan(bundle, spec, progress)
+        _install(bundle.path, spec, plan, memory)
+        needs = f", needs {(memory.weights + memory.activations) / 1e6:.1f} MB of the GPU" if memory else ""
+        tell(f"built in {time.monotonic() - start:.1f} s, {plan.nbytes / 1e6:.1f} MB{needs}")
     return specs
 
 
-def build_plan(bundle: Bundle, spec: EngineSpec, progress: Progress | None = None) -> memoryview:
-    """The serialized engine of one spec. Raises BackendError with the builder's own first error."""
+def build_plan(
+    bundle: Bundle, spec: EngineSpec, progress: Progress | None = None
+) -> tuple[memoryview, EngineMemory | None]:
+    """The serialized engine of one spec, and its memory. Raises BackendError with the builder's own first error."""
     _check_weights(bundle, spec.graph)
     trt = load_module(spec.backend)
     log = quiet_logger(trt)
@@ -84,7 +96,8 @@ def build_plan(bundle: Bundle, spec: EngineSpec, progress: Progress | None = Non
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if flag is None else 1 << int(flag))
     parser = trt.OnnxParser(network, log)
-    if not parser.parse_from_file(str(bundle.file(spec.graph))):
+    content = bundle.variant(GPU, spec.graph).read_bytes()
+    if not parser.parse(content, str(bundle.file(spec.graph))):  # weights lie beside the standard graph
         raise BackendError(f"{spec.backend} {spec.version} cannot parse {spec.graph}: {parser.get_error(0)}")
     config = builder.create_builder_config()
     if not spec.flags["tf32"]:
@@ -103,12 +116,12 @@ def build_plan(bundle: Bundle, spec: EngineSpec, progress: Progress | None = Non
         raise monitor.error
     if plan is None:
         raise BackendError(f"{spec.backend} cannot build {spec}: {log.first_error or 'no reason given'}")
-    return memoryview(plan)
+    return memoryview(plan), log.memory
 
 
 def _check_weights(bundle: Bundle, graph: str) -> None:
     """The weights a graph refers to must be those the key is made of."""
-    model = onnx.load(bundle.file(graph), load_external_data=False)
+    model = onnx.load(bundle.variant(GPU, graph), load_external_data=False)
     used = {e.value for t in model.graph.initializer for e in t.external_data if e.key == "location"}
     if missing := sorted(used - bundle_files(bundle, graph).keys()):
         raise BackendError(
@@ -158,15 +171,15 @@ def _monitor(trt: ModuleType, progress: Progress) -> Any:
     return Monitor()
 
 
-def _install(bundle: Path, spec: EngineSpec, plan: memoryview) -> None:
+def _install(bundle: Path, spec: EngineSpec, plan: memoryview, memory: EngineMemory | None) -> None:
     """Write the engine's directory beside its place and rename it there, sidecar last; a damaged one is replaced."""
     directory = spec.directory(bundle)
     directory.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=directory.parent, prefix=".building-"))
     try:
         _write(staging / PLAN, plan)
-        record = {"schema": SCHEMA, "spec": asdict(spec), "plan_sha256": sha256(staging / PLAN)}
-        _write(staging / SIDECAR, json.dumps(record, indent=1, sort_keys=True).encode())
+        sidecar = Sidecar(SCHEMA, spec, sha256(staging / PLAN), memory)
+        _write(staging / SIDECAR, json.dumps(msgspec.to_builtins(sidecar), indent=1, sort_keys=True).encode())
         staging.chmod(0o755)
         if directory.exists():
             shutil.rmtree(directory)

@@ -54,10 +54,10 @@ class GroundedUNet(nn.Module):
     def __init__(self, checkpoint: Checkpoint):
         super().__init__()
         self.denoiser, self.head, self.presence = checkpoint.denoiser, fold(checkpoint.head), checkpoint.presence
-        self.taps = lambda: checkpoint.head.taps(self.denoiser.unet)
+        self.taps = lambda unet: checkpoint.head.taps(unet)  # of whichever copy of this module runs, see `swapped`
 
     def forward(self, latents, timestep, context, queries, query_valid):
-        with self.taps() as taps, contextlib.ExitStack() as stack:
+        with self.taps(self.denoiser.unet) as taps, contextlib.ExitStack() as stack:
             seen = self.presence and stack.enter_context(self.presence.taps(self.denoiser.unet))
             model_output = self.denoiser(latents, timestep, context)
             mask_logits = self.head(taps.raw(), queries, query_valid)

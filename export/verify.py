@@ -6,17 +6,15 @@ import gc
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 
-from grounded_diffusion.bundle import CPU, CUDA, GRAPHS, OPENVINO, Bundle, open_bundle, read_manifest
+from grounded_diffusion.bundle import CPU, CUDA, GPU, GRAPHS, OPENVINO, Bundle, open_bundle, read_manifest
 from grounded_diffusion.engine import GroundedPipeline, Prompt
-from grounded_diffusion.engine.backends.onnxruntime_cpu import DTYPES, WEIGHTS_FOLDER, OnnxRuntimeBackend
+from grounded_diffusion.engine.backends.onnxruntime_cpu import OnnxRuntimeBackend
 from grounded_diffusion.errors import ParityError
 from grounded_diffusion.export.graphs import MODULES, Sizes, example_inputs, latent_multiple, outputs_of
 from grounded_diffusion.export.reference import generate
@@ -76,23 +74,11 @@ def mask_iou(actual: np.ndarray, expected: np.ndarray) -> float:
     return float((actual & expected).sum() / union) if union else 1.0
 
 
-def _runner(bundle: Bundle, file: str) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
-    """What runs a graph on the CPU; those of CUDA in the standard operators that its fused ones stand for."""
-    for variant in (CPU, OPENVINO):
-        if file.startswith(variant):
-            return partial(OnnxRuntimeBackend(bundle, sessions=1, variant=variant).run, file.removeprefix(variant))
-    model, options = onnx.load(bundle.file(file), load_external_data=False), onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry(WEIGHTS_FOLDER, str(bundle.path))
-    content = (as_standard(model) if file.startswith(CUDA) else model).SerializeToString()
-    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    outputs, types = [o.name for o in session.get_outputs()], {i.name: DTYPES[i.type] for i in session.get_inputs()}
+class FusedOnCpu(OnnxRuntimeBackend):
+    """CUDA's graphs on the CPU, in the standard operators that its fused ones stand for."""
 
-    def run(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        typed = {name: value.astype(types[name]) for name, value in inputs.items()}
-        return dict(zip(outputs, session.run(outputs, typed), strict=True))
-
-    return run
+    def _model(self, path: Path) -> bytes:
+        return as_standard(onnx.load(path, load_external_data=False)).SerializeToString()
 
 
 def check_graphs(checkpoint: Checkpoint, folder: Path) -> list[Parity]:
@@ -101,9 +87,10 @@ def check_graphs(checkpoint: Checkpoint, folder: Path) -> list[Parity]:
     shapes = [Sizes(1, 1, height, width), Sizes(3, 4, 2 * step, 3 * step)]
     manifest = read_manifest(folder)
     rows, tolerance = [], TOLERANCES[manifest.precision]
-    variants = [f"{prefix}{graph}" for prefix in (CPU, CUDA, OPENVINO) for graph in GRAPHS]
-    for file in [*GRAPHS, *(name for name in variants if name in manifest.files)]:
-        graph, run = Path(file).name.removeprefix(OPENVINO), _runner(Bundle(folder, manifest), file)
+    variants = [(prefix, graph) for prefix in ("", CPU, GPU, CUDA, OPENVINO) for graph in GRAPHS]
+    for prefix, graph in ((p, g) for p, g in variants if f"{p}{g}" in manifest.files):
+        kind, file = FusedOnCpu if prefix == CUDA else OnnxRuntimeBackend, f"{prefix}{graph}"
+        backend = kind(Bundle(folder, manifest), sessions=1, variant=prefix)
         module, outputs = MODULES[graph](checkpoint).eval(), list(outputs_of(checkpoint, graph))
         worst = dict.fromkeys(outputs, 0.0)
         for seed, sizes in enumerate(shapes):
@@ -111,12 +98,12 @@ def check_graphs(checkpoint: Checkpoint, folder: Path) -> list[Parity]:
             with torch.no_grad():
                 expected = module(**inputs)
             expected = expected if isinstance(expected, tuple) else (expected,)
-            actual = run({name: value.numpy() for name, value in inputs.items()})
+            actual = backend.run(graph, {name: value.numpy() for name, value in inputs.items()})
             for name, e in zip(outputs, expected, strict=True):
                 error = relative_l2(actual[name], e.numpy())
                 worst[name] = max(worst[name], error if math.isfinite(error) else math.inf)
         rows += [Parity(f"{file} {name}", "relative L2", error, tolerance.graph) for name, error in worst.items()]
-        del run, module
+        del backend, module
         gc.collect()
     return rows
 

@@ -29,14 +29,15 @@ UNET_GROUNDED = "unet_grounded.onnx"
 VAE_DECODER = "vae_decoder.onnx"
 TOKENIZER = "tokenizer.json"
 GRAPHS = (TEXT_ENCODER, UNET, UNET_GROUNDED, VAE_DECODER)
-# Prefixes of the same graphs as written for one runtime: for ONNX Runtime's CPU and CUDA providers, and for OpenVINO. A
-# bundle may have any of them or none. The names of weight files in them are relative to the bundle; OpenVINO takes
-# weights from a graph's own folder only, so its graphs have no folder.
-CPU, CUDA, OPENVINO = "cpu/", "cuda/", "openvino."
+# Prefixes of the same graphs as written for one runtime: ONNX Runtime's CPU provider; its CUDA provider, in fused
+# operators of its own; a GPU in standard operators, for TensorRT and for that provider too; OpenVINO. A bundle may lack
+# any of them. The names of weight files in them are relative to the bundle; OpenVINO takes weights from a graph's own
+# folder only, so its graphs have no folder.
+CPU, CUDA, GPU, OPENVINO = "cpu/", "cuda/", "gpu/", "openvino."
 INT8 = "openvino.int8."  # the UNets of OPENVINO in 8 bits, as OpenVINO writes a model: .xml with .bin beside it
-# What the UNets of CPU and OPENVINO need of the context, which stays the same from step to step: context [N,L,D] ->
-# keys and values of every cross-attention. They are inputs of those graphs in the place of the context. The first axis
-# of latents and timestep is called S in those graphs: N rows, or the B that both halves of guidance have in common.
+# What all their UNets need of the context, which is the same from step to step: context [N,L,D] -> keys and values of
+# every cross-attention. They are inputs of those graphs in the place of the context. The first axis of latents and
+# timestep is called S in those graphs: N rows, or the B that both halves of guidance have in common.
 CONTEXT = "context.onnx"
 # What OPENVINO's need of the timestep, in its place: timestep [1] -> what each residual block adds, [1,C,1,1].
 TIME = "time.onnx"
@@ -63,9 +64,11 @@ GRAPH_IO: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     ),
     VAE_DECODER: ({"latents": "B,4,h,w"}, {"image": "B,3,H,W"}),
 }
+GPU_GRAPHS = (TEXT_ENCODER, CONTEXT, UNET, UNET_GROUNDED, VAE_DECODER)  # what runs on a GPU, see Bundle.gpu_io
 # Outputs that a graph may have besides, float32 in either precision: whether each object is there, as a logit.
 PRESENCE, TELLS_PRESENCE = "presence", "presence_layers"
 OPTIONAL_OUTPUTS: dict[str, dict[str, str]] = {UNET_GROUNDED: {PRESENCE: "B,O"}}
+IN_FLOAT = ("timestep", "mask_logits", PRESENCE)  # inputs and outputs that are float32 in an FP16 bundle too
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +91,9 @@ class Manifest:
         head: variant ("released" or "paper"), statistics ("per_image" or "stored") and sizes; and TELLS_PRESENCE,
             the layers that it is read at, where the grounded graph also says whether an object is there.
         precision: floating-point type of the graphs' weights, "fp32" or "fp16".
+        keys_values: shapes of what CONTEXT makes of a context, by name, as GRAPH_IO has shapes.
+        memory: of the graphs that a GPU runs, by file: bytes of their weights, and of all that one image of image_size
+            needs at once while they run, both halves of guidance where there are two.
         names: object names the model was trained to draw, and those its head was trained on.
         pooled_text: the context has, after the rows of its tokens, one with the text as a whole, as SDXL wants it.
         guidance_embedding: width of the embedding of the guidance scale that the UNet wants as the context's last row;
@@ -116,6 +122,8 @@ class Manifest:
     head: dict[str, Any]
     precision: str
     guidance_layout: str = "uncond_first"
+    keys_values: dict[str, str] = field(default_factory=dict)
+    memory: dict[str, tuple[Number, Number]] = field(default_factory=dict)
     names: dict[str, list[str]] = field(default_factory=dict)
     pooled_text: bool = False
     guidance_embedding: Number = 0
@@ -146,6 +154,18 @@ class Bundle:
     def outputs(self, graph: str) -> dict[str, str]:
         """Shapes of a graph's outputs, those among them that not every bundle has."""
         return GRAPH_IO[graph][1] | (OPTIONAL_OUTPUTS.get(graph, {}) if self.tells_presence else {})
+
+    def gpu_io(self, graph: str) -> tuple[dict[str, str], dict[str, str]]:
+        """Inputs and outputs of one of GPU_GRAPHS as it runs there: keys and values in the place of the context."""
+        made = self.manifest.keys_values
+        if graph == CONTEXT:
+            return {"context": "N,L,D"}, made
+        inputs = GRAPH_IO[graph][0]
+        if "context" not in inputs:
+            return inputs, self.outputs(graph)
+        same = {"latents": f"{SHARED_ROWS},4,h,w", "timestep": SHARED_ROWS}
+        others = {name: shape for name, shape in inputs.items() if name not in ("context", *same)}
+        return same | others | made, self.outputs(graph)
 
     def file(self, name: str) -> Path:
         """Path of one of the bundle's files."""

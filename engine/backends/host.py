@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-from grounded_diffusion.engine.sampling.backend import Arrays
+from grounded_diffusion.engine.sampling.backend import Arrays, MemoryNeed
 from grounded_diffusion.engine.sampling.batch import BatchRequest, BatchResult
 from grounded_diffusion.engine.sampling.denoise import make_batch
 
@@ -41,6 +41,10 @@ class HostBackend(ABC):
     def default_batch(self, latent_cells: int) -> int:
         """See `Backend.default_batch`."""
         return default_batch(latent_cells)
+
+    def memory(self, batch: int, size: tuple[int, int]) -> MemoryNeed | None:
+        """See `Backend.memory`: a host pages out what does not fit."""
+        return None
 
     def submit(self, request: BatchRequest) -> Future[BatchResult]:
         """See `Backend.submit`: a batch waits here until a lane is free."""

@@ -43,7 +43,8 @@ class Maker:
             given = given[: self.source.shape[0]]
         known = getattr(self._own, "given", None)
         if known is None or not np.array_equal(known, given):
-            made = self.session.run(self.outputs, {self.source.name: np.ascontiguousarray(given, np.float32)})
+            typed = np.ascontiguousarray(given, DTYPES[self.source.type])
+            made = self.session.run(self.outputs, {self.source.name: typed})
             self._own.given, self._own.made = given.copy(), dict(zip(self.outputs, made, strict=True))
         return self._own.made
 
@@ -162,9 +163,12 @@ class OnnxRuntimeBackend(HostBackend):
 
     def _session(self, path: Path) -> Any:
         try:
-            return self._ort.InferenceSession(path.read_bytes(), self._options, providers=["CPUExecutionProvider"])
+            return self._ort.InferenceSession(self._model(path), self._options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's exceptions share no base class
             raise BackendError(f"onnxruntime cannot load {path}: {first_line(error)}") from None
+
+    def _model(self, path: Path) -> bytes:
+        return path.read_bytes()
 
     def _makers(self) -> dict[str, Maker]:
         """Shared by the UNets; a captured step has the context of the steps before it."""

@@ -20,7 +20,7 @@ from grounded_diffusion.engine.backends.host import default_batch
 from grounded_diffusion.engine.backends.onnxruntime_cpu import OnnxRuntimeBackend
 from grounded_diffusion.engine.backends.openvino_cpu import OpenVinoBackend, chip_precisions
 from grounded_diffusion.engine.backends.tensorrt.spec import load_module
-from grounded_diffusion.engine.sampling.backend import Arrays, Backend
+from grounded_diffusion.engine.sampling.backend import Arrays, Backend, MemoryNeed
 from grounded_diffusion.engine.sampling.batch import BatchRequest, BatchResult
 from grounded_diffusion.errors import BackendError, UsageError
 
@@ -147,6 +147,10 @@ class GpuElsewhere:
     def default_batch(self, latent_cells: int) -> int:
         """See `Backend.default_batch`."""
         return default_batch(latent_cells, GPU_LATENT_CELLS)
+
+    def memory(self, batch: int, size: tuple[int, int]) -> MemoryNeed | None:
+        """See `Backend.memory`; the GPUs are elsewhere."""
+        return None
 
     def run(self, graph: str, inputs: Mapping[str, np.ndarray]) -> Arrays:
         """See `Backend.run`; there is nothing that could run."""

@@ -98,7 +98,9 @@ def build_parser() -> common.Parser:
         "--overwrite", action="store_true", help="replace another run of ours in --out; this very run goes on"
     )
     what.add_argument(
-        "--dry-run", action="store_true", help="tell what would be made, how long it takes and how much it is"
+        "--dry-run",
+        action="store_true",
+        help="tell what would be made, how long it takes, and the disk and GPU memory it needs",
     )
     add_config_option(what)
     how = parser.add_argument_group("how to make it")

@@ -168,9 +168,14 @@ class GroundedPipeline:
         return replace(options, batch=found.batch)
 
     def batch_size(self, options: Options) -> int:
-        """Images to a batch: what was asked for, or what the backend is best at."""
+        """Images to a batch: what was asked for, or what the backend is best at, as far as its memory holds it."""
+        if options.batch:
+            return options.batch
         _, height, width = self.latent_shape(options)
-        return options.batch or self.backend.default_batch(height * width)
+        batch, size = self.backend.default_batch(height * width), options.image_size(self.bundle.manifest)
+        while batch > 1 and (need := self.backend.memory(batch, size)) and not need.fits:
+            batch //= 2
+        return batch
 
     def batches(
         self, batches: Iterable[Sequence[Job]], options: Options, *, noise: np.ndarray | None = None

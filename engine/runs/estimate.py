@@ -16,6 +16,7 @@ from grounded_diffusion.engine.dataset.shards import encode_shard
 from grounded_diffusion.engine.dataset.storage.local import megabytes
 from grounded_diffusion.engine.pipeline.job import Failed
 from grounded_diffusion.engine.runs.run import Run
+from grounded_diffusion.engine.sampling.backend import MemoryNeed
 from grounded_diffusion.engine.sampling.options import Options
 from grounded_diffusion.engine.sampling.sample import Sample
 
@@ -34,6 +35,7 @@ class Estimate:
         shards, shard_size, batch, made: how the images are cut up, and shards that are there.
         seconds: for all that is left, by one worker like this one.
         images_per_second: of such a worker.
+        memory: of a GPU, what a batch needs, by count; None: not known.
         bytes: of all that is left.
         free: bytes that the disk has; None for a URL.
     """
@@ -49,6 +51,7 @@ class Estimate:
     made: int
     seconds: float
     images_per_second: float
+    memory: MemoryNeed | None
     bytes: int
     free: int | None
 
@@ -61,6 +64,10 @@ class Estimate:
         yield f"shards   {cut}; {self.made} are there"
         rate = f"{self.images_per_second:.2f} images/s"
         yield f"time     about {duration(self.seconds)} for one worker like this one, at {rate}"
+        if self.memory:
+            fits = "" if self.memory.fits else ": too many, a smaller --batch is needed"
+            needs = f"a batch of {self.batch} needs about {self.memory.needed / 1e9:.1f} GB of the GPU"
+            yield f"memory   {needs}; {self.memory.free / 1e9:.1f} GB are free{fits}"
         each = self.bytes / 1000 / max(self.left, 1)
         free = "" if self.free is None else f"; {megabytes(self.free)} are free"
         yield f"disk     about {megabytes(self.bytes)}, {each:.1f} kB an image{free}"
@@ -70,13 +77,14 @@ def estimate(run: Run) -> Estimate:
     """Try the first batches with a few steps, and reckon what all of them will take. Nothing is written."""
     plan, missing = run.plan, run.missing()
     left = run.samples(missing)
+    need = run.pipe.backend.memory(plan.batch, run.config.options.image_size(run.pipe.bundle.manifest))
     seconds, size = measure(run)
     batches = sum(-(-len(plan.indices(shard)) // plan.batch) for shard in missing)
     return Estimate(
         prompts=plan.prompts.prompts, classes=len(run.settings["classes"]), images=plan.samples, left=left,
         share=str(run.config.share or ""), shards=plan.shards, shard_size=plan.shard_size, batch=plan.batch,
         made=plan.shards - len(missing), seconds=batches * seconds, images_per_second=plan.batch / seconds,
-        bytes=round(left * size), free=free(run.storage.root),
+        memory=need, bytes=round(left * size), free=free(run.storage.root),
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -11,6 +12,18 @@ import numpy as np
 from grounded_diffusion.engine.sampling.batch import BatchRequest, BatchResult
 
 Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryNeed:
+    """Bytes of a device's memory that a batch needs, and those that were free on it when the backend was opened."""
+
+    needed: int
+    free: int
+
+    @property
+    def fits(self) -> bool:
+        return self.needed <= self.free
 
 
 class Backend(Protocol):
@@ -34,6 +47,10 @@ class Backend(Protocol):
 
     def default_batch(self, latent_cells: int) -> int:
         """Images to a batch that keep the device busy without filling its memory; `latent_cells` is h * w."""
+        ...
+
+    def memory(self, batch: int, size: tuple[int, int]) -> MemoryNeed | None:
+        """What a batch of images of a size (H, W) needs, counted before it is made; None where that is not known."""
         ...
 
     def submit(self, request: BatchRequest) -> Future[BatchResult]:

@@ -6,9 +6,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from grounded_diffusion.bench.flops import axis_sizes, count_flops, count_torch_flops
+from grounded_diffusion.bench.flops import count_flops, count_torch_flops
 from grounded_diffusion.bundle import GRAPHS
 from grounded_diffusion.errors import BackendError, UsageError
+from grounded_diffusion.export.shapes import axis_sizes
 
 SD15_UNET = 803e9  # one forward pass at 64x64 latents: convolutions 418, linear 256, self-attention 122
 

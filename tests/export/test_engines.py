@@ -6,12 +6,14 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import math
 import shutil
 from types import SimpleNamespace
 
+import onnx
 import pytest
 
-from grounded_diffusion.bundle import GRAPHS, TEXT_ENCODER, UNET, UNET_GROUNDED, open_bundle
+from grounded_diffusion.bundle import CONTEXT, GPU, GPU_GRAPHS, TEXT_ENCODER, UNET, UNET_GROUNDED, open_bundle
 from grounded_diffusion.engine.backends.gpu.tensorrt import TensorRT
 from grounded_diffusion.engine.backends.tensorrt.spec import Bucket, engine_spec, load_module, profile_shapes
 from grounded_diffusion.engine.backends.tensorrt.store import PLAN, SIDECAR, load_plan, read_sidecar
@@ -48,21 +50,35 @@ def text_engine(built, tmp_path):
 
 def test_every_graph_builds_and_loads(built):
     path, specs, seen = built
-    assert [s.graph for s in specs] == list(GRAPHS)
-    assert len({s.key for s in specs}) == len(GRAPHS)
+    assert [s.graph for s in specs] == list(GPU_GRAPHS)
+    assert len({s.key for s in specs}) == len(GPU_GRAPHS)
     for spec in specs:
-        assert len(load_plan(path, spec)) > 10_000
-        assert read_sidecar(spec.directory(path))[0] == spec
+        assert len(load_plan(path, spec)) > 10_000, spec.graph
+        assert read_sidecar(spec.directory(path)).spec == spec
         assert sorted(f.name for f in spec.directory(path).iterdir()) == [SIDECAR, PLAN]
-    assert len(list((path / "engines" / RTX).iterdir())) == len(GRAPHS), "nothing half-built is left"
+    assert len(list((path / "engines" / RTX).iterdir())) == len(GPU_GRAPHS), "nothing half-built is left"
     assert seen
     assert all(steps[-1][0] == steps[-1][1] for steps in seen.values())
+
+
+def test_engines_say_what_memory_they_need(built):
+    """Weights are those of the graph, and the larger UNet needs more while it runs."""
+    path, specs, _ = built
+    memory = {spec.graph: read_sidecar(spec.directory(path)).memory for spec in specs}
+    assert memory.keys() == set(GPU_GRAPHS)
+    assert 0 < memory[CONTEXT].weights < memory[UNET].weights < memory[UNET_GROUNDED].weights
+    assert 0 < memory[UNET].activations <= memory[UNET_GROUNDED].activations
+    model = onnx.load(open_bundle(path).variant(GPU, UNET), load_external_data=False)
+    parameters = sum(4 * math.prod(t.dims) for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT)
+    assert memory[UNET].weights == pytest.approx(parameters, rel=0.1)
 
 
 def test_engines_hold_the_inputs_of_the_bucket(built):
     path, specs, _ = built
     grounded = next(s for s in specs if s.graph == UNET_GROUNDED)
-    assert grounded.shapes["latents"] == [4, 4, 16, 16]
+    assert grounded.shapes["latents"] == [2, 4, 16, 16], "both halves of guidance see them"
+    assert grounded.shapes["context.0"] == [4, 77, 64]
+    assert next(s for s in specs if s.graph == CONTEXT).shapes == {"context": [4, 77, 32]}
     assert grounded.shapes["query_valid"] == [2, 3]
     assert open_bundle(path).manifest.precision == grounded.precision
 
@@ -182,7 +198,8 @@ def test_sizes_the_model_cannot_take(tiny_bundle):
     multiple = bundle.manifest.size_multiple
     shapes = profile_shapes(bundle, UNET, Bucket(3, image_size=(multiple, 2 * multiple)))
     cells = multiple // bundle.manifest.vae_scale_factor
-    assert shapes["latents"] == [6, bundle.manifest.latent_channels, cells, 2 * cells]
+    assert shapes["latents"] == [3, bundle.manifest.latent_channels, cells, 2 * cells]
+    assert shapes["context.0"][0] == 6
     with pytest.raises(UsageError, match="is not a multiple of"):
         profile_shapes(bundle, UNET, Bucket(1, image_size=(multiple + 1, multiple)))
     with pytest.raises(UsageError, match="must be at least 1"):
@@ -212,8 +229,8 @@ def test_the_unet_without_guidance_has_half_the_rows(text_engine, capsys):
     assert cli.main(command) == 0
     built = [line for line in capsys.readouterr().out.splitlines() if "building" in line]
     assert len(built) == 2
-    assert "latents 2x4" in built[0]
-    assert "latents 1x4" in built[1]
+    assert "context.0 2x77" in built[0]
+    assert "context.0 1x77" in built[1]
 
 
 def test_the_runtime_takes_only_engines_of_its_gpu_version_and_sizes(built, tmp_path):
@@ -222,7 +239,7 @@ def test_the_runtime_takes_only_engines_of_its_gpu_version_and_sizes(built, tmp_
     assert open_for(86).buckets(2, 3, (64, 64)) == [(2, 3)] == open_for(86).buckets(7, 2, (64, 64))
     with pytest.raises(BackendError, match=r"device is sm_86, not sm_89.*gd-export --bundle .* --sm 89 --batch 2$"):
         open_for(89).buckets(2, 3, (64, 64))
-    with pytest.raises(BackendError, match=r"built for latents 4x4x16x16.*--batch 4 --objects 9$"):
+    with pytest.raises(BackendError, match=r"built for latents 2x4x16x16.*--batch 4 --objects 9$"):
         open_for(86).buckets(4, 9, (64, 64))
     with pytest.raises(BackendError, match=r"has no engine of .*--batch 2 --size 96x64$"):
         open_for(86).buckets(2, 3, (96, 64))

@@ -53,7 +53,7 @@ def checkpoint(tiny_checkpoint):
 
 def test_graphs_equal_their_torch_modules(checkpoint, tiny_bundle):
     rows = check_graphs(checkpoint, tiny_bundle)
-    assert len(rows) == 13 and all(row.tolerance == 1e-5 for row in rows)
+    assert len(rows) == 16 and all(row.tolerance == 1e-5 for row in rows)
     assert all(row.passed for row in rows), "\n".join(table(rows))
 
 

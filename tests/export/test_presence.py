@@ -12,7 +12,6 @@ from helpers.tiny import smaller
 from grounded_diffusion.bundle import GRAPH_IO, PRESENCE, TELLS_PRESENCE, UNET_GROUNDED, open_bundle
 from grounded_diffusion.engine import Filters, GroundedPipeline, Options, RunConfig, make_dataset
 from grounded_diffusion.engine.backends.gpu.backend import DeviceBackend
-from grounded_diffusion.engine.backends.onnxruntime_cpu import OnnxRuntimeBackend
 from grounded_diffusion.engine.cli import infer
 from grounded_diffusion.engine.dataset.reader import FolderDataset
 from grounded_diffusion.errors import UsageError
@@ -55,7 +54,7 @@ def samples(bundle):
 def test_every_graph_equals_its_module(checkpoint, bundle):
     rows = check_graphs(checkpoint, bundle)
     told = [row for row in rows if row.what.endswith(PRESENCE)]
-    assert len(told) == 3  # of the standard graph, the CPU's and OpenVINO's
+    assert len(told) == 4  # of the standard graph, the CPU's, the GPU's and OpenVINO's
     assert max(row.value for row in rows) < 1e-5
 
 
@@ -98,8 +97,8 @@ def test_it_hangs_on_the_object_alone(bundle, samples):
 
 def test_the_device_loop_tells_the_same(bundle, samples):
     opened = open_bundle(bundle)
-    device, backend = HostDevice(), OnnxRuntimeBackend(opened, threads=1)
-    with GroundedPipeline(opened, DeviceBackend(opened, device, HostRuntime(backend, device), "step")) as pipe:
+    device = HostDevice()
+    with GroundedPipeline(opened, DeviceBackend(opened, device, HostRuntime(opened, device), "step")) as pipe:
         found = list(pipe.generate(PROMPTS, QUICK))
     for one, other in zip(found, samples, strict=True):
         assert [thing.presence for thing in one.objects] == pytest.approx(

@@ -12,9 +12,10 @@ import threading
 
 import numpy as np
 
-from grounded_diffusion.bundle import GRAPH_IO, UNET_GROUNDED
+from grounded_diffusion.bundle import CONTEXT, GPU, UNET_GROUNDED
 from grounded_diffusion.engine.backends.gpu.device import DeviceMemoryError
-from grounded_diffusion.engine.backends.onnxruntime_cpu import DTYPES
+from grounded_diffusion.engine.backends.gpu.needs import counted_memory
+from grounded_diffusion.engine.backends.onnxruntime_cpu import DTYPES, OnnxRuntimeBackend
 from grounded_diffusion.kernels import StepCoefficients, cfg_step, image_epilogue, mask_epilogue, reference
 from grounded_diffusion.kernels.cuda.launch import COEFFICIENTS
 
@@ -143,6 +144,9 @@ class HostDevice:
             stream.run(len(stream.waiting))
         self.blocks.pop(pointer)[:] = 0xFF
 
+    def free_memory(self):
+        return self.memory - self.used
+
     def pinned(self, nbytes):
         return np.full(nbytes, 0xFF, np.uint8)
 
@@ -184,18 +188,27 @@ class HostDevice:
 
 
 class HostRuntime:
-    """The CPU's ONNX Runtime, on a device's memory: of a HostDevice or of a FakeDriverDevice."""
+    """The GPU's graphs by the CPU's ONNX Runtime, on a device's memory: of a HostDevice or of a FakeDriverDevice."""
 
     name = "host"
 
-    def __init__(self, backend, device, buckets=None):
-        self.backend, self.device, self.fixed, self.spoil = backend, device, buckets, None
+    def __init__(self, bundle, device, buckets=None):
+        self.bundle, self.device, self.fixed, self.spoil = bundle, device, buckets, None
+        self.backend = OnnxRuntimeBackend(bundle, threads=1, variant=GPU)
+
+    def session(self, graph):
+        return self.backend._makers()["context"].session if graph == CONTEXT else self.backend.graph(graph).session
 
     def buckets(self, batch, objects, size):
         return self.fixed and [bucket for bucket in self.fixed if bucket[1] >= objects]
 
-    def run(self, graph, inputs, stream):
-        return self.backend.run(graph, inputs)
+    def run(self, graph, inputs, stream=None):
+        session, names = self.session(graph), list(self.bundle.gpu_io(graph)[1])
+        given = {value.name: inputs[value.name].astype(DTYPES[value.type]) for value in session.get_inputs()}
+        return {n: v.astype(np.float32) for n, v in zip(names, session.run(names, given), strict=True)}
+
+    def memory(self, sizes):
+        return counted_memory(self.bundle, GPU, sizes)
 
     def open(self, sizes, streams):
         return HostGraphs(self, sizes)
@@ -208,15 +221,12 @@ class HostGraphs:
     capturable = True
 
     def __init__(self, runtime, sizes):
-        self.runtime, self.sizes = runtime, sizes
+        self.runtime, self.bundle, self.sizes = runtime, runtime.bundle, sizes
 
     def dtype(self, graph, tensor):
-        session = self.runtime.backend.graph(graph).session
+        session = self.runtime.session(graph)
         types = {value.name: value.type for value in (*session.get_inputs(), *session.get_outputs())}
-        return np.dtype(DTYPES[types.get(tensor, "tensor(float)")])  # the CPU's UNets take products of the context
-
-    def outputs(self, graph):
-        return self.runtime.backend.bundle.outputs(graph)
+        return np.dtype(DTYPES[types[tensor]])
 
     def mask_size(self):
         s, f32 = self.sizes, np.float32
@@ -228,11 +238,11 @@ class HostGraphs:
         return self.runtime.backend.run(UNET_GROUNDED, inputs)["mask_logits"].shape[2:]
 
     def bind(self, graph, tensors, stream):
-        inputs = GRAPH_IO[graph][0]
+        inputs = self.bundle.gpu_io(graph)[0]
         arrays = {name: view(t.pointer, t.shape, t.dtype) for name, t in tensors.items()}
 
         def work():
-            outputs = self.runtime.backend.run(graph, {name: arrays[name] for name in inputs})
+            outputs = self.runtime.run(graph, {name: arrays[name] for name in inputs})
             for name, value in outputs.items():
                 arrays[name][:] = value
             if self.runtime.spoil:

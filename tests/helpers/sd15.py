@@ -1,5 +1,7 @@
 """A model of Stable Diffusion 1.5's sizes, random."""
 
+VOCABULARY = 49408
+
 
 def save_base(path, tokenizer):
     """A randomly initialised model of Stable Diffusion 1.5's configuration in FP16; returns the UNet's config."""
@@ -8,6 +10,7 @@ def save_base(path, tokenizer):
     from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(0)
+    tokenizer.add_tokens([f"<{i}>" for i in range(VOCABULARY - len(tokenizer))])  # words that no prompt has
     unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
     assert sum(p.numel() for p in unet.parameters()) == 859_520_964
     vae = AutoencoderKL(
@@ -16,7 +19,8 @@ def save_base(path, tokenizer):
     )  # fmt: skip
     text = CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+            vocab_size=VOCABULARY, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
+            num_attention_heads=12,
             bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from grounded_diffusion.bundle import Bundle
+from grounded_diffusion.bundle import CONTEXT, GPU, GRAPH_IO, UNET, Bundle
 from grounded_diffusion.engine.backends.gpu.device import Device, DeviceMemoryError, Graphs
 from grounded_diffusion.engine.backends.gpu.loop import DeviceLoop, QueuedBatch, Replay
 from grounded_diffusion.engine.backends.gpu.memory import Sizes, Streams
+from grounded_diffusion.engine.backends.gpu.needs import sizes_of
 from grounded_diffusion.engine.backends.host import LATENT_CELLS, default_batch
-from grounded_diffusion.engine.sampling.backend import Arrays
+from grounded_diffusion.engine.sampling.backend import Arrays, MemoryNeed
 from grounded_diffusion.engine.sampling.batch import BatchRequest, BatchResult
 from grounded_diffusion.engine.sampling.options import MAX_BATCH
 from grounded_diffusion.errors import BackendError
@@ -43,13 +44,23 @@ class GraphRuntime(Protocol):
         """The graphs for one bucket. Raises BackendError, DeviceMemoryError."""
         ...
 
+    def memory(self, sizes: Sizes) -> int | None:
+        """Bytes of the device's memory that a bucket needs, with its loop's arrays; None where that is not known."""
+        ...
+
     def run(self, graph: str, inputs: Mapping[str, np.ndarray], streams: Streams) -> Arrays:
-        """See `Backend.run`; returns when it is done."""
+        """One of `Bundle.gpu_io`, from and to host memory; returns when it is done, with float32."""
         ...
 
     def close(self) -> None:
         """Free what `run` has opened."""
         ...
+
+
+def smallest(buckets: Sequence[tuple[int, int]], batch: int) -> tuple[int, int]:
+    """Of (batch, objects), the smallest that takes `batch` images, or the largest that there is."""
+    enough = [bucket for bucket in buckets if bucket[0] >= batch]
+    return min(enough) if enough else max(buckets, key=lambda bucket: (bucket[0], -bucket[1]))
 
 
 class DeviceBackend:
@@ -62,16 +73,24 @@ class DeviceBackend:
         device: where it runs.
         runtime: what runs its graphs.
         replay: what the device loop captures.
+
+    Raises:
+        BackendError: the bundle has no graphs for a GPU.
     """
 
     lanes = 2  # batches under way in the pipeline: one runs while the next is queued
 
     def __init__(self, bundle: Bundle, device: Device, runtime: GraphRuntime, replay: Replay = "step"):
+        if f"{GPU}{UNET}" not in bundle.manifest.files:
+            raise BackendError(
+                f"{bundle.path} has no graphs for a GPU, an earlier version made it; run gd-export again"
+            )
         self.bundle, self.device, self.runtime, self.replay = bundle, device, runtime, replay
         self.name = runtime.name
         self._thread = ThreadPoolExecutor(1, "device", initializer=device.activate)
         self._collectors = ThreadPoolExecutor(self.lanes, "collect")
         self._streams = self._call(Streams.on, device)
+        self._free = self._call(device.free_memory)  # bytes: what is opened from now on can be closed again
         self._loops: OrderedDict[Sizes, DeviceLoop] = OrderedDict()
         self._largest: dict[tuple[int, int], int] = {}  # batch asked for yet, by image size
         self._limits: dict[tuple[int, int], int] = {}  # batch that is known to be allowed, by image size
@@ -81,11 +100,20 @@ class DeviceBackend:
 
     def run(self, graph: str, inputs: Mapping[str, np.ndarray]) -> Arrays:
         """See `Backend.run`."""
+        if "context" in GRAPH_IO[graph][0]:
+            made = self._call(self.runtime.run, CONTEXT, {"context": inputs["context"]}, self._streams)
+            inputs = {name: value for name, value in inputs.items() if name != "context"} | made
         return self._call(self.runtime.run, graph, inputs, self._streams)
 
     def default_batch(self, latent_cells: int) -> int:
         """See `Backend.default_batch`."""
         return default_batch(latent_cells, GPU_LATENT_CELLS)
+
+    def memory(self, batch: int, size: tuple[int, int]) -> MemoryNeed | None:
+        """See `Backend.memory`."""
+        buckets = self.runtime.buckets(batch, OBJECTS, size) or [(batch, OBJECTS)]
+        needed = self.runtime.memory(sizes_of(self.bundle, *smallest(buckets, batch), size))
+        return None if needed is None else MemoryNeed(needed, self._free)
 
     def submit(self, request: BatchRequest) -> Future[BatchResult]:
         """See `Backend.submit`: queued at once; bytes and masks are made and copied while later batches run."""
@@ -121,7 +149,7 @@ class DeviceBackend:
 
     def _sizes(self, request: BatchRequest, batch: int) -> Sizes:
         """The smallest bucket that takes `batch` images, or the largest that there is and that fits."""
-        manifest, size = self.bundle.manifest, tuple(request.size)
+        size = tuple(request.size)
         objects = request.conditioning.query_valid.shape[1]
         limit = self._limits.get(size, MAX_BATCH)
         buckets = self.runtime.buckets(batch, objects, size)
@@ -132,9 +160,7 @@ class DeviceBackend:
         fitting = [bucket for bucket in buckets if bucket[0] <= limit]
         if not fitting:
             raise BackendError(f"no engine is small enough for {self.device.name}; build one with --batch {limit}")
-        enough = [bucket for bucket in fitting if bucket[0] >= batch]
-        chosen = min(enough) if enough else max(fitting, key=lambda bucket: (bucket[0], -bucket[1]))
-        return Sizes(*chosen, request.noise.shape[1:], manifest.context_rows, manifest.context_dim, size)
+        return sizes_of(self.bundle, *smallest(fitting, batch), size)
 
     def _loop(self, sizes: Sizes) -> DeviceLoop:
         if sizes not in self._loops:

@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
+from grounded_diffusion.bundle import Bundle
 from grounded_diffusion.errors import BackendError
 
 ALIGNMENT = 256  # bytes; TensorRT wants every tensor at such an address
@@ -103,17 +104,15 @@ class Graphs(Protocol):
     """The networks of a bundle, ready for one bucket of sizes on a device.
 
     Attributes:
+        bundle: whose networks they are; `Bundle.gpu_io` says what each of them takes and gives.
         capturable: whether a launch may be captured; a backend that captures by itself says no.
     """
 
+    bundle: Bundle
     capturable: bool
 
     def dtype(self, graph: str, tensor: str) -> np.dtype:
         """Type of an input or output."""
-        ...
-
-    def outputs(self, graph: str) -> Collection[str]:
-        """Names of a graph's outputs."""
         ...
 
     def mask_size(self) -> tuple[int, int]:

@@ -1,8 +1,8 @@
 """The denoising loop on a device: all work is queued on streams, and the host waits only for finished batches.
 
-    loop stream    upload, UNet, step, UNet, step, ..., hand over | upload, UNet, step, ...       (the next batch)
-    decode stream                                                 | VAE, image and mask epilogues
-    copy stream                                                   |                               results to the host
+    loop stream    upload, context, UNet, step, UNet, ..., hand over | upload, context, UNet, ...      (the next batch)
+    decode stream                                                    | VAE, image and mask epilogues
+    copy stream                                                      |                               results to the host
 
 It is `denoise` with the pipeline's epilogues, operation for operation. A step is captured once and replayed: what
 differs between steps, coefficients and timesteps, lies in one record that is copied to a fixed place before each.
@@ -17,9 +17,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from grounded_diffusion.bundle import PRESENCE, UNET, UNET_GROUNDED, VAE_DECODER
+from grounded_diffusion.bundle import CONTEXT, PRESENCE, UNET, UNET_GROUNDED, VAE_DECODER
 from grounded_diffusion.engine.backends.gpu.device import ALIGNMENT, Device, Graphs, Tensor
-from grounded_diffusion.engine.backends.gpu.memory import BYTE, F32, Memory, Sizes, Slot, Streams
+from grounded_diffusion.engine.backends.gpu.memory import BYTE, F32, Memory, Sizes, Slot, Streams, conditional
 from grounded_diffusion.engine.backends.gpu.results import MASKS, PIXELS, first_failure, unpack
 from grounded_diffusion.engine.sampling.batch import BatchRequest, BatchResult, Step, decode_starts
 from grounded_diffusion.errors import NumericsError
@@ -35,8 +35,7 @@ class Kind:
     """What a call is: calls of the same kind replay the same captured work."""
 
     grounded: bool
-    both: bool  # the network runs both halves, 2B rows
-    doubled: bool  # the next call's input has 2B rows
+    both: bool  # the network runs both halves of guidance
 
 
 class QueuedBatch:
@@ -91,8 +90,10 @@ class DeviceLoop:
         self._queued: list[QueuedBatch | None] = [None] * len(self.slots)  # the last one of each slot
         self._next = 0
         try:
-            for kind in (Kind(True, True, True), Kind(False, True, True)):  # the largest first: others share its memory
+            for kind in (Kind(True, True), Kind(False, True)):  # the largest first: others share its memory
                 self._network(kind)
+            tensors = {name: self.at[name] for name in ("context", *self.memory.made)}
+            self._bound[CONTEXT] = graphs.bind(CONTEXT, tensors, streams.loop)
             tensors = {"latents": self.at["decode"], "image": self.at["image"]}
             self._bound[VAE_DECODER] = graphs.bind(VAE_DECODER, tensors, streams.decode)
         except BaseException:
@@ -103,13 +104,12 @@ class DeviceLoop:
         """One run of the network that a call needs."""
         graph, key = (UNET_GROUNDED if kind.grounded else UNET), (kind.grounded, kind.both)
         if key not in self._bound:
-            at, rows = self.at, (2 if kind.both else 1) * self.sizes.batch
-            record = at["record"]
+            at, batch = self.at, self.sizes.batch
             tensors = {
-                "latents": at["input"].rows(rows),
-                "timestep": Tensor(record.pointer + ALIGNMENT, (rows,), self.memory.timestep),
-                "context": at["context"] if kind.both else at["conditional"],
-                "model_output": at["model_output"].rows(rows),
+                "latents": at["input"],  # both halves see them
+                "timestep": Tensor(at["record"].pointer + ALIGNMENT, (batch,), self.memory.timestep),
+                "model_output": at["model_output"].rows(2 * batch if kind.both else batch),
+                **{name: at[name if kind.both else conditional(name)] for name in self.memory.made},
             }
             if kind.grounded:
                 tensors |= {name: at[name] for name in ("queries", "query_valid", "mask_logits", *self._told)}
@@ -139,7 +139,7 @@ class DeviceLoop:
             pointers,
             count=at["latents"].nbytes // F32.itemsize,
             guided=kind.both,
-            doubled=kind.doubled,
+            doubled=False,
             half=self.memory.half,
             batch=b,
         )
@@ -176,20 +176,18 @@ class DeviceLoop:
         if before := self._queued[number]:
             before.wait()
         steps = request.steps()
-        following = [*steps[1:], steps[-1]]  # no call follows the last one
-        kinds = tuple(
-            Kind(step.grounded, step.both_halves, after.both_halves)
-            for step, after in zip(steps, following, strict=True)
-        )
+        kinds = tuple(Kind(step.grounded, step.both_halves) for step in steps)
         for kind in dict.fromkeys(kinds):
             self._network(kind)  # binds what is new before anything of this batch is queued
         self._stage(slot, request, steps)
         device, stream, at = self.device, self.streams.loop, self.at
         used = self.memory.upload.offsets["records"] + len(kinds) * at["record"].nbytes
         device.copy(stream, at["latents"].pointer, slot.upload.ctypes.data, used)
+        self._bound[CONTEXT]()
         if not all(step.both_halves for step in steps):
-            half = at["conditional"].nbytes
-            device.copy(stream, at["conditional"].pointer, at["context"].pointer + half, half)
+            for name in self.memory.made:
+                half, batch = at[conditional(name)], self.sizes.batch
+                device.copy(stream, half.pointer, at[name].part(batch, batch).pointer, half.nbytes)
         device.clear(stream, at["flags"].pointer, at["flags"].nbytes)
         mode = self.replay if self.graphs.capturable else "none"  # known once all is bound
         if mode == "loop" and not request.schedule.stochastic:
@@ -208,7 +206,7 @@ class DeviceLoop:
         fill = np.minimum(np.arange(self.sizes.batch), batch - 1)
         latents = request.noise[fill] * np.float32(schedule.init_noise_sigma)
         views["latents"][:] = latents
-        views["input"].reshape(2, *latents.shape)[:] = latents * np.float32(schedule.rows[0].input_scale)
+        views["input"][:] = latents * np.float32(schedule.rows[0].input_scale)
         views["context"].reshape(2, *views["context"][: self.sizes.batch].shape)[:] = given.context.reshape(
             2, batch, *given.context.shape[1:]
         )[:, fill]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from grounded_diffusion.bundle import PRESENCE, UNET, UNET_GROUNDED, VAE_DECODER
+from grounded_diffusion.bundle import CONTEXT, IN_FLOAT, PRESENCE, UNET, UNET_GROUNDED, VAE_DECODER, Bundle
 from grounded_diffusion.engine.backends.gpu.device import ALIGNMENT, Block, Device, Graphs
 from grounded_diffusion.engine.backends.gpu.results import FLAG_ROWS, MAX_ROWS
 from grounded_diffusion.engine.sampling.batch import decoded_at_once
@@ -49,6 +50,11 @@ class Streams:
         return cls(*(device.stream() for _ in range(4)))
 
 
+def conditional(name: str) -> str:
+    """What the conditional half of an array is called where it lies apart, aligned as graphs want their inputs."""
+    return f"conditional {name}"
+
+
 class Slot:
     """Memory of one batch under way, on both sides, and the events of its stages."""
 
@@ -63,6 +69,69 @@ class Slot:
         self.denoised, self.decoded, self.done = (device.event() for _ in range(3))
 
 
+def blocks(
+    bundle: Bundle, s: Sizes, kind: Callable[[str, str], np.dtype], mask_size: tuple[int, int]
+) -> tuple[Block, Block, Block, Block]:
+    """What a loop uploads, works in, copies back, and keeps of a batch besides.
+
+    Args:
+        kind: type of a graph's input or output.
+        mask_size: (h', w') of the mask logits.
+    """
+    b, latents = s.batch, (s.batch, *s.latent)
+    mask = ((b, s.objects, *mask_size), kind(UNET_GROUNDED, "mask_logits"))
+    presence = {PRESENCE: ((b, s.objects), kind(UNET_GROUNDED, PRESENCE))} if bundle.tells_presence else {}
+    made = {name: [int(n) for n in shape.split(",")[1:]] for name, shape in bundle.gpu_io(CONTEXT)[1].items()}
+    decode, captured = kind(VAE_DECODER, "latents"), (latents, kind(UNET, "latents"))
+    record = ALIGNMENT + -(-b * kind(UNET, "timestep").itemsize // ALIGNMENT) * ALIGNMENT
+    upload = Block({
+        "latents": (latents, F32),
+        "input": (latents, kind(UNET, "latents")),
+        "context": ((2 * b, s.tokens, s.width), kind(CONTEXT, "context")),
+        "queries": ((b, s.objects, s.width), kind(UNET_GROUNDED, "queries")),
+        "query_valid": ((b, s.objects), np.bool_),
+        "records": ((MAX_ROWS, record), BYTE),  # last: only the rows in use are copied
+    })  # fmt: skip
+    work = Block({
+        **{name: ((2 * b, *row), kind(UNET, name)) for name, row in made.items()},
+        **{conditional(name): ((b, *row), kind(UNET, name)) for name, row in made.items()},
+        "model_output": ((2 * b, *s.latent), kind(UNET, "model_output")),
+        "history": ((MAX_TERMS, *latents), F32),
+        "noise": (latents, F32),
+        "record": ((record,), BYTE),
+        "mask_logits": mask,
+        "captured": captured,
+        "decode": ((s.decoded, *s.latent), decode),
+        "image": ((s.decoded, 3, *s.image), kind(VAE_DECODER, "image")),
+        "stats": ((b * s.objects * STATS_BYTES,), BYTE),
+        "flags": ((FLAG_ROWS, b), BYTE),
+        **presence,
+    })  # fmt: skip
+    results = Block({
+        "latents": (latents, F32),
+        "mask_logits": mask,
+        "captured": captured,
+        "flags": ((FLAG_ROWS, b), BYTE),
+        "pixels": ((b, *s.image, 3), BYTE),
+        "labels": ((b, *s.image), BYTE),
+        "bits": ((b, s.objects, s.image[0], -(-s.image[1] // 32)), np.uint32),
+        "area": ((b, s.objects), np.int64),
+        "box": ((b, s.objects, 4), np.int32),
+        "score": ((b, s.objects), F32),
+        **presence,
+    })  # fmt: skip
+    own = Block({"final": (latents, decode), "query_valid": ((b, s.objects), np.bool_)})
+    return upload, work, results, own
+
+
+def loop_bytes(bundle: Bundle, s: Sizes) -> int:
+    """Device memory of a loop's own arrays, told from the bundle alone; the head's logits are of the latents' size."""
+    wide = bundle.manifest.precision == "fp32"
+    kind = lambda graph, name: F32 if wide or name in IN_FLOAT else np.dtype(np.float16)
+    upload, work, results, own = blocks(bundle, s, kind, s.latent[1:])
+    return upload.nbytes + work.nbytes + SLOTS * (results.nbytes + own.nbytes)
+
+
 class Memory:
     """Everything a device loop reads and writes.
 
@@ -70,6 +139,8 @@ class Memory:
         at: the loop's own arrays on the device, by name.
         upload, results: what goes to the device before a batch and comes back after it, each in one copy.
         slots: memory of the batches under way.
+        made: names of keys and values of the cross-attention, of both halves; those of the conditional half alone are
+            called `conditional(name)`.
         half: the UNets' latents are float16.
         timestep: type of the UNets' timesteps.
 
@@ -90,58 +161,15 @@ class Memory:
 
     def _allocate(self, graphs: Graphs, s: Sizes, streams: Streams) -> None:
         kind = graphs.dtype
-        b, latents = s.batch, (s.batch, *s.latent)
-        both = (2 * b, *s.latent)
         self.half = kind(UNET, "latents") == np.float16
-        logits, decode = kind(UNET_GROUNDED, "mask_logits"), kind(VAE_DECODER, "latents")
         types = {kind(g, name) for g in (UNET, UNET_GROUNDED) for name in ("latents", "model_output")}
-        if len(types) > 1 or decode not in (F32, *types):
+        if len(types) > 1 or (decode := kind(VAE_DECODER, "latents")) not in (F32, *types):
             raise BackendError(
                 f"latents are {', '.join(sorted(map(str, types)))} in the UNets and {decode} in the decoder; "
                 "the device loop needs one type, run gd-export again"
             )
-        mask = ((b, s.objects, *graphs.mask_size()), logits)
-        told = PRESENCE in graphs.outputs(UNET_GROUNDED)
-        presence = {PRESENCE: ((b, s.objects), kind(UNET_GROUNDED, PRESENCE))} if told else {}
-        context = kind(UNET, "context")
-        self.timestep = kind(UNET, "timestep")
-        record = ALIGNMENT + -(-2 * b * self.timestep.itemsize // ALIGNMENT) * ALIGNMENT
-        self.upload = Block({
-            "latents": (latents, F32),
-            "input": (both, kind(UNET, "latents")),
-            "context": ((2 * b, s.tokens, s.width), context),
-            "queries": ((b, s.objects, s.width), kind(UNET_GROUNDED, "queries")),
-            "query_valid": ((b, s.objects), np.bool_),
-            "records": ((MAX_ROWS, record), BYTE),  # last: only the rows in use are copied
-        })  # fmt: skip
-        work = Block({
-            "model_output": (both, kind(UNET, "model_output")),
-            "history": ((MAX_TERMS, *latents), F32),
-            "noise": (latents, F32),
-            "record": ((record,), BYTE),
-            "conditional": ((b, s.tokens, s.width), context),
-            "mask_logits": mask,
-            "captured": (latents, kind(UNET, "latents")),
-            "decode": ((s.decoded, *s.latent), decode),
-            "image": ((s.decoded, 3, *s.image), kind(VAE_DECODER, "image")),
-            "stats": ((b * s.objects * STATS_BYTES,), BYTE),
-            "flags": ((FLAG_ROWS, b), BYTE),
-            **presence,
-        })  # fmt: skip
-        self.results = Block({
-            "latents": (latents, F32),
-            "mask_logits": mask,
-            "captured": (latents, kind(UNET, "latents")),
-            "flags": ((FLAG_ROWS, b), BYTE),
-            "pixels": ((b, *s.image, 3), BYTE),
-            "labels": ((b, *s.image), BYTE),
-            "bits": ((b, s.objects, s.image[0], -(-s.image[1] // 32)), np.uint32),
-            "area": ((b, s.objects), np.int64),
-            "box": ((b, s.objects, 4), np.int32),
-            "score": ((b, s.objects), F32),
-            **presence,
-        })  # fmt: skip
-        own = Block({"final": (latents, decode), "query_valid": ((b, s.objects), np.bool_)})
+        self.made, self.timestep = tuple(graphs.bundle.gpu_io(CONTEXT)[1]), kind(UNET, "timestep")
+        self.upload, work, self.results, own = blocks(graphs.bundle, s, kind, graphs.mask_size())
         pointer = self.device.allocate(self.upload.nbytes + work.nbytes)
         self._pointers.append(pointer)
         self.device.clear(streams.loop, pointer, self.upload.nbytes + work.nbytes)

@@ -6,15 +6,16 @@ import contextlib
 import io
 import itertools
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from grounded_diffusion.bundle import CUDA, GRAPH_IO, UNET_GROUNDED, VAE_DECODER, Bundle
+from grounded_diffusion.bundle import CONTEXT, CUDA, GPU, SHARED_ROWS, UNET_GROUNDED, VAE_DECODER, Bundle
 from grounded_diffusion.engine.backends.gpu.device import DeviceMemoryError, Tensor
 from grounded_diffusion.engine.backends.gpu.memory import Sizes, Streams
+from grounded_diffusion.engine.backends.gpu.needs import counted_memory
 from grounded_diffusion.engine.backends.onnxruntime_cpu import DTYPES, WEIGHTS_FOLDER
 from grounded_diffusion.engine.checks import first_line
 from grounded_diffusion.engine.sampling.backend import Arrays
@@ -63,9 +64,18 @@ class OnnxRuntimeCuda:
         """See `GraphRuntime.buckets`: any."""
         return None
 
+    @property
+    def prefix(self) -> str:
+        """Of the graphs that run: those of the provider's own operators, where the bundle has them."""
+        return CUDA if f"{CUDA}{CONTEXT}" in self.bundle.manifest.files else GPU
+
     def file(self, graph: str) -> Path:
-        """The ONNX file of a graph: the variant for this provider, if there is one."""
-        return self.bundle.variant(CUDA, graph)
+        """The ONNX file of a graph."""
+        return self.bundle.variant(self.prefix, graph)
+
+    def memory(self, sizes: Sizes) -> int | None:
+        """See `GraphRuntime.memory`."""
+        return counted_memory(self.bundle, self.prefix, sizes)
 
     def session(self, graph: str, stream: Any, dims: Mapping[str, int] | None = None) -> Any:
         """A session on a stream.
@@ -134,7 +144,7 @@ class OnnxRuntimeCuda:
             self._single[graph] = self.session(graph, streams.aside)
         session = self._single[graph]
         given = {v.name: np.ascontiguousarray(inputs[v.name], DTYPES[v.type]) for v in session.get_inputs()}
-        names = list(self.bundle.outputs(graph))
+        names = list(self.bundle.gpu_io(graph)[1])
         try:
             outputs = session.run(names, given)
         except Exception as error:
@@ -153,17 +163,17 @@ class OnnxRuntimeGraphs:
     capturable = False  # ONNX Runtime captures by itself, once for each binding
 
     def __init__(self, runtime: OnnxRuntimeCuda, sizes: Sizes, streams: Streams):
-        self.runtime, self.sizes, self.streams = runtime, sizes, streams
-        self._sessions: dict[tuple[str, int], Any] = {}  # by graph and rows
+        self.runtime, self.bundle, self.sizes, self.streams = runtime, runtime.bundle, sizes, streams
+        self._sessions: dict[tuple[str, int], Any] = {}  # by graph and rows of context
 
     def session(self, graph: str, rows: int | None = None) -> Any:
-        """A graph's session for `rows` rows of latents; None takes those of guidance."""
+        """A graph's session for `rows` rows of context; None takes those of guidance."""
         s = self.sizes
-        rows = rows or (s.decoded if graph == VAE_DECODER else 2 * s.batch)
+        rows = rows or 2 * s.batch
         if (graph, rows) not in self._sessions:
             stream = self.streams.decode if graph == VAE_DECODER else self.streams.loop
             batch = s.decoded if graph == VAE_DECODER else s.batch
-            dims = {"B": batch, "N": rows, "O": s.objects, "h": s.latent[1], "w": s.latent[2]}
+            dims = {"B": batch, SHARED_ROWS: batch, "N": rows, "O": s.objects, "h": s.latent[1], "w": s.latent[2]}
             self._sessions[graph, rows] = self.runtime.session(graph, stream, dims)
         return self._sessions[graph, rows]
 
@@ -173,10 +183,6 @@ class OnnxRuntimeGraphs:
         types = {value.name: value.type for value in (*session.get_inputs(), *session.get_outputs())}
         return np.dtype(DTYPES[types[tensor]])
 
-    def outputs(self, graph: str) -> Collection[str]:
-        """See `Graphs.outputs`."""
-        return self.runtime.bundle.outputs(graph)
-
     def mask_size(self) -> tuple[int, int]:
         """See `Graphs.mask_size`."""
         (shape,) = (v.shape for v in self.session(UNET_GROUNDED).get_outputs() if v.name == "mask_logits")
@@ -184,10 +190,10 @@ class OnnxRuntimeGraphs:
 
     def bind(self, graph: str, tensors: Mapping[str, Tensor], stream: Any) -> Callable[[], None]:
         """See `Graphs.bind`. `stream` is the one that the graph's session is on."""
-        runtime, session = self.runtime, self.session(graph, tensors["latents"].shape[0])
+        rows = next((tensor.shape[0] for name, tensor in tensors.items() if name.startswith("context")), None)
+        runtime, session = self.runtime, self.session(graph, rows)
         binding, options = session.io_binding(), runtime.run_options()
-        given = GRAPH_IO[graph][0], self.outputs(graph)
-        for names, bind in zip(given, (binding.bind_input, binding.bind_output), strict=True):
+        for names, bind in zip(self.bundle.gpu_io(graph), (binding.bind_input, binding.bind_output), strict=True):
             for name in names:
                 tensor = tensors[name]
                 bind(name, "cuda", runtime.device.number, tensor.dtype.type, list(tensor.shape), tensor.pointer)
@@ -233,6 +239,7 @@ def load_runtime() -> Any:
         raise BackendError(
             f"the onnxruntime {onnxruntime.__version__} that is installed has no CUDA provider; {INSTALL}"
         )
+    onnxruntime.set_default_logger_severity(SILENT)  # it warns of devices that it does not know by a plugin
     with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find, which may be elsewhere
         onnxruntime.preload_dlls()
     return onnxruntime

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from grounded_diffusion.bundle import GRAPH_IO, UNET_GROUNDED, Bundle
+from grounded_diffusion.bundle import CONTEXT, GPU_GRAPHS, TEXT_ENCODER, UNET, UNET_GROUNDED, VAE_DECODER, Bundle
 from grounded_diffusion.cache import cache_folder, write_cached
 from grounded_diffusion.engine.backends.gpu.device import ALIGNMENT, DeviceMemoryError, Tensor
-from grounded_diffusion.engine.backends.gpu.memory import Sizes, Streams
+from grounded_diffusion.engine.backends.gpu.memory import Sizes, Streams, loop_bytes
 from grounded_diffusion.engine.backends.tensorrt.spec import Bucket, load_module, profile_shapes, quiet_logger, spec_of
-from grounded_diffusion.engine.backends.tensorrt.store import OBJECTS, EngineSpec, found_engines, load_plan
+from grounded_diffusion.engine.backends.tensorrt.store import (
+    OBJECTS,
+    EngineMemory,
+    EngineSpec,
+    found_engines,
+    load_plan,
+)
 from grounded_diffusion.engine.sampling.backend import Arrays
 from grounded_diffusion.errors import BackendError
 
@@ -47,7 +53,8 @@ class TensorRT:
 
     def shapes(self, graph: str) -> list[dict[str, list[int]]]:
         """Input shapes of the engines of a graph that may be loaded here."""
-        return [spec.shapes for spec in self._found if spec.graph == graph and spec == self.spec(graph, spec.shapes)]
+        found = [sidecar.spec for sidecar in self._found]
+        return [spec.shapes for spec in found if spec.graph == graph and spec == self.spec(graph, spec.shapes)]
 
     def buckets(self, batch: int, objects: int, size: tuple[int, int]) -> list[tuple[int, int]]:
         """See `GraphRuntime.buckets`."""
@@ -58,6 +65,21 @@ class TensorRT:
         if not buckets:
             load_plan(self.bundle.path, self.spec(UNET_GROUNDED, wanted))  # raises: says what is there, and the command
         return buckets
+
+    def memory(self, sizes: Sizes) -> int | None:
+        """See `GraphRuntime.memory`: what the builder has planned, as engine.json has it."""
+        known = {sidecar.spec.key: sidecar.memory for sidecar in self._found}
+        found: dict[str, EngineMemory] = {}
+        for graph in GPU_GRAPHS:
+            shapes = profile_shapes(self.bundle, graph, Bucket(sizes.batch, sizes.objects, sizes.image))
+            memory = known.get(self.spec(graph, shapes).key)
+            if memory is None:
+                return None
+            found[graph] = memory
+        looped = max(found[graph].activations for graph in (CONTEXT, UNET, UNET_GROUNDED))  # they share an arena
+        others = sum(found[graph].activations for graph in (TEXT_ENCODER, VAE_DECODER))
+        weights = sum(memory.weights for memory in found.values()) + found[UNET].weights  # and without guidance
+        return loop_bytes(self.bundle, sizes) + weights + looped + others
 
     def engine(self, spec: EngineSpec) -> Any:
         """A deserialised engine. Raises BackendError, DeviceMemoryError."""
@@ -79,15 +101,15 @@ class TensorRT:
     def open(self, sizes: Sizes, streams: Streams) -> TensorRTGraphs:
         """See `GraphRuntime.open`."""
         bucket = Bucket(sizes.batch, sizes.objects, sizes.image)
-        return TensorRTGraphs(self, {graph: profile_shapes(self.bundle, graph, bucket) for graph in GRAPH_IO})
+        return TensorRTGraphs(self, {graph: profile_shapes(self.bundle, graph, bucket) for graph in GPU_GRAPHS})
 
     def run(self, graph: str, inputs: Mapping[str, np.ndarray], streams: Streams) -> Arrays:
-        """See `GraphRuntime.run`. Rows beyond the engine's are run in turn; missing ones repeat the last."""
+        """See `GraphRuntime.run`. A UNet must fit; of others, rows beyond the engine's are run in turn."""
         given = {name: list(value.shape) for name, value in inputs.items()}
         rows, known = next(iter(given.values()))[0], self.shapes(graph)
         fits = [s for s in known if all(s.get(name, [0])[1:] == shape[1:] for name, shape in given.items())]
         exact = [s for s in fits if s == given]
-        if not exact and (graph == UNET_GROUNDED or not fits):
+        if not exact and (graph in (UNET, UNET_GROUNDED) or not fits):
             load_plan(self.bundle.path, self.spec(graph, given))  # raises
         count = lambda s: next(iter(s.values()))[0]
         larger = [s for s in fits if count(s) >= rows]
@@ -107,13 +129,13 @@ class TensorRT:
         if spec.key not in self._single:
             graphs = TensorRTGraphs(self, {graph: shapes})
             tensors = {}
-            for name in (*GRAPH_IO[graph][0], *self.bundle.outputs(graph)):
+            for name in (name for names in self.bundle.gpu_io(graph) for name in names):
                 tensor = Tensor(0, graphs.shape(graph, name), graphs.dtype(graph, name))
                 tensors[name] = Tensor(device.allocate(tensor.nbytes), tensor.shape, tensor.dtype)
             self._single[spec.key] = tensors, graphs.bind(graph, tensors, stream), graphs
         tensors, launch, _ = self._single[spec.key]
         kept = {name: np.ascontiguousarray(value, tensors[name].dtype) for name, value in inputs.items()}
-        outputs = {name: np.empty(tensors[name].shape, tensors[name].dtype) for name in self.bundle.outputs(graph)}
+        outputs = {name: np.empty(tensors[name].shape, tensors[name].dtype) for name in self.bundle.gpu_io(graph)[1]}
         for name, array in kept.items():
             device.copy(stream, tensors[name].pointer, array.ctypes.data, array.nbytes)
         launch()
@@ -138,7 +160,7 @@ class TensorRTGraphs:
     """See `Graphs`: execution contexts of one bucket. Those of one stream, which never run at once, share an arena."""
 
     def __init__(self, runtime: TensorRT, shapes: Mapping[str, dict[str, list[int]]]):
-        self.runtime, self.shapes = runtime, shapes
+        self.runtime, self.bundle, self.shapes = runtime, runtime.bundle, shapes
         self.capturable = True
         self._contexts: dict[str, tuple[Any, list[object]]] = {}  # and the launch bound last
         self._arenas: dict[int, tuple[int, int]] = {}  # pointer and size, by stream
@@ -157,10 +179,6 @@ class TensorRTGraphs:
         if tensor in self.shapes[graph]:
             return tuple(self.shapes[graph][tensor])
         return tuple(self._context(graph, self.shapes[graph])[0].get_tensor_shape(tensor))
-
-    def outputs(self, graph: str) -> Collection[str]:
-        """See `Graphs.outputs`."""
-        return self.runtime.bundle.outputs(graph)
 
     def mask_size(self) -> tuple[int, int]:
         """See `Graphs.mask_size`."""
@@ -203,7 +221,7 @@ class TensorRTGraphs:
 
     def bind(self, graph: str, tensors: Mapping[str, Tensor], stream: Any) -> Callable[[], None]:
         """See `Graphs.bind`."""
-        shapes = {name: list(tensors[name].shape) for name in GRAPH_IO[graph][0]}
+        shapes = {name: list(tensors[name].shape) for name in self.bundle.gpu_io(graph)[0]}
         context, last = self._context(graph, shapes)
         engine = self._engine(graph, shapes)
         if last[0] is None:

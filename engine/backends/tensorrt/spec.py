@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import re
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from grounded_diffusion.bundle import GRAPH_IO, UNET, VAE_DECODER, Bundle
-from grounded_diffusion.engine.backends.tensorrt.store import OBJECTS, PACKAGES, EngineSpec, bundle_files
+from grounded_diffusion.bundle import SHARED_ROWS, UNET, VAE_DECODER, Bundle
+from grounded_diffusion.engine.backends.tensorrt.store import (
+    OBJECTS,
+    PACKAGES,
+    EngineMemory,
+    EngineSpec,
+    bundle_files,
+)
 from grounded_diffusion.engine.sampling.batch import decoded_at_once
 from grounded_diffusion.errors import BackendError, UsageError
 
@@ -16,6 +23,7 @@ FLAGS: dict[str, Any] = {
     "tf32": False,  # it would round FP32 graphs to 10 bits of mantissa: far from the 1e-5 that exported graphs hold
     "user_allocation": True,  # an engine that allocates by itself cannot be captured into a CUDA graph
 }
+MEMORY = re.compile(r"Total (Activation|Weights|Device Persistent) Memory: (\d+) bytes")  # what a builder logs
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,10 +31,10 @@ class Bucket:
     """Sizes of one static profile.
 
     Attributes:
-        batch: images (B); guided graphs take 2B rows.
+        batch: images (B); both halves of guidance have 2B rows of keys and values.
         objects: queries per image (O); fewer are padded as not valid.
         image_size: (H, W) in pixels; None takes the bundle's own.
-        guided: the plain UNet takes 2B rows; without, the B conditional rows alone, as outside a guidance interval.
+        guided: the plain UNet runs both halves; without, the conditional half alone, as outside a guidance interval.
     """
 
     batch: int
@@ -47,6 +55,7 @@ def profile_shapes(bundle: Bundle, graph: str, bucket: Bucket) -> dict[str, list
         raise UsageError(f"{height}x{width} is not a multiple of {manifest.size_multiple}, as this model needs")
     cells = (height // manifest.vae_scale_factor) * (width // manifest.vae_scale_factor)
     size = {
+        SHARED_ROWS: bucket.batch,
         "B": decoded_at_once(bucket.batch, cells) if graph == VAE_DECODER else bucket.batch,
         "N": bucket.batch if graph == UNET and not bucket.guided else 2 * bucket.batch,
         "O": bucket.objects,
@@ -56,7 +65,7 @@ def profile_shapes(bundle: Bundle, graph: str, bucket: Bucket) -> dict[str, list
         "h": height // manifest.vae_scale_factor,
         "w": width // manifest.vae_scale_factor,
     }
-    inputs, _ = GRAPH_IO[graph]
+    inputs, _ = bundle.gpu_io(graph)
     return {name: [size[s] if s in size else int(s) for s in shape.split(",")] for name, shape in inputs.items()}
 
 
@@ -97,16 +106,29 @@ def target(trt: ModuleType, backend: str, sm: int | None) -> str:
 
 
 def quiet_logger(trt: ModuleType) -> Any:
-    """A logger that prints nothing and keeps the first error, which names the cause; later ones follow from it."""
+    """A logger that prints nothing and keeps the first error, which names the cause, and what a build says of memory.
+
+    Later errors follow from the first. Where there is no GPU to open an engine on, only its builder's words tell its
+    memory.
+    """
 
     class Logger(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.first_error = ""
+            self.told: dict[str, int] = {}  # bytes of memory
+
+        @property
+        def memory(self) -> EngineMemory | None:
+            parts = [self.told.get(part) for part in ("Activation", "Weights", "Device Persistent")]
+            known = [size for size in parts if size is not None]
+            return EngineMemory(known[0], sum(known[1:])) if len(known) == len(parts) else None
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR) and not self.first_error:
                 self.first_error = message
+            if found := MEMORY.fullmatch(message):
+                self.told[found[1]] = int(found[2])
 
     return Logger()
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from grounded_diffusion.bundle import UNET, UNET_GROUNDED, Bundle, HasSchema, read_manifest, sha256
+from grounded_diffusion.bundle import CONTEXT, GPU, Bundle, HasSchema, read_manifest, sha256
 from grounded_diffusion.errors import BackendError
 from grounded_diffusion.reading import Misfit, as_type, load_json, read_file
 
@@ -38,7 +38,7 @@ class EngineSpec:
         shapes: of every input, by name; the engine takes no others.
         precision: of the bundle's weights.
         flags: builder settings, by name.
-        files: SHA-256 of the ONNX file and of the weights it refers to, by name.
+        files: SHA-256 of the ONNX file, the one for a GPU, and of the weights it refers to, by name.
     """
 
     graph: str
@@ -68,12 +68,20 @@ class EngineSpec:
         return f"{self.graph} for {self.backend} {self.version} on {self.device}, {shapes_text(self.shapes)}"
 
 
+class EngineMemory(Struct, frozen=True):
+    """Device memory of an engine in bytes, as its builder has planned it."""
+
+    activations: int  # while it runs; contexts that never run at once share it
+    weights: int  # as long as it is loaded
+
+
 class Sidecar(Struct):
     """engine.json."""
 
     schema: int
     spec: EngineSpec
     plan_sha256: str
+    memory: EngineMemory | None = None  # None: not told by the builder
 
 
 def shapes_text(shapes: dict[str, list[int]]) -> str:
@@ -83,20 +91,20 @@ def shapes_text(shapes: dict[str, list[int]]) -> str:
 
 def bundle_files(bundle: Bundle, graph: str) -> dict[str, str]:
     """SHA-256 of a graph and of the bundle's shared weights, as its manifest has them."""
+    own = bundle.variant(GPU, graph).relative_to(bundle.path).as_posix()
     listed = bundle.manifest.files
-    return {name: digest for name, digest in listed.items() if name == graph or name.startswith("weights.")}
+    return {name: digest for name, digest in listed.items() if name == own or name.startswith("weights.")}
 
 
-def read_sidecar(directory: Path) -> tuple[EngineSpec, str]:
-    """An engine's description and its plan's SHA-256. Raises BackendError when the sidecar is missing or damaged."""
+def read_sidecar(directory: Path) -> Sidecar:
+    """What an engine says it is. Raises BackendError when the sidecar is missing or damaged."""
     file = directory / SIDECAR
     try:
         content = read_file(file)
         raw = load_json(content)
         if (schema := as_type(raw, HasSchema, content).schema) != SCHEMA:
             raise BackendError(f"{file} has schema {schema}, this version reads {SCHEMA}; {rebuild(directory)}")
-        found = as_type(raw, Sidecar, content)
-        return found.spec, found.plan_sha256
+        return as_type(raw, Sidecar, content)
     except FileNotFoundError:
         raise BackendError(f"{directory} has no {SIDECAR}, so its build did not finish; {rebuild(directory)}") from None
     except (OSError, Misfit) as error:
@@ -113,15 +121,15 @@ def load_plan(bundle: Path, wanted: EngineSpec) -> bytes:
     directory = wanted.directory(bundle)
     if not directory.is_dir():
         raise BackendError(_absent(bundle, wanted))
-    found, digest = read_sidecar(directory)
-    if found != wanted:
+    sidecar = read_sidecar(directory)
+    if (found := sidecar.spec) != wanted:
         raise BackendError(
             f"{directory} holds another engine: {', '.join(differences(found, wanted))}; {rebuild(directory)}"
         )
     plan = directory / PLAN
     if not plan.is_file():
         raise BackendError(f"{plan} is missing; {rebuild(directory)}")
-    if sha256(plan) != digest:
+    if sha256(plan) != sidecar.plan_sha256:
         raise BackendError(f"{plan} has changed since it was built (SHA-256 differs); {rebuild(directory)}")
     return plan.read_bytes()
 
@@ -145,12 +153,12 @@ def differences(found: EngineSpec, wanted: EngineSpec) -> list[str]:
     return phrases
 
 
-def found_engines(bundle: Path, backend: str) -> list[EngineSpec]:
+def found_engines(bundle: Path, backend: str) -> list[Sidecar]:
     """What the engines of a bundle say they are; damaged ones are left out."""
     found = []
     for file in sorted((bundle / "engines" / backend).glob(f"*/{SIDECAR}")):
         try:
-            found.append(read_sidecar(file.parent)[0])
+            found.append(read_sidecar(file.parent))
         except BackendError:
             continue
     return found
@@ -159,7 +167,7 @@ def found_engines(bundle: Path, backend: str) -> list[EngineSpec]:
 def _absent(bundle: Path, wanted: EngineSpec) -> str:
     """The message for an engine that is not there: with the nearest engine of the same graph, if there is one."""
     nearest: list[str] = []
-    for found in found_engines(bundle, wanted.backend):
+    for found in (sidecar.spec for sidecar in found_engines(bundle, wanted.backend)):
         if found.graph == wanted.graph:
             phrases = differences(found, wanted)
             nearest = phrases if not nearest or len(phrases) < len(nearest) else nearest
@@ -173,9 +181,8 @@ def rebuild(directory: Path, wanted: EngineSpec | None = None) -> str:
     command = f"gd-export --bundle {bundle} --engine {backend.replace('_', '-')}"
     if wanted:
         rows = next(iter(wanted.shapes.values()))[0]
-        guided = wanted.graph in (UNET, UNET_GROUNDED) and rows % 2 == 0  # 2B rows
         command += f" --sm {wanted.device[3:]}" if wanted.device.startswith("sm_") else ""
-        command += f" --batch {rows // 2 if guided else rows}"
+        command += f" --batch {rows // 2 if wanted.graph == CONTEXT else rows}"
         if wanted.shapes.get("query_valid", [0, OBJECTS])[1] != OBJECTS:
             command += f" --objects {wanted.shapes['query_valid'][1]}"
         manifest = read_manifest(bundle)
