@@ -224,35 +224,39 @@ def trace(checkpoint: Checkpoint, graph: str, precision: str = "fp32", cuda: boo
 
     `cuda` makes it one of ONNX Runtime's fused operators, see export/rewrites/fused.py.
     """
-    multiple = 2 * latent_multiple(checkpoint)
-    inputs = example_inputs(
-        checkpoint, graph, Sizes(EXAMPLE_BATCH, EXAMPLE_OBJECTS, multiple, multiple + multiple // 2)
-    )
-    names_in, names_out = GRAPH_IO[graph][0], outputs_of(checkpoint, graph)
     module = MODULES[graph](checkpoint).eval()
     if cuda:
         module = swapped(module, fused)
     elif graph == VAE_DECODER and precision == "fp32":  # the one graph at full image size: a few more passes are lost
         module = swapped(module, rowwise)
-    with torch.no_grad(), quiet():
-        program = torch.onnx.export(
-            module,
-            kwargs=inputs,
-            input_names=list(names_in),
-            output_names=list(names_out),
-            dynamic_shapes=_dynamic_shapes(checkpoint, graph),
-            opset_version=OPSET,
-            dynamo=True,
-            verbose=False,
-            optimize=False,
-        )
-        model = tidy(program.model, graph)
+    model = capture(checkpoint, graph, module)
     if cuda:
         fuse_silu(model)
     if precision == "fp16":
         upcast = graph == VAE_DECODER and FAMILIES[checkpoint.family].fp32_decoder
         return to_half(model, graph, inside=FLOAT if upcast else HALF)
     return model
+
+
+def capture(checkpoint: Checkpoint, graph: str, module: nn.Module) -> onnx_ir.Model:
+    """The ONNX model in memory of a module that is one of the checkpoint's graphs, in single precision."""
+    multiple = 2 * latent_multiple(checkpoint)
+    inputs = example_inputs(
+        checkpoint, graph, Sizes(EXAMPLE_BATCH, EXAMPLE_OBJECTS, multiple, multiple + multiple // 2)
+    )
+    with torch.no_grad(), quiet():
+        program = torch.onnx.export(
+            module,
+            kwargs=inputs,
+            input_names=list(GRAPH_IO[graph][0]),
+            output_names=list(outputs_of(checkpoint, graph)),
+            dynamic_shapes=_dynamic_shapes(checkpoint, graph),
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+            optimize=False,
+        )
+        return tidy(program.model, graph)
 
 
 def tidy(model: onnx_ir.Model, graph: str) -> onnx_ir.Model:

@@ -45,6 +45,27 @@ def tiny_checkpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def small_checkpoint(tiny_checkpoint, tmp_path_factory):
+    """Directory of the tiny checkpoint with a UNet of two levels. Do not write to it."""
+    from helpers.tiny import smaller
+
+    from grounded_diffusion.training.checkpoint import load_checkpoint, save_checkpoint
+
+    path = tmp_path_factory.mktemp("small") / "checkpoint"
+    save_checkpoint(path, smaller(load_checkpoint(tiny_checkpoint)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def traces():
+    """While it lasts, equal modules are traced once."""
+    from helpers.traces import traced_once
+
+    with traced_once() as known:
+        yield known
+
+
+@pytest.fixture(scope="session")
 def tiny_bundle(request, tmp_path_factory):
     """Directory of the bundle exported from `tiny_checkpoint`. Do not write to it."""
     if given := request.config.getoption("--tiny-bundle"):
@@ -52,13 +73,14 @@ def tiny_bundle(request, tmp_path_factory):
     from grounded_diffusion.export.bundle import export_bundle
     from grounded_diffusion.training.checkpoint import load_checkpoint
 
+    request.getfixturevalue("traces")
     path = tmp_path_factory.mktemp("tiny") / "bundle"
     export_bundle(load_checkpoint(request.getfixturevalue("tiny_checkpoint")), path)
     return path
 
 
 @pytest.fixture(scope="session")
-def attention_bundle(tiny_checkpoint, tmp_path_factory):
+def attention_bundle(tiny_checkpoint, tmp_path_factory, traces):
     """(checkpoint, directory of its bundle) of the tiny model with an attention head that finds something anywhere."""
     from dataclasses import replace
 

@@ -22,6 +22,7 @@ from grounded_diffusion.reading import Misfit, as_type, load_json, load_toml, re
 # An option of the command line also takes the place of a file's that excludes it.
 INSTEAD = {"prompt": "prompts", "prompts": "prompt", "backend": "precision", "precision": "backend",
            "jpeg_quality": "png", "png": "jpeg_quality"}  # fmt: skip
+ALONE = ("ray",)  # options that also stand without their value, as in ray = true
 # What run.json says and no option sets: contents that it knows by their SHA-256 alone, and what follows from them.
 DERIVED = ("model", "prompts", "samples", "classes")
 
@@ -104,7 +105,7 @@ def as_words(path: Path, name: str, value: Any, default: Any) -> list[str]:
     """An option with its value as words of a command line. Raises UsageError."""
     option = f"--{name.replace('_', '-')}"
     if isinstance(value, bool):
-        if not isinstance(default, bool):
+        if not isinstance(default, bool) and name not in ALONE:
             raise UsageError(f"{path}: {option[2:]} takes a value, not {str(value).lower()}")
         return [option] if value else []
     if isinstance(default, bool) or isinstance(value, dict):

@@ -4,6 +4,11 @@ import pytest
 from helpers.sd15 import save_base
 
 
+@pytest.fixture(scope="session", autouse=True)
+def once(traces):
+    """Equal modules are traced once."""
+
+
 @pytest.fixture(scope="session")
 def sd15(tiny_checkpoint, tmp_path_factory):
     """Arguments of gd-export for a model of Stable Diffusion 1.5's sizes with a head of the released layout."""

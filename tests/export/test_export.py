@@ -348,12 +348,12 @@ def test_what_lies_beside_a_bundle_is_named_and_stays(tiny_bundle, tmp_path, cap
         assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_gd_export_of_a_released_head(tiny_checkpoint, checkpoint, tmp_path, capsys):
+def test_gd_export_of_a_released_head(small_checkpoint, tmp_path, capsys):
     """The whole command: a .pth on a base model, stored statistics, paper's sizes of attention, verified."""
-    head = GroundingHead(HeadConfig.for_unet(checkpoint.unet.config))
+    head = GroundingHead(HeadConfig.for_unet(load_checkpoint(small_checkpoint).unet.config))
     torch.save(head.state_dict(), tmp_path / "grounding_module.pth")
     out = tmp_path / "bundle"
-    options = ["--ckpt", tmp_path / "grounding_module.pth", "--base", tiny_checkpoint, "--out", out]
+    options = ["--ckpt", tmp_path / "grounding_module.pth", "--base", small_checkpoint, "--out", out]
     assert cli.main([*map(str, options), "--statistics", "stored"]) == 0
     said = capsys.readouterr().out
     assert "mask IoU" in said and "image PSNR" in said and "FAILED" not in said

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.fake_gpu import HostDevice, HostRuntime
-from helpers.tiny import tiny_model
+from helpers.tiny import smaller
 
 from grounded_diffusion.bundle import GRAPH_IO, PRESENCE, TELLS_PRESENCE, UNET_GROUNDED, open_bundle
 from grounded_diffusion.engine import Filters, GroundedPipeline, Options, RunConfig, make_dataset
@@ -18,6 +18,7 @@ from grounded_diffusion.errors import UsageError
 from grounded_diffusion.export.bundle import export_bundle
 from grounded_diffusion.export.graphs import trace
 from grounded_diffusion.export.verify import check_graphs
+from grounded_diffusion.training.checkpoint import load_checkpoint
 from grounded_diffusion.training.generator.text import template_states
 from grounded_diffusion.training.head.attention import cross_attentions
 from grounded_diffusion.training.head.presence import Presence
@@ -27,9 +28,9 @@ QUICK = Options(steps=3, sampler="ddim", batch=2)
 
 
 @pytest.fixture(scope="module")
-def checkpoint():
-    """The tiny model, which takes some names for present and others not."""
-    model = tiny_model()
+def checkpoint(tiny_checkpoint):
+    """A small model, which takes some names for present and others not."""
+    model = smaller(load_checkpoint(tiny_checkpoint))
     template = template_states(model.tower, model.tokenizer, model.query_template)
     presence = Presence.of(model.unet, template, cross_attentions(model.unet)[1:3])
     presence.weight.copy_(torch.tensor([3.0, -1.0, 2.0, 1.0]))

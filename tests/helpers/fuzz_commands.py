@@ -11,9 +11,17 @@ from pathlib import Path
 from grounded_diffusion.bundle import GRAPHS, MANIFEST, TOKENIZER, Manifest, sha256, write_manifest
 from grounded_diffusion.engine.backends.open import BACKENDS, DEFAULT_BACKEND
 from grounded_diffusion.engine.cli import dataset, prompts
-from grounded_diffusion.engine.dataset.formats import FORMATS
 from helpers import null_backend
 from helpers.fuzz_damage import damage, odd_value
+from helpers.fuzz_lines import (
+    bench_lines,
+    dataset_lines,
+    eval_lines,
+    export_lines,
+    infer_lines,
+    prompts_lines,
+    train_lines,
+)
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 PROMPTS = 'a photograph of a [dog] and a [cat]\n# a comment\n{"prompt": "the sea", "objects": ["boat"], "count": 2}\n'
@@ -28,6 +36,10 @@ batch = 4
 [stages.unet]
 steps = 2
 """
+FIGURES = {"emoji.split1.oracle.one_seen": 80.5, "emoji.oracle.one_seen": 80.5, "about.emoji": "28 names",
+           "emoji.split1.oracle.name.dog": 81, "about.emoji.unseen": "dog", "about.emoji.page.exact": "a.webp",
+           "ablation.timestep.t1.oracle.one_seen": 70, "ablation.timestep.t401.oracle.one_seen": 60.25,
+           "pascal.oracle.one_seen": 91.0}  # fmt: skip
 SETTINGS = '[{"steps": 2}, {"steps": 4, "sampler": "ddim"}]'
 
 
@@ -130,7 +142,7 @@ def sign_bundle(folder):
     """Have the manifest of a damaged bundle, where it can still be read, say the SHA-256 of what is there."""
     if not all(path.is_file() for path in folder.iterdir()):  # a device has no end
         return
-    with contextlib.suppress(OSError, ValueError, AttributeError, TypeError, RecursionError):
+    with contextlib.suppress(OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
         manifest = json.loads((folder / MANIFEST).read_text())
         manifest["files"] = {name: sha256(folder / Path(name).name) for name in manifest["files"]}
         (folder / MANIFEST).write_text(json.dumps(manifest))
@@ -150,6 +162,8 @@ def prepare(root):
     (given / "infer.toml").write_text('images-per-prompt = 2\nseed = 3\nnames = ["dog", "cat", "boat"]\n')
     (given / "settings.json").write_text(SETTINGS)
     (given / "empty").mkdir()
+    (given / "measured").mkdir()
+    (given / "measured" / "figures.json").write_text(json.dumps(FIGURES))
     (given / "model.safetensors").write_bytes(b'\x10\0\0\0\0\0\0\0{"a": {}}       ')
     with without_a_model(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         model = ["--model", given / "bundle", "--steps", "1", "--batch", "2", "--threads", "1", "--shard-size", "3"]
@@ -183,12 +197,21 @@ def bench(words):
     return main(words)
 
 
+def evaluate(words):
+    from grounded_diffusion.training.evaluation.cli import main
+
+    return main(words)
+
+
 def load_torch():
     """Load all that training, export and bench load."""
     import grounded_diffusion.bench.quality
     import grounded_diffusion.export.bundle
     import grounded_diffusion.export.verify
+    import grounded_diffusion.training.distill.student
     import grounded_diffusion.training.emoji.evaluate
+    import grounded_diffusion.training.evaluation.ablations
+    import grounded_diffusion.training.evaluation.report
     import grounded_diffusion.training.grounding.head
     import grounded_diffusion.training.grounding.real  # noqa: F401
 
@@ -204,75 +227,6 @@ def without_a_model():
         BACKENDS[DEFAULT_BACKEND] = before
 
 
-def infer_lines(rng, given):
-    words = ["--model", given / "bundle", "--steps", "1", "--batch", "2", "--threads", "1", "--shard-size", "3"]
-    words += rng.choice([["--prompts", given / "prompts.txt"], ["--prompt", "a [dog]"], ["--prompt", "a [dog] on [x]"]])
-    words += ["--out", rng.choice(["out", "out", "deep/er", given / "data"]), "--format", rng.choice(list(FORMATS))]
-    options = [["--images-per-prompt", "2"], ["--min-area", "0.1"], ["--require-masks"], ["--seed", "3"],
-               ["--names", given / "names.txt"], ["--void-border", "1"], ["--log", "log.jsonl"], ["--dry-run"],
-               ["--metrics-file", "m.prom"], ["--jpeg-quality", "80"], ["--shard", "0/2"], ["--size", "16"],
-               ["--negative-prompt", "x"], ["--sampler", "ddim"], ["--guidance-interval", "0", "0.5"],
-               ["--val", "0.5"], ["--config", given / "infer.toml"], ["--config", given / "data" / "run.json"],
-               ["--instances", "components"], ["--skip-bad-lines"], ["--quiet"], ["--json"]]  # fmt: skip
-    return [*words, *(word for option in rng.sample(options, rng.randrange(4)) for word in option)]
-
-
-def dataset_lines(rng, given):
-    data = rng.choice([given / "data", given / "data", given / "coco"])
-    return rng.choice([
-        ["verify", data], ["stats", data], ["stats", data, "--json", "--plot", "p.svg"], ["status", data],
-        ["status", data, "--json"], ["preview", data], ["card", data, "--license", "mit", "--title", "A: b"],
-        ["card", data, "--model", given / "bundle", "--overwrite"], ["split", data, "--val", "0.5"],
-        ["merge", data, given / "coco", "--out", "merged"], ["merge", data, data, "--out", "merged"],
-        *([["convert", data, "--format", name, "--out", "converted"] for name in ("voc", "coco", "yolo-seg")]),
-        ["convert", data, "--format", "webdataset", "--names", given / "names.txt", "--out", "converted"],
-    ])  # fmt: skip
-
-
-def prompts_lines(rng, given):
-    words = rng.choice([["--vocabulary", "voc"], ["--names", given / "names.txt"], ["--names", "voc"]])
-    options = [["--pairs", given / "pairs.txt"], ["--templates", given / "templates.txt"], ["--shuffle-seed", "1"],
-               ["--per-name", "7"], ["--per-pair", "0"], ["--overwrite"]]  # fmt: skip
-    more = (word for option in rng.sample(options, rng.randrange(5)) for word in option)
-    return [*words, "--out", rng.choice(["prompts.jsonl", "deep/p.jsonl", given / "prompts.txt"]), *more]
-
-
-def train_lines(rng, given):
-    """Nothing that would train: what a stage needs is not there, or its configuration is damaged."""
-    names = ["--names", given / "names.txt", "--unseen", given / "pairs.txt"]
-    return rng.choice([
-        *([[stage, "--config", given / "run.toml", "--run", given / "empty"] for stage in ("oracle", "head")]),
-        ["evaluate", "--config", given / "run.toml", "--run", given / "empty"],
-        ["pack", "--config", given / "run.toml", "--run", given / "empty", "--out", "packed"],
-        ["head", "--base", given / "empty", "--examples", given / "data", "--out", "head", "--config",
-         given / "run.toml"],
-        ["examples", "--model", given / "bundle", "--detector", given / "empty", "--out", "examples", *names],
-        ["real", "--base", given / "empty", "--coco", given / "settings.json", "--images", given / "empty", "--out",
-         "real", *names],
-        ["real", "--base", given / "empty", "--voc", given / "data", "--out", "real", *names],
-    ])  # fmt: skip
-
-
-def export_lines(rng, given):
-    return rng.choice([
-        ["--ckpt", given / "empty", "--out", "bundle"], ["--base", given / "model.safetensors", "--out", "bundle"],
-        ["--ckpt", given / "model.safetensors", "--base", given / "empty", "--out", "bundle"],
-        ["--bundle", given / "bundle", "--engine", "tensorrt", "--batch", "1,x"],
-        ["--base", given / "empty", "--lora", f"{given / 'names.txt'}:0.5", "--out", given / "data"],
-    ])  # fmt: skip
-
-
-def bench_lines(rng, given):
-    """Nothing that would measure: one value is always refused."""
-    return rng.choice([
-        ["speed", "--model", given / "empty", "--peers", "nobody"],
-        ["speed", "--backend", "onnxruntime", "--backend", "cuda", "--model", given / "empty"],
-        ["quality", "--settings", given / "settings.json", "--model", given / "empty"],
-        ["quality", "--setting", "steps=x", "--model", given / "empty", "--ckpt", given / "empty"],
-        ["grounding", "--size", "none"],
-    ])  # fmt: skip
-
-
 IN_PLACE = ("README.md", "card.png", "train.txt", "val.txt", "index.html", "preview", "shards/finish.json", ".partial")
 RUN = (*IN_PLACE, "run.json", "summary.json", "shards", "images", "masks", "objects", "metadata.jsonl")
 COMMANDS = {
@@ -286,6 +240,8 @@ COMMANDS = {
         Command("gd-prompts", prompts.main, (0, 2), prompts_lines, ("names.txt", "pairs.txt", "templates.txt")),
         Command("gd-train", train, (0, 1, 2), train_lines, ("run.toml", "names.txt", "data", "bundle/manifest.json")),
         Command("gd-export", export, (0, 1, 2), export_lines, ("bundle", "model.safetensors")),
+        Command("gd-eval", evaluate, (0, 1, 2), eval_lines, ("measured", "run.toml", "names.txt", "pairs.txt"),
+                chatter=("gd-eval: warning",)),
         Command("gd-bench", bench, (0, 1, 2), bench_lines, ("settings.json", "bundle")),
     )
 }  # fmt: skip

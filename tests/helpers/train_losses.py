@@ -17,7 +17,7 @@ def main(base, examples, folder, out):
 
     torch.set_num_threads(1)
     accelerator, losses = Accelerator(cpu=True), []
-    sizes = dict(embed_dim=32, heads=2, ffn_dim=32, patch=2, reduced_channels=[8, 16, 16])
+    sizes = dict(embed_dim=32, heads=2, ffn_dim=32, patch=2, reduced_channels=[8, 16])
     config = HeadTraining(iterations=8, batch=8, lr=1e-3, validate_every=0, zero_masks="trust", head=sizes)
     log = lambda step, values: losses.append(values["loss"])
     HeadTrainer(FrozenBase(base), Pool([ExampleSet(examples)]), config, Path(folder), None, accelerator, log=log).run()

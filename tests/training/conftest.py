@@ -15,6 +15,11 @@ def gd_train(*arguments):
     return cli.main([str(argument) for argument in arguments])
 
 
+@pytest.fixture(scope="session", autouse=True)
+def once(traces):
+    """Equal modules are traced once."""
+
+
 @pytest.fixture(scope="session")
 def detector(tmp_path_factory):
     """A detector that knows the four names, "tv monitor" as "tv", and another."""
@@ -22,9 +27,9 @@ def detector(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def base(tiny_checkpoint, tmp_path_factory):
-    """The tiny model without its head."""
-    path = shutil.copytree(tiny_checkpoint, tmp_path_factory.mktemp("base") / "tiny")
+def base(small_checkpoint, tmp_path_factory):
+    """A small model without its head."""
+    path = shutil.copytree(small_checkpoint, tmp_path_factory.mktemp("base") / "tiny")
     shutil.rmtree(path / "grounding_head")
     return path
 

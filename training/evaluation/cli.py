@@ -17,6 +17,7 @@ from grounded_diffusion.engine.pipeline.shipped import shipped_checkpoint
 from grounded_diffusion.engine.prompts.vocabulary import Vocabulary, built_in, read_names, read_pairs
 from grounded_diffusion.engine.sampling.options import Options
 from grounded_diffusion.errors import UsageError
+from grounded_diffusion.files import local_path
 from grounded_diffusion.training.evaluation.paper import ABLATIONS, METHODS
 from grounded_diffusion.training.grounding.config import PRESETS, build
 from grounded_diffusion.training.grounding.splits import UNSEEN, Split, built_in_split, split_of
@@ -56,9 +57,13 @@ def build_parser() -> argparse.ArgumentParser:
     ablation.add_argument("ablation", choices=ABLATIONS, help="Fig. 7, Tables 3, 5, 6 and 7, in this order")
     add_ablation(ablation)
     report = kinds.add_parser("report", help="the page of results, of what has been measured")
-    report.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="folders of the others, to add their figures")
-    report.add_argument("--truth", type=Path, default=TRUTH, metavar="FILE", help=f"all figures (default: {TRUTH})")
-    report.add_argument("--out", type=Path, default=PAGE, metavar="FILE", help=f"the page (default: {PAGE})")
+    report.add_argument(
+        "runs", type=local_path, nargs="*", metavar="RUN", help="folders of the others, to add their figures"
+    )
+    report.add_argument(
+        "--truth", type=local_path, default=TRUTH, metavar="FILE", help=f"all figures (default: {TRUTH})"
+    )
+    report.add_argument("--out", type=local_path, default=PAGE, metavar="FILE", help=f"the page (default: {PAGE})")
     return parser
 
 
@@ -70,23 +75,27 @@ def add_ablation(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--counts", type=int, nargs="+", metavar="N", help="seen-names: numbers of them (quarters)")
     group.add_argument("--real-images", type=int, default=10_000, metavar="N", help="real: annotated ones (10000)")
     group.add_argument("--train-part", default="train", metavar="NAME", help="real, with --voc (default: train)")
-    group.add_argument("--train-coco", type=Path, metavar="FILE", help="real, with --coco: instances to train on")
-    group.add_argument("--train-images", type=Path, metavar="DIR", help="the folder of their images")
+    group.add_argument("--train-coco", type=local_path, metavar="FILE", help="real, with --coco: instances to train on")
+    group.add_argument("--train-images", type=local_path, metavar="DIR", help="the folder of their images")
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Whose images, judged by whom."""
     group = parser.add_argument_group("model and detectors")
     source = group.add_mutually_exclusive_group()
-    source.add_argument("--ckpt", type=Path, metavar="DIR", help="checkpoint with its head (default: the shipped one)")
+    source.add_argument(
+        "--ckpt", type=local_path, metavar="DIR", help="checkpoint with its head (default: the shipped one)"
+    )
     source.add_argument("--base", metavar="MODEL", help="Stable Diffusion without a head: a directory or a hub name")
-    group.add_argument("--model", type=Path, metavar="BUNDLE", help="its bundle (default: it is exported into --out)")
+    group.add_argument(
+        "--model", type=local_path, metavar="BUNDLE", help="its bundle (default: it is exported into --out)"
+    )
     about = "a segmentation model of transformers, in a directory or on the hub; or mask-rcnn, torchvision's"
     group.add_argument("--detector", required=True, metavar="MODEL", help=f"the judge: {about}")
     group.add_argument("--second", metavar="MODEL", help="another; images count on which both agree")
     group.add_argument("--labeller", metavar="MODEL", help="labels the images that heads are trained on (the judge)")
     group.add_argument("--score", type=float, default=0.5, metavar="P", help="least score of an instance (0.5)")
-    group.add_argument("--aliases", type=Path, metavar="FILE", help="labels for your names: name = label, label")
+    group.add_argument("--aliases", type=local_path, metavar="FILE", help="labels for your names: name = label, label")
     group.add_argument("--device", default="cpu", help="torch device of heads and detectors (default: cpu)")
     how = parser.add_argument_group("images, as in gd-infer")
     how.add_argument("--steps", type=int, default=50, help="of ddim (default: 50)")
@@ -102,17 +111,19 @@ def add_names(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("names")
     words = group.add_mutually_exclusive_group()
     words.add_argument("--vocabulary", choices=TITLES, help="default: the names of the checkpoint")
-    words.add_argument("--names", type=Path, metavar="FILE", help="your own names, one a line")
+    words.add_argument("--names", type=local_path, metavar="FILE", help="your own names, one a line")
     unseen = group.add_mutually_exclusive_group()
     unseen.add_argument("--split", type=int, nargs="+", metavar="N", help="of the vocabulary, from 1 (default: all)")
-    unseen.add_argument("--unseen", type=Path, metavar="FILE", help="names that are kept from the head")
-    group.add_argument("--pairs", type=Path, metavar="FILE", help="names that occur together, two a line with a comma")
+    unseen.add_argument("--unseen", type=local_path, metavar="FILE", help="names that are kept from the head")
+    group.add_argument(
+        "--pairs", type=local_path, metavar="FILE", help="names that occur together, two a line with a comma"
+    )
     exact = parser.add_argument_group("the exact track: images whose masks are known")
     source = exact.add_mutually_exclusive_group()
     source.add_argument("--rendered", choices=("emoji", "things"), help="scenes of a world of our own")
-    source.add_argument("--voc", type=Path, metavar="DIR", help="VOCdevkit/VOC2012, or a folder of its form")
-    source.add_argument("--coco", type=Path, metavar="FILE", help="instances of COCO's form")
-    exact.add_argument("--images", type=Path, metavar="DIR", help="with --coco: the folder of its images")
+    source.add_argument("--voc", type=local_path, metavar="DIR", help="VOCdevkit/VOC2012, or a folder of its form")
+    source.add_argument("--coco", type=local_path, metavar="FILE", help="instances of COCO's form")
+    exact.add_argument("--images", type=local_path, metavar="DIR", help="with --coco: the folder of its images")
     exact.add_argument("--part", default="val", metavar="NAME", help="with --voc: train, val, ... (default: val)")
     exact.add_argument("--limit", type=int, metavar="N", help="look at the first N annotated images only")
 
@@ -126,9 +137,9 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--agreement", type=float, default=0.75, metavar="P", help="least IoU of two detectors (0.75)")
     group.add_argument("--examples", type=int, default=40_000, metavar="N", help="images to train a head on (40000)")
     group.add_argument("--preset", choices=PRESETS, default="paper", help="settings of the training (default: paper)")
-    group.add_argument("--config", type=Path, metavar="FILE", help="TOML file of settings, as of gd-train head")
+    group.add_argument("--config", type=local_path, metavar="FILE", help="TOML file of settings, as of gd-train head")
     group.add_argument("--iterations", type=int, metavar="N", help="in place of the preset's")
-    group.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for all that is made")
+    group.add_argument("--out", type=local_path, required=True, metavar="DIR", help="folder for all that is made")
 
 
 def read_splits(args: argparse.Namespace, known: dict[str, Any]) -> tuple[str, dict[str, Split]]:

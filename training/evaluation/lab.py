@@ -17,13 +17,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from grounded_diffusion.bundle import open_bundle, write_manifest
 from grounded_diffusion.engine.pipeline.shipped import export
 from grounded_diffusion.engine.sampling.options import Options
 from grounded_diffusion.errors import UsageError
 from grounded_diffusion.files import readable_errors, replace_file
+from grounded_diffusion.reading import Misfit, as_type, load_json, read_file
 from grounded_diffusion.training.detectors.base import Detector, Segmenter
 from grounded_diffusion.training.detectors.open import open_segmenter
 from grounded_diffusion.training.generator.base import FrozenBase
@@ -33,6 +36,7 @@ from grounded_diffusion.training.grounding.splits import Split
 FIGURES = "figures.json"
 Say = Callable[[str], None]
 Figures = dict[str, Any]
+Figure = Annotated[float, msgspec.Meta(ge=-1e9, le=1e9)]  # per cents, and numbers of images
 
 
 def key_of(config: Any) -> str:
@@ -176,8 +180,12 @@ class Lab:
 def read_figures(file: Path) -> Figures:
     """Figures of a file, {} where there is none. Raises UsageError for a damaged one."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        figures = as_type(load_json(content := read_file(file)), dict[str, Any])
+        for name, value in figures.items():
+            as_type(value, str if name.startswith(("about.", "note.")) else Figure, content, name)
+        return figures
     except FileNotFoundError:
         return {}
-    except ValueError as error:
-        raise UsageError(f"{file} is damaged ({error}); remove it, and give the commands again that wrote it") from None
+    except Misfit as error:
+        told = f"{error.at(file)}; the file is damaged: remove it, and give the commands again that wrote it"
+        raise UsageError(told) from None

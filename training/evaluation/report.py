@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -38,6 +40,9 @@ name; `make results` writes this page from [bench/results/truth.json](../bench/r
 - **DAAM** reads the attention of the whole generation, so it has no exact track. Its best threshold is that of the seen
   names.
 """
+
+
+TITLE = HEAD.partition("\n")[0].encode()
 
 
 def cell(figures: Figures, name: str) -> str:
@@ -134,8 +139,8 @@ def ablation_section(figures: Figures, name: str) -> list[str]:
 def labels_of(figures: Figures, start: str) -> list[str]:
     """Labels below a place, those with a number by it."""
     found = dict.fromkeys(key.removeprefix(start).split(".")[0] for key in figures if key.startswith(start))
-    number = lambda label: int("".join(c for c in label if c.isdigit()) or 0)
-    return sorted(found, key=number)
+    digits = lambda label: "".join(re.findall("[0-9]", label)).lstrip("0")
+    return sorted(found, key=lambda label: (len(digits(label)), digits(label)))
 
 
 def targets(figures: Figures) -> list[str]:
@@ -175,7 +180,7 @@ def write_charts(figures: Figures, folder: Path) -> None:
             unseen = str(figures.get(f"about.{name}.unseen", "")).split(", ")
             replace_file(folder / f"{name}-names.svg", bars(values, unseen).encode())
     start = "ablation.timestep."
-    if labels := labels_of(figures, start):
+    if labels := [label for label in labels_of(figures, start) if re.fullmatch("t[0-9]{1,4}", label)]:
         lines = {}
         for group, title in zip(GROUPS, COLUMNS, strict=True):
             points = [(int(label[1:]), figures.get(f"{start}{label}.oracle.{group}")) for label in labels]
@@ -188,8 +193,11 @@ def write_report(runs: Sequence[Path], truth: Path, out: Path) -> Figures:
     """Add the figures and pages of runs to `truth`, and write the page `out` with its pictures beside it.
 
     Raises:
-        UsageError: a run without figures, or nothing measured at all.
+        UsageError: a run without figures, nothing measured at all, or something else than such a page at `out`.
     """
+    with contextlib.suppress(FileNotFoundError), out.open("rb") as stream:
+        if stream.read(len(TITLE)) != TITLE:
+            raise UsageError(f"{out} is there and no page of gd-eval's, so it is not replaced; give another --out")
     figures, folder = read_figures(truth), out.parent / out.stem
     for run in runs:
         found = read_figures(run / FIGURES)

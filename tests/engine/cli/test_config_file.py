@@ -56,6 +56,13 @@ def test_a_file_says_what_the_command_line_would(parse):
     assert config_of(parse(TOML)) == config_of(expected)
 
 
+@pytest.mark.parametrize(
+    ("text", "ray"), [("ray = true", ""), ("ray = false", None), ('ray = "head:10001"', "head:10001")]
+)
+def test_what_stands_alone_stands_alone_in_a_file_too(parse, text, ray):
+    assert parse(text).ray == ray
+
+
 def test_the_command_line_wins(parse):
     args = parse(TOML, "--steps", "7", "--format=voc", "--prompt", "a [whale]", "--names", "voc")
     assert (args.steps, args.format, args.prompt, args.names) == (7, "voc", ["a [whale]"], "voc")
@@ -83,6 +90,7 @@ def test_what_excludes_a_files_option_takes_its_place(parse, text, words, name, 
         ("config = 'x'", "there is no option config"),
         ("steps = 'many'", "run.toml: argument --steps: invalid int value: 'many'"),
         ("steps = true", "run.toml: steps takes a value, not true"),
+        ('ray = ""', "run.toml: --ray is empty"),
         ("png = 3", "run.toml: png cannot be 3"),
         ("steps = {a = 1}", "steps cannot be"),
         ("size = [64, 64, 64]", "unrecognized arguments"),

@@ -10,7 +10,7 @@ embed_dim = 32
 heads = 2
 ffn_dim = 32
 patch = 2
-reduced_channels = [8, 16, 16]
+reduced_channels = [8, 16]
 """
 
 

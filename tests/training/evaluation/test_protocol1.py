@@ -156,7 +156,8 @@ def test_latents_are_noised_alike_in_any_batch(model):
     assert torch.equal(noised(latents[1:2], model.parts["scheduler"], 121)[0][0], whole[1])
 
 
-def test_daams_recorder_changes_no_output(model):
+def test_daams_recorder_changes_no_output(tiny_checkpoint):
+    model = FrozenBase(tiny_checkpoint)
     latents, context = torch.randn(2, 4, 16, 16), model.contexts(["", "a photograph of a dog"])
     plain = model.unet(latents, 1, context).sample
     with recording(model.unet, torch.ones(1, 77, 1)) as recorders:

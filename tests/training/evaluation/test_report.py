@@ -108,6 +108,42 @@ def test_what_cannot_be_reported(tmp_path, capsys):
     assert "damaged" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        ({"pascal.oracle.one_seen": "x"}, "pascal.oracle.one_seen must be a number, not a text"),
+        ({"pascal.oracle.one_seen": float("nan")}, "pascal.oracle.one_seen must be a number"),
+        ({"pascal.oracle.one_seen": 1e300}, "pascal.oracle.one_seen must be a number"),
+        ({"about.pascal": 3}, "about.pascal must be a text, not a whole number"),
+        ([], "it must be a table of fields"),
+    ],
+)
+def test_a_damaged_figure_is_told_by_name(damage, told, tmp_path, capsys):
+    file = tmp_path / "figures.json"
+    file.write_text(json.dumps(FIGURES | damage if damage else damage))
+    assert gd_eval("report", tmp_path, "--truth", tmp_path / "truth.json", "--out", tmp_path / "out.md") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(file) in line
+    assert told in line
+    assert not (tmp_path / "out.md").exists()
+
+
+def test_odd_labels_of_steps_are_no_points(tmp_path):
+    odd = {f"ablation.timestep.{label}.oracle.one_seen": 50.0 for label in ("t²", "t" + "9" * 5000, "x")}
+    assert "t401" in page(FIGURES | odd)
+    write_charts(FIGURES | odd, tmp_path)
+    assert "9999" not in (tmp_path / "timestep.svg").read_text()
+
+
+def test_what_is_no_page_is_not_replaced(tmp_path, capsys):
+    (tmp_path / "figures.json").write_text(json.dumps(FIGURES))
+    mine = tmp_path / "thesis.md"
+    mine.write_text("years")
+    assert gd_eval("report", tmp_path, "--truth", tmp_path / "truth.json", "--out", mine) == 2
+    assert "is not replaced" in capsys.readouterr().err
+    assert mine.read_text() == "years"
+
+
 def test_pictures_are_the_best_the_middling_and_the_worst():
     scores = [(k, "one_seen", k / 20) for k in range(20)]
     chosen = places(scores, "one_seen")

@@ -13,7 +13,7 @@ from grounded_diffusion.training.grounding.store import ExampleSet
 from grounded_diffusion.training.head.presence import Presence
 
 SEEN = ("dog", "cat", "tv monitor")
-HEAD = "[head]\nembed_dim = 32\nheads = 2\nffn_dim = 32\npatch = 2\nreduced_channels = [8, 16, 16]\n"
+HEAD = "[head]\nembed_dim = 32\nheads = 2\nffn_dim = 32\npatch = 2\nreduced_channels = [8, 16]\n"
 
 
 @pytest.fixture(scope="module")

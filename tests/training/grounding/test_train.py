@@ -24,7 +24,7 @@ from grounded_diffusion.training.grounding.train import HeadTrainer
 from grounded_diffusion.training.grounding.validate import Validation
 from grounded_diffusion.training.metrics import PooledIoU
 
-SIZES = dict(embed_dim=32, heads=2, ffn_dim=32, patch=2, reduced_channels=[8, 16, 16])
+SIZES = dict(embed_dim=32, heads=2, ffn_dim=32, patch=2, reduced_channels=[8, 16])
 SMALL = dict(batch=4, validate_every=0, save_every=2, head=SIZES)
 
 

@@ -9,7 +9,7 @@ from grounded_diffusion.training import cli
 from grounded_diffusion.training.checkpoint import load_checkpoint
 
 SETTINGS = "iterations = 6\nbatch = 4\nvalidate_every = 3\nsave_every = 2\n[head]\nembed_dim = 32\nheads = 2\n"
-SETTINGS += "ffn_dim = 32\npatch = 2\nreduced_channels = [8, 16, 16]\n"
+SETTINGS += "ffn_dim = 32\npatch = 2\nreduced_channels = [8, 16]\n"
 
 
 def gd_train(*arguments):
