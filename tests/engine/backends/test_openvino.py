@@ -116,7 +116,7 @@ def test_a_second_start_compiles_nothing(tiny_bundle, cache):
 def test_layers_run_in_the_precision_that_was_asked_for(tiny_bundle, cache):
     """No convolution or matrix product of the UNet is left in another, and attention is fused."""
     bundle = open_bundle(tiny_bundle)
-    for precision in chip_precisions():
+    for precision in TOLERANCE.keys() & {*chip_precisions()}:  # int8 has graphs of its own, see test_quantize
         backend = OpenVinoBackend(bundle, 1, precision=precision)
         backend.run(UNET, inputs(bundle, UNET, 2))
         [compiled] = [compiled for (graph, _), compiled in backend._compiled.items() if graph == UNET]
