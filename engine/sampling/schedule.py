@@ -98,6 +98,7 @@ NUMBERS = (
     "original_inference_steps",
     "timestep_scaling",
 )
+MOST_TIMESTEPS = 1_000_000  # that a model is trained at; the usual are 1000
 # Only read together with an option that is refused anyway, or by solvers that are not here.
 INERT = (
     "clip_sample_range",
@@ -163,6 +164,8 @@ def read_options(config: Mapping[str, Any], sampler: str) -> dict[str, Any]:
         if name in NUMBERS:
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 raise UsageError(f"the model's scheduler has {name} = {value!r}, which is not a number")
+            if name == "num_train_timesteps" and not (value == int(value) and 1 <= value <= MOST_TIMESTEPS):
+                raise UsageError(f"the model's scheduler has {name} = {value!r}; it must lie in 1 to {MOST_TIMESTEPS}")
         elif name == "timesteps":
             check_timesteps(value, int(config.get("num_train_timesteps", COMMON["num_train_timesteps"])))
         elif value not in (choices := CHOICES.get(name, (options[name],))) and (value or options[name]):
@@ -187,7 +190,7 @@ def training_alpha_bar(options: Mapping[str, Any]) -> np.ndarray:
     Rounded to float32 where diffusers rounds: near the clean end 1 - alpha_bar keeps few digits, and the model was
     trained with those.
     """
-    count, start, end = (options[k] for k in ("num_train_timesteps", "beta_start", "beta_end"))
+    count, start, end = int(options["num_train_timesteps"]), options["beta_start"], options["beta_end"]
     if options["beta_schedule"] == "linear":
         betas = np.linspace(start, end, count)
     elif options["beta_schedule"] == "scaled_linear":
