@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from grounded_diffusion.bench import cli, speed, systems, timing, work
-from grounded_diffusion.bench.flops import axis_sizes, count_flops
+from grounded_diffusion.bench.flops import count_flops
 from grounded_diffusion.bench.report import bar_chart
 from grounded_diffusion.bench.timing import Timing, alternate
 from grounded_diffusion.bench.work import EngineForm
 from grounded_diffusion.bundle import UNET, UNET_GROUNDED
 from grounded_diffusion.engine import GroundedPipeline, Options
 from grounded_diffusion.errors import ParityError
+from grounded_diffusion.export.shapes import axis_sizes
 
 UNETS = (UNET_GROUNDED, UNET)
 EXACT = ["--backend", "onnxruntime"]
