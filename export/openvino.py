@@ -92,7 +92,7 @@ def norms_by_channel(model: onnx_ir.Model) -> None:
         scaled = only_user(reshaped := only_user(norm))
         shifted = only_user(scaled)
         source = back(norm.inputs[0], ["Reshape"])
-        if None in (source, reshaped, scaled, shifted) or len(source.shape) != 4:
+        if source is None or reshaped is None or scaled is None or shifted is None or len(source.shape) != 4:
             continue
         if [reshaped.op_type, scaled.op_type, shifted.op_type] != ["Reshape", "Mul", "Add"]:
             continue
