@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from msgspec import UNSET, Struct, UnsetType
+from msgspec.structs import asdict
 
 from grounded_diffusion.engine.checks import shorten
 from grounded_diffusion.engine.dataset.formats import FORMATS
@@ -114,10 +115,9 @@ def read_summary(storage: Storage) -> dict[str, Any] | None:
     """What came of a run; None where summary.json is missing or damaged."""
     try:
         content = load_json(storage.read(SUMMARY))
-        as_type(content, Summary)
+        return asdict(as_type(content, Summary)) | content
     except (FileNotFoundError, Misfit):
         return None
-    return content
 
 
 def check_same(root: str, before: dict[str, Any], now: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from grounded_diffusion.errors import UsageError
+from grounded_diffusion.reading import Misfit, read_file
 
 # Words for one thing in PASCAL VOC, COCO, LVIS, ADE20K and Cityscapes.
 SYNONYMS = (
@@ -131,7 +132,9 @@ def nearest(name: str, labels: Iterable[str]) -> list[str]:
 def read_aliases(path: str | Path) -> dict[str, tuple[str, ...]]:
     """Aliases of a file, `name = label, label` on a line. Raises UsageError, with the line."""
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        lines = read_file(path).decode("utf-8-sig").splitlines()
+    except Misfit as error:
+        raise UsageError(error.at(path)) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is not UTF-8'}") from None
     aliases: dict[str, tuple[str, ...]] = {}

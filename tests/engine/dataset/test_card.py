@@ -80,6 +80,12 @@ def test_card(run, bundle, blobs, capsys):
     assert main(["verify", str(run)]) == 0
 
 
+def test_a_summary_that_gives_no_reasons(run, bundle):
+    (run / "summary.json").write_text(json.dumps({key: value for key, value in SUMMARY.items() if key != "reasons"}))
+    assert main(["card", str(run), "--model", str(bundle)]) == 0
+    assert "9 of 12 accepted |" in (run / "README.md").read_text(encoding="utf-8")
+
+
 def test_the_shipped_model_is_found_in_the_cache(run, bundle, tmp_path):
     assert main(["card", str(run)]) == 0
     assert "SIL Open Font" not in (run / "README.md").read_text()

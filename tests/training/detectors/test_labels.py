@@ -69,6 +69,8 @@ def test_aliases_say_what_stands_for_a_name(tmp_path):
         read_aliases(file)
     with pytest.raises(UsageError, match="cannot read"):
         read_aliases(tmp_path / "absent")
+    with pytest.raises(UsageError, match=r"/dev/zero: it has over"):
+        read_aliases("/dev/zero")
 
 
 class Two:
