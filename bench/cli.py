@@ -35,6 +35,7 @@ from grounded_diffusion.reading import Misfit, decode, read_file
 
 DEFAULT_STEPS, DEFAULT_SAMPLER = 20, "dpmpp-2m"
 GPU_BATCH = 16
+COUNTS = ("threads", "batch", "lanes", "rounds", "repeats", "images", "peer_batch")  # options that are at least 1
 
 
 def say(line: str) -> None:
@@ -91,7 +92,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     gpu.add_argument("--model", type=local_path, required=True, help="bundle of --precision fp16, best with --fused")
     gpu.add_argument("--batch", type=int, action="append", help="images to a call; repeatable (default 1 and 16)")
     gpu.add_argument("--out", type=local_path, help="write JSON and Markdown into this folder")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name in COUNTS:
+        if (given := getattr(args, name, None)) is not None and isinstance(given, int) and given < 1:
+            parser.error(f"--{name.replace('_', '-')} is {given}; it must be at least 1")
+    return args
 
 
 def model_of(args: argparse.Namespace, student: bool = False) -> Path:

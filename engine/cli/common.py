@@ -20,6 +20,7 @@ from grounded_diffusion.files import os_error_line
 
 INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + SIGINT and 128 + SIGPIPE, as shells have it
 MOST = 440  # characters of a line
+NO_MEMORY = ("can't start new thread", "can't allocate memory")  # so Python and torch say it in a RuntimeError
 MAY_BE_EMPTY = ("--negative-prompt", "--peers")  # options for which "" says something
 
 
@@ -126,7 +127,7 @@ def tell(
         with contextlib.suppress(UsageError, OSError):  # it may have been the output's
             finish_output()
         return UsageError.exit_code
-    if isinstance(error, MemoryError) or "can't start new thread" in str(error):
+    if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
         note(command, "there is not enough memory, or there are too many threads, for this; try less at once")
         return GroundedDiffusionError.exit_code
     what = f"{type(error).__name__}: {one_line(str(error))[:200]}"

@@ -199,6 +199,11 @@ def test_settings_that_cannot_be_run(model, tmp_path, capsys, setting, message):
     assert message in said and len(said.strip().splitlines()) == 1
 
 
+def test_counts_are_at_least_1(capsys):
+    assert bench("grounding", "--threads", 0) == 2
+    assert "--threads is 0; it must be at least 1" in capsys.readouterr().err
+
+
 def test_grounding(tmp_path, capsys):
     assert bench("grounding", "--size", "tiny", "--rounds", 1, "--threads", 1, "--out", tmp_path) == 0
     result = json.loads((tmp_path / "grounding-tiny.json").read_text())

@@ -73,7 +73,7 @@ def bench_lines(rng, given):
         ["speed", "--backend", "onnxruntime", "--backend", "cuda", "--model", given / "empty"],
         ["quality", "--settings", given / "settings.json", "--model", given / "empty"],
         ["quality", "--setting", "steps=x", "--model", given / "empty", "--ckpt", given / "empty"],
-        ["grounding", "--size", "none"],
+        ["grounding", "--size", "none", "--threads", "0"],
     ])  # fmt: skip
 
 

@@ -193,11 +193,14 @@ def write_report(runs: Sequence[Path], truth: Path, out: Path) -> Figures:
     """Add the figures and pages of runs to `truth`, and write the page `out` with its pictures beside it.
 
     Raises:
-        UsageError: a run without figures, nothing measured at all, or something else than such a page at `out`.
+        UsageError: a run without figures, nothing measured at all, something else than such a page at `out`, or a
+            run's own file as `truth`.
     """
     with contextlib.suppress(FileNotFoundError), out.open("rb") as stream:
         if stream.read(len(TITLE)) != TITLE:
             raise UsageError(f"{out} is there and no page of gd-eval's, so it is not replaced; give another --out")
+    if runs and truth.name == FIGURES:
+        raise UsageError(f"{truth} is what a run has measured, so nothing is added to it; give another --truth")
     figures, folder = read_figures(truth), out.parent / out.stem
     for run in runs:
         found = read_figures(run / FIGURES)

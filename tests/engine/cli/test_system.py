@@ -95,6 +95,7 @@ def test_debug_shows_where(tmp_path, monkeypatch, capsys):
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 2, "/x: Permission denied"),
         (MemoryError(), 1, "not enough memory"),
         (RuntimeError("can't start new thread"), 1, "too many threads"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "there is not enough memory"),
         (BrokenPipeError(), 141, ""),
         (BundleError("no model"), 2, "no model"),
         (CheckpointError("no model"), 2, "no model"),

@@ -95,6 +95,9 @@ def test_figures_of_runs_are_added_to_the_truth(tmp_path):
     assert "results/pascal-oracle.webp" in (first := out.read_text())
     assert gd_eval("report", "--truth", truth, "--out", out) == 0
     assert out.read_text() == first
+    measured = (run / "figures.json").read_bytes()
+    assert gd_eval("report", run, "--truth", run / "figures.json", "--out", out) == 2
+    assert (run / "figures.json").read_bytes() == measured
 
 
 def test_what_cannot_be_reported(tmp_path, capsys):
