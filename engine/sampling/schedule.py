@@ -188,9 +188,12 @@ def training_alpha_bar(options: Mapping[str, Any]) -> np.ndarray:
     """Cumulative signal power of every training timestep, [num_train_timesteps] (DDPM, Ho et al. 2020, Eq. 4).
 
     Rounded to float32 where diffusers rounds: near the clean end 1 - alpha_bar keeps few digits, and the model was
-    trained with those.
+    trained with those. Raises UsageError where no signal is left at the end.
     """
     count, start, end = int(options["num_train_timesteps"]), options["beta_start"], options["beta_end"]
+    told = f"the model's scheduler has beta_start = {start!r} and beta_end = {end!r}"
+    if not (0 < start < 1 and 0 < end < 1):
+        raise UsageError(f"{told}; both must lie between 0 and 1")
     if options["beta_schedule"] == "linear":
         betas = np.linspace(start, end, count)
     elif options["beta_schedule"] == "scaled_linear":
@@ -199,7 +202,10 @@ def training_alpha_bar(options: Mapping[str, Any]) -> np.ndarray:
         cosine = np.cos((np.arange(count + 1) / count + 0.008) / 1.008 * np.pi / 2) ** 2
         betas = np.minimum(1 - cosine[1:] / cosine[:-1], 0.999)
     alphas = np.float32(1) - betas.astype(np.float32)
-    return np.cumprod(alphas.astype(np.float64)).astype(np.float32).astype(np.float64)
+    levels = np.cumprod(alphas.astype(np.float64)).astype(np.float32).astype(np.float64)
+    if not (levels[-1] > 0 and levels[0] < 1):
+        raise UsageError(f"{told}; over {count} timesteps they leave no signal, or no noise")
+    return levels
 
 
 def build_schedule(config: Mapping[str, Any], sampler: str, steps: int) -> Schedule:

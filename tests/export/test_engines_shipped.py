@@ -2,7 +2,7 @@
 
 import pytest
 
-from grounded_diffusion.bundle import GRAPHS, UNET, open_bundle
+from grounded_diffusion.bundle import GPU_GRAPHS, UNET, open_bundle
 from grounded_diffusion.engine.backends.tensorrt.spec import Bucket
 from grounded_diffusion.engine.backends.tensorrt.store import load_plan
 from grounded_diffusion.engine.pipeline.shipped import shipped_checkpoint
@@ -20,10 +20,11 @@ def shipped(tmp_path_factory):
     return open_bundle(path)
 
 
-@pytest.mark.parametrize("graph", GRAPHS)
+@pytest.mark.parametrize("graph", GPU_GRAPHS)
 def test_it_builds(shipped, graph):
     (spec,) = build_engines(shipped, "tensorrt_rtx", sms=[120], buckets=[Bucket(1)], graphs=[graph])
     assert spec.precision == "fp16"
-    assert len(load_plan(shipped.path, spec)) > 1_000_000
+    assert len(load_plan(shipped.path, spec)) > 100_000
     if graph == UNET:
-        assert spec.shapes["latents"][0] == 2  # both halves of guidance
+        assert spec.shapes["latents"][0] == 1  # both halves of guidance see the same
+        assert {shape[0] for name, shape in spec.shapes.items() if name.startswith("context")} == {2}

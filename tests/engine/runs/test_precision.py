@@ -46,7 +46,7 @@ def test_what_is_not_there_is_refused(monkeypatch):
     with pytest.raises(BackendError, match="nothing computes in bf16 here"):
         choose("bf16")
     assert choose("fastest")[0] == "onnxruntime"
-    with pytest.raises(UsageError, match="there is no precision 'fp4'; choose one of fp32, bf16, fastest"):
+    with pytest.raises(UsageError, match="there is no precision 'fp4'; choose one of fp32, bf16, int8, fastest"):
         choose("fp4")
     with pytest.raises(UsageError, match="give `backend` or `precision`, not both"):
         choose("fp32", backend="openvino")

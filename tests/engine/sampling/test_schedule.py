@@ -149,6 +149,8 @@ def test_capture_is_by_noise_level():
         ("ddim", {"beta_start": "small"}),
         ("ddim", {"num_train_timesteps": 10**30}),
         ("ddim", {"num_train_timesteps": 0}),
+        ("ddim", {"beta_start": 0.9, "beta_end": 0.9}),
+        ("ddim", {"beta_start": 0.0}),
         ("ddim", {"num_train_timesteps": 1000.5}),
         ("pndm", {"skip_prk_steps": False}),
         ("euler", {"use_karras_sigmas": True}),
