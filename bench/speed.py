@@ -50,7 +50,7 @@ def omitted_peers(plan: Plan) -> dict[str, str]:
             reasons[peer] = "no checkpoint for torch; give one with --ckpt"
         elif plan.device == "cuda" and not torch_has_cuda():
             reasons[peer] = "torch sees no GPU"
-        elif plan.device == "cpu" and peer.endswith("bf16") and not has_bf16():
+        elif plan.device == "cpu" and peer.endswith("bf16") and not cpu_has_bf16():
             reasons[peer] = "this CPU has no bf16 instructions"
     return reasons
 
@@ -62,11 +62,11 @@ def torch_has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
-def has_bf16() -> bool:
-    """Whether torch finds instructions for BF16 on this CPU."""
-    import torch
+def cpu_has_bf16() -> bool:
+    """Whether this CPU has instructions for BF16."""
+    from grounded_diffusion.training.devices import has_bf16
 
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return has_bf16("cpu")
 
 
 def engine_names(plan: Plan) -> list[str]:

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from grounded_diffusion.training.devices import fast_autocast
 from grounded_diffusion.training.emoji.config import TrainConfig, table_errors
 from grounded_diffusion.training.generator.sampling import sample_images
 from grounded_diffusion.training.images import save_grid
@@ -122,7 +123,7 @@ def encode_scenes(vae: AutoencoderKL, world: World, tokenizer: CLIPTokenizer, co
     for chunk in range(0, count, 500):
         scene = world.render(min(500, count - chunk), step_generator(7, chunk))
         images = scene.images.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device, dtype=torch.bfloat16):
+        with fast_autocast(device):
             mode = vae.encode(images).latent_dist.mode()
         latents.append((mode.float() * vae.config.scaling_factor).bfloat16().contiguous())
         ids.append(tokenize(tokenizer, scene.captions).short())
@@ -152,7 +153,7 @@ def denoising_loss(model, scheduler: DDIMScheduler, latents, ids, generator: tor
     noise = torch.randn(latents.shape, generator=generator).to(device)
     t = torch.randint(0, scheduler.config.num_train_timesteps, (len(latents),), generator=generator).to(device)
     noisy, target = scheduler.add_noise(latents, noise, t), scheduler.get_velocity(latents, noise, t)
-    with torch.autocast(device.type, dtype=torch.bfloat16):
+    with fast_autocast(device.type):
         output = model(noisy.contiguous(memory_format=torch.channels_last), t, ids)
     alpha_bar = scheduler.alphas_cumprod.to(device)[t]
     snr = alpha_bar / (1 - alpha_bar)

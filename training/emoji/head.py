@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from grounded_diffusion.errors import CheckpointError
+from grounded_diffusion.training.devices import fast_autocast
 from grounded_diffusion.training.emoji.base import tokenize
 from grounded_diffusion.training.emoji.config import TrainConfig, table_errors
 from grounded_diffusion.training.emoji.oracle import load_oracle
@@ -83,7 +84,7 @@ class BaseModel:
         double = torch.cat([latents, latents]).contiguous(memory_format=torch.channels_last)
         if isinstance(timesteps, torch.Tensor):
             timesteps = torch.cat([timesteps, timesteps]).to(self.device)
-        with torch.autocast(self.device.type, dtype=torch.bfloat16):
+        with fast_autocast(self.device.type):
             self.unet(double, timesteps, context)
         return taps.features()
 

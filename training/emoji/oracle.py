@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from grounded_diffusion.engine.checks import first_line
 from grounded_diffusion.errors import CheckpointError
+from grounded_diffusion.training.devices import fast_autocast
 from grounded_diffusion.training.emoji.config import TrainConfig
 from grounded_diffusion.training.emoji.world import Scene
 from grounded_diffusion.training.loop import step_generator, train
@@ -65,7 +66,7 @@ class Segmenter(nn.Module):
     def segment(self, images: torch.Tensor) -> torch.Tensor:
         """Images [B,3,H,W] -> class map [B,H,W] int64."""
         device = images.device.type
-        with torch.autocast(device, dtype=torch.bfloat16):
+        with fast_autocast(device):
             return self(images.contiguous(memory_format=torch.channels_last)).argmax(1)
 
 
@@ -85,7 +86,7 @@ def class_iou(predicted: torch.Tensor, truth: torch.Tensor, classes: int) -> tor
 
 def reconstruct(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
     """Images through encode and decode, as generated ones come out."""
-    with torch.no_grad(), torch.autocast(images.device.type, dtype=torch.bfloat16):
+    with torch.no_grad(), fast_autocast(images.device.type):
         images = images.contiguous(memory_format=torch.channels_last)
         return vae.decode(vae.encode(images).latent_dist.sample()).sample.float().clamp(-1, 1)
 
@@ -114,7 +115,7 @@ def train_oracle(name: str, config: TrainConfig, folder: Path, device: str = "cp
         scene = world.render(stage.batch, generator, captions=False)
         half = stage.batch // 2
         images = torch.cat([scene.images[:half], reconstruct(vae, scene.images[half:])])
-        with torch.autocast(world.bank.device.type, dtype=torch.bfloat16):
+        with fast_autocast(world.bank.device.type):
             logits = segmenter(images.contiguous(memory_format=torch.channels_last))
         return F.cross_entropy(logits.float(), class_map(scene))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 
+from grounded_diffusion.training.devices import fast_autocast
 from grounded_diffusion.training.emoji.config import TrainConfig, table_errors
 from grounded_diffusion.training.images import save_grid
 from grounded_diffusion.training.loop import step_generator, train
@@ -54,7 +55,7 @@ def train_vae(config: TrainConfig, world: World, folder: Path) -> AutoencoderKL:
     def loss(step: int, generator: torch.Generator) -> torch.Tensor:
         images = world.render(stage.batch, generator, captions=False).images
         images = images.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device, dtype=torch.bfloat16):
+        with fast_autocast(device):
             posterior = vae.encode(images).latent_dist
             decoded = vae.decode(posterior.sample()).sample
         kl = posterior.kl().float().mean() / posterior.mean[0].numel()

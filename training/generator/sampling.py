@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from grounded_diffusion.errors import UsageError
+from grounded_diffusion.training.devices import fast_autocast
 
 
 @torch.no_grad()
@@ -17,13 +18,13 @@ def sample_images(
     """
     if not prompts:
         raise UsageError("sample_images was given no prompts")
-    device, dtype = unet.device, torch.bfloat16
+    device = unet.device
     options = dict(padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt")
     ids = tokenizer([""] * len(prompts) + prompts, **options).input_ids.to(device)  # [2B,77]
     size = unet.config.sample_size
     latents = torch.randn(len(prompts), unet.config.in_channels, size, size, generator=generator).to(device)
     scheduler.set_timesteps(steps)
-    with torch.autocast(device.type, dtype=dtype):
+    with fast_autocast(device.type):
         context = text_encoder(ids).last_hidden_state  # [2B,77,D]
         for t in scheduler.timesteps:
             captured = latents

@@ -19,7 +19,7 @@ NAMES = ["bottle", "car", "horse", "motorbike", "potted plant", "fire hydrant"]
 def test_its_configuration_goes_on_from_weights_that_are_there(monkeypatch):
     monkeypatch.chdir(ROOT)
     config = load_config("models/things-64.toml")
-    assert config.init == {"vae": "models/things-64", "unet": "models/emoji-64"}
+    assert config.init == {"vae": "models/things-64", "unet": "models/things-64"}
     assert "vae" not in config.stages
     assert set(config.unseen) < set(config.names)
 
