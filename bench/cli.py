@@ -35,7 +35,9 @@ from grounded_diffusion.reading import Misfit, decode, read_file
 
 DEFAULT_STEPS, DEFAULT_SAMPLER = 20, "dpmpp-2m"
 GPU_BATCH = 16
-COUNTS = ("threads", "batch", "lanes", "rounds", "repeats", "images", "peer_batch")  # options that are at least 1
+MANY = 10**6
+# Options that are at least 1, and the most of each.
+COUNTS = dict(threads=1024, lanes=1024, batch=MANY, peer_batch=MANY, rounds=MANY, repeats=MANY, images=MANY)
 
 
 def say(line: str) -> None:
@@ -93,9 +95,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     gpu.add_argument("--batch", type=int, action="append", help="images to a call; repeatable (default 1 and 16)")
     gpu.add_argument("--out", type=local_path, help="write JSON and Markdown into this folder")
     args = parser.parse_args(argv)
-    for name in COUNTS:
-        if (given := getattr(args, name, None)) is not None and isinstance(given, int) and given < 1:
-            parser.error(f"--{name.replace('_', '-')} is {given}; it must be at least 1")
+    for name, most in COUNTS.items():
+        if (given := getattr(args, name, None)) is not None and isinstance(given, int) and not 1 <= given <= most:
+            parser.error(f"--{name.replace('_', '-')} must be a whole number from 1 to {most}, not {given}")
     return args
 
 

@@ -21,7 +21,7 @@ from grounded_diffusion.engine.sampling.options import Options
 from grounded_diffusion.engine.sampling.sample import Sample
 
 FEW = 4  # steps that are timed, of a run of more
-LONG = 1.0  # seconds of a step from which two are enough
+LONG = 0.5  # seconds of a step from which two are enough
 
 
 @dataclass(frozen=True, slots=True)

@@ -201,7 +201,7 @@ def test_settings_that_cannot_be_run(model, tmp_path, capsys, setting, message):
 
 def test_counts_are_at_least_1(capsys):
     assert bench("grounding", "--threads", 0) == 2
-    assert "--threads is 0; it must be at least 1" in capsys.readouterr().err
+    assert "--threads must be a whole number from 1 to 1024, not 0" in capsys.readouterr().err
 
 
 def test_grounding(tmp_path, capsys):
