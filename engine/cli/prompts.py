@@ -28,9 +28,10 @@ from grounded_diffusion.engine.prompts.vocabulary import (
     read_pairs,
 )
 from grounded_diffusion.errors import UsageError
-from grounded_diffusion.files import check_target, local_path, readable_errors, replace_file
+from grounded_diffusion.files import check_target, local_path, readable_errors, writing
 
 MAX_SHUFFLED = 2_000_000  # lines, which are in memory at once
+MAX_TEMPLATE = 1000  # characters; a text encoder reads 77 words or so
 EXAMPLES = """\
 examples:
   gd-prompts --vocabulary voc --out prompts.jsonl                  10,000 images of a name, 10,082 of a pair
@@ -82,6 +83,8 @@ def read_templates(path: Path) -> tuple[list[str], list[str]]:
         line, places = " ".join(line.split()), line.count("{}")
         if places not in found or set(line.replace("{}", "")) & set("[]{}"):
             raise UsageError(f"{path}:{number}: write {{}} once or twice, where names go, and no other brackets")
+        if len(line) > MAX_TEMPLATE:
+            raise UsageError(f"{path}:{number}: the template has {len(line):,} characters; at most {MAX_TEMPLATE:,}")
         if line in found[places]:
             raise UsageError(f"{path}:{number}: the template {line!r} occurs twice")
         found[places].append(line)
@@ -147,7 +150,8 @@ def run(args: argparse.Namespace) -> None:
         prompts = shuffled(prompts, args.shuffle_seed)
     with readable_errors(args.out):
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(args.out, "".join(f"{to_line(prompt)}\n" for prompt in prompts).encode())
+        with writing(args.out) as stream:
+            stream.writelines(f"{to_line(prompt)}\n".encode() for prompt in prompts)
     ones, twos = len(names) * args.per_name, len(pairs) * args.per_pair
     print(f"{ones:,} images of {len(names)} names and {twos:,} of {len(pairs)} pairs in {args.out}")
 

@@ -86,6 +86,8 @@ def eval_lines(rng, given):
         ["report", given / "empty", "--truth", given / "measured" / "figures.json", "--out", "page.md"],
         ["protocol1", *lab, *names, "--config", given / "run.toml"], ["protocol1", *lab, "--vocabulary", "voc"],
         ["protocol1", *lab, *names, "--coco", given / "settings.json", "--images", given / "empty"],
+        ["protocol2", *lab, *names, "--rendered", "things", "--network-iterations", "1"],
+        ["protocol2", *lab, *names, "--voc", given / "data", "--network", given / "empty"],
         ["ablation", "timestep", *lab, *names, "--timesteps", "1", "801"],
         ["ablation", "real", *lab, *names, "--voc", given / "data", "--aliases", given / "pairs.txt"],
     ])  # fmt: skip

@@ -55,6 +55,18 @@ class TransformersSegmenter:
         ]
 
     @torch.inference_mode()
+    def class_maps(self, images: np.ndarray) -> np.ndarray:
+        """The likeliest label of every pixel: images uint8 [B,H,W,3] -> int64 [B,H,W]."""
+        outputs, cut = self._run(images)
+        if self.by_query:
+            logits, masks = queries_of(outputs)
+            shares = logits.softmax(-1)[..., :-1]  # the last is for nothing
+            values = torch.einsum("bqc,bqhw->bchw", shares, masks.sigmoid())
+        else:
+            values = outputs.logits
+        return np.stack([fit(one, cut, images.shape[1:3]).argmax(0).cpu().numpy() for one in values])
+
+    @torch.inference_mode()
     def _run(self, images: np.ndarray) -> tuple[Any, tuple[float, float]]:
         """The model's output, and which part of its height and width is image; the rest is padding."""
         # Channels last is said, not guessed: an image three pixels high looks like channels first.
@@ -71,8 +83,7 @@ class TransformersSegmenter:
 
     def _queries(self, outputs, b: int, cut, size, wanted: set[int]) -> list[Instance]:
         """Every query whose best label is wanted."""
-        logits = outputs.logits if "logits" in outputs else outputs.class_queries_logits  # [B,Q,labels and nothing]
-        masks = outputs.pred_masks if "pred_masks" in outputs else outputs.masks_queries_logits  # [B,Q,h,w]
+        logits, masks = queries_of(outputs)
         independent = self.model.config.model_type in INDEPENDENT
         scores, labels = (logits[b].sigmoid() if independent else logits[b].softmax(-1)).max(-1)
         keep = [q for q, label in enumerate(labels.tolist()) if label in wanted]
@@ -90,6 +101,13 @@ class TransformersSegmenter:
             mask = labels == label
             found.append(Instance(label, probability[mask].mean().item(), mask.cpu().numpy()))
         return found
+
+
+def queries_of(outputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [B,Q,labels and nothing] and masks [B,Q,h,w] of a query model."""
+    if "logits" in outputs:
+        return outputs.logits, outputs.pred_masks
+    return outputs.class_queries_logits, outputs.masks_queries_logits
 
 
 def fit(logits: torch.Tensor, cut: tuple[float, float], size: tuple[int, int]) -> torch.Tensor:

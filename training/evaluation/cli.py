@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from grounded_diffusion.engine.backends.open import BACKENDS, DEFAULT_BACKEND
-from grounded_diffusion.engine.checks import usable_cores
+from grounded_diffusion.engine.checks import check_int, usable_cores
 from grounded_diffusion.engine.cli.common import Parser, run_command
 from grounded_diffusion.engine.pipeline.shipped import shipped_checkpoint
 from grounded_diffusion.engine.prompts.vocabulary import Vocabulary, built_in, read_names, read_pairs
 from grounded_diffusion.engine.sampling.options import Options
 from grounded_diffusion.errors import UsageError
 from grounded_diffusion.files import local_path
-from grounded_diffusion.training.evaluation.paper import ABLATIONS, METHODS
+from grounded_diffusion.training.evaluation.paper import ABLATIONS, METHODS, METHODS_2
 from grounded_diffusion.training.grounding.config import PRESETS, build
 from grounded_diffusion.training.grounding.splits import UNSEEN, Split, built_in_split, split_of
 
@@ -27,7 +27,9 @@ EXAMPLES = """\
 examples:
   gd-eval protocol1 --detector oracle/ --rendered emoji --out runs/protocol1
   gd-eval ablation zero-masks --detector oracle/ --vocabulary emoji-64 --preset quick --out runs/protocol1
-  gd-eval report runs/protocol1
+  gd-eval protocol2 --detector oracle/ --rendered emoji --per-name 100 --network-iterations 1500 --network-batch 32 \\
+      --out runs/protocol2
+  gd-eval report runs/protocol1 runs/protocol2
   gd-eval protocol1 --base sd15/ --detector facebook/mask2former-swin-large-coco-instance --second mask-rcnn \\
       --vocabulary voc --split 1 2 3 --voc VOCdevkit/VOC2012 --device cuda --out runs/pascal
 
@@ -42,17 +44,17 @@ def build_parser() -> argparse.ArgumentParser:
     shape = argparse.RawDescriptionHelpFormatter
     parser = Parser("gd-eval", description=__doc__, epilog=EXAMPLES, formatter_class=shape, allow_abbrev=False)
     kinds = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    common = argparse.ArgumentParser(add_help=False)
-    add_model(common)
-    add_names(common)
-    add_sizes(common)
-    table = kinds.add_parser("protocol1", parents=[common], formatter_class=shape, help="Table 1: heads, and DAAM")
+    table = kinds.add_parser("protocol1", parents=[common()], formatter_class=shape, help="Table 1: heads, and DAAM")
     table.add_argument(
         "--methods", nargs="+", choices=METHODS, default=list(METHODS),
         help="head (trained), presence (the same without absent names), paper_form, attention, daam (default: all)",
     )  # fmt: skip
+    learnt = kinds.add_parser(
+        "protocol2", parents=[common()], formatter_class=shape, help="Table 2: a network trained on generated images"
+    )
+    add_protocol2(learnt)
     ablation = kinds.add_parser(
-        "ablation", parents=[common], formatter_class=shape, help="one of the paper's ablations"
+        "ablation", parents=[common()], formatter_class=shape, help="one of the paper's ablations"
     )
     ablation.add_argument("ablation", choices=ABLATIONS, help="Fig. 7, Tables 3, 5, 6 and 7, in this order")
     add_ablation(ablation)
@@ -67,6 +69,40 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def common() -> argparse.ArgumentParser:
+    """What all measurements have; made anew for each, as their defaults differ."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add_model(parser)
+    add_names(parser)
+    add_sizes(parser)
+    return parser
+
+
+def add_protocol2(parser: argparse.ArgumentParser) -> None:
+    """What is trained, on whose masks. The numbers of images are the paper's."""
+    parser.set_defaults(per_name=500, per_pair=71)
+    group = parser.add_argument_group("the network")
+    group.add_argument(
+        "--methods", nargs="+", choices=METHODS_2, default=list(METHODS_2[:4]),
+        help="whose masks it learns: head (trained), exact (of rendered or annotated images: the bound), judge (the "
+        "detector's), daam, presence, paper_form, attention (default: the first four)",
+    )  # fmt: skip
+    about = "checkpoint of transformers to start from: MaskFormer, Mask2Former or a semantic one"
+    group.add_argument("--network", metavar="MODEL", help=f"{about} (default: a small UPerNet from scratch)")
+    group.add_argument("--network-iterations", type=int, default=40_000, metavar="N", help="steps (default: 40000)")
+    group.add_argument("--network-batch", type=int, default=8, metavar="N", help="images a step (default: 8)")
+    group.add_argument("--test-images", type=int, default=1449, metavar="N", help="with --rendered (default: 1449)")
+    add_training_images(parser, "exact")
+
+
+def add_training_images(parser: argparse.ArgumentParser, what: str) -> None:
+    """Annotated images that something is trained on."""
+    group = parser.add_argument_group(f"annotated images to train on, for {what}")
+    group.add_argument("--train-part", default="train", metavar="NAME", help="with --voc (default: train)")
+    group.add_argument("--train-coco", type=local_path, metavar="FILE", help="with --coco: instances to train on")
+    group.add_argument("--train-images", type=local_path, metavar="DIR", help="the folder of their images")
+
+
 def add_ablation(parser: argparse.ArgumentParser) -> None:
     """What each of them varies."""
     group = parser.add_argument_group("what is varied")
@@ -74,9 +110,7 @@ def add_ablation(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--missed", type=float, metavar="P", help="zero-masks: share of masks that are missed (0.4)")
     group.add_argument("--counts", type=int, nargs="+", metavar="N", help="seen-names: numbers of them (quarters)")
     group.add_argument("--real-images", type=int, default=10_000, metavar="N", help="real: annotated ones (10000)")
-    group.add_argument("--train-part", default="train", metavar="NAME", help="real, with --voc (default: train)")
-    group.add_argument("--train-coco", type=local_path, metavar="FILE", help="real, with --coco: instances to train on")
-    group.add_argument("--train-images", type=local_path, metavar="DIR", help="the folder of their images")
+    add_training_images(parser, "real")
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -223,6 +257,36 @@ def protocol1(args: argparse.Namespace, say: Say) -> None:
     print(f"{len(figures)} figures in {args.out / 'figures.json'}")
 
 
+def protocol2(args: argparse.Namespace, say: Say) -> None:
+    """gd-eval protocol2."""
+    from dataclasses import replace
+
+    from grounded_diffusion.training.detectors.network import Network
+    from grounded_diffusion.training.evaluation.protocol2 import KINDS, Study, run_protocol2, scenes
+    from grounded_diffusion.training.grounding.annotations import CocoFile, VocFolder
+
+    check_int(args.test_images, "test_images", 1, 10**6)
+    network = Network(args.network, args.network_iterations, args.network_batch)
+    lab, trained = open_lab(args, say)
+    plan = replace(plan_of(args, lab, trained), methods=tuple(args.methods))
+    exact = None
+    if args.voc:
+        test = VocFolder.open(args.voc, args.part)
+        exact = VocFolder.open(args.voc, args.train_part) if "exact" in args.methods else None
+    elif args.coco:
+        test = CocoFile.open(args.coco, args.images)
+        if args.train_coco and args.train_images:
+            exact = CocoFile.open(args.train_coco, args.train_images)
+    elif args.rendered:
+        test, exact = scenes(lab, args.rendered, plan, args.test_images)
+    else:
+        raise UsageError("networks are tested on images with known masks; give --rendered, --voc or --coco")
+    pairs = next(iter(plan.splits.values())).pairs
+    kinds = KINDS if pairs and plan.size.per_pair else KINDS[:1]
+    figures = run_protocol2(lab, Study(plan, network, test, exact, kinds))
+    print(f"{len(figures)} figures in {args.out / 'figures.json'}")
+
+
 def setting_of(args: argparse.Namespace, lab, splits: dict[str, Split]):
     """What an ablation varies, by a command line."""
     from grounded_diffusion.training.evaluation.ablations import Setting
@@ -261,7 +325,7 @@ def report(args: argparse.Namespace, say: Say) -> None:
     print(f"{len(figures)} figures in {args.out}")
 
 
-COMMANDS = {"protocol1": protocol1, "ablation": ablation, "report": report}
+COMMANDS = {"protocol1": protocol1, "protocol2": protocol2, "ablation": ablation, "report": report}
 
 
 def run(args: argparse.Namespace) -> None:

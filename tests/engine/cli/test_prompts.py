@@ -170,6 +170,7 @@ def test_bad_pairs(tmp_path, capsys, pairs, said):
         ("a [{}]\n", "no other brackets"),
         ("a {name}\n", "write {} once or twice"),
         ("a {}\na  {}\n", "occurs twice"),
+        (f"a {{}} {'x' * 1000}\n", "has 1,005 characters; at most 1,000"),
         ("a {}\n", "no template with two {}"),
         ("a {} and {}\n", "no template with one {}"),
     ],
