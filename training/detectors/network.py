@@ -57,8 +57,11 @@ class Network:
         return StageConfig(lr=1.5e-3, muon_lr=0.02, cooldown=0.8, **pace)
 
 
-def open_network(network: Network, names: Sequence[str], side: int):
+def open_network(source: str | None, names: Sequence[str], side: int):
     """(model, image processor) for these names and the background, of images with sides of about so many pixels.
+
+    Args:
+        source: see Network.
 
     Raises:
         CheckpointError, UsageError: the checkpoint cannot be read, or not be trained on class maps.
@@ -67,7 +70,7 @@ def open_network(network: Network, names: Sequence[str], side: int):
 
     labels = dict(enumerate((BACKGROUND, *names)))
     heads = dict(id2label=labels, label2id={label: k for k, label in labels.items()})
-    if network.source is None:
+    if source is None:
         # Small images keep every pixel in the first stage.
         backbone = transformers.ConvNextConfig(
             patch_size=max(1, side // 64), hidden_sizes=[16, 32, 64, 128], depths=[1, 1, 2, 1], image_size=side,
@@ -76,27 +79,34 @@ def open_network(network: Network, names: Sequence[str], side: int):
         config = transformers.UperNetConfig(backbone_config=backbone, hidden_size=32, use_auxiliary_head=False, **heads)
         size = {"height": side, "width": side}
         return transformers.UperNetForSemanticSegmentation(config), transformers.SegformerImageProcessorPil(size=size)
-    known, processor = load(network.source)
+    known, processor = load(source)
     if known.config.model_type not in BY_MASK and not any(hasattr(known.config, name) for name in BY_PIXEL):
         raise UsageError(
-            f"{network.source} is a {known.config.model_type} model, which is not trained on class maps here; give a "
+            f"{source} is a {known.config.model_type} model, which is not trained on class maps here; give a "
             "semantic one (SegFormer, UPerNet, ...), MaskFormer or Mask2Former"
         )
-    model = model_class(known.config).from_pretrained(network.source, ignore_mismatched_sizes=True, **heads)
+    model = model_class(known.config).from_pretrained(source, ignore_mismatched_sizes=True, **heads)
     return model.float(), processor
 
 
-def train_network(network: Network, names: Sequence[str], side: int, folder: Path, draw: Draw, device: str, say: Say):
+def train_network(
+    source: str | None, stage: StageConfig, names: Sequence[str], side: int, folder: Path, draw: Draw, device: str,
+    say: Say,
+) -> TransformersSegmenter:  # fmt: skip
     """Train a network, write it to `folder/network` as transformers does, and open it. The same call goes on.
 
     Args:
+        source: see Network.
+        stage: length and pace.
         draw: gives images, uint8 [B,H,W,3], and their class maps, uint8 [B,H,W].
     """
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
     done = folder / "network"
     if not (done / "config.json").is_file():
-        stage = network.stage
         torch.manual_seed(stage.seed)
-        model, processor = open_network(network, names, side)
+        model, processor = open_network(source, names, side)
         model.to(device, memory_format=torch.channels_last).train()
 
         def loss(step: int, generator: torch.Generator) -> torch.Tensor:

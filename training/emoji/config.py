@@ -16,7 +16,7 @@ from grounded_diffusion.training.emoji.world import WorldConfig as EmojiConfig
 from grounded_diffusion.training.worlds import WorldConfig, kind_named, kind_of
 
 T = TypeVar("T")
-STAGES = ("vae", "unet", "oracle", "labeller", "head")
+STAGES = ("vae", "unet", "oracle", "labeller", "judge", "head")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ class TrainConfig:
             the mIoU of unseen names from 86% to 22%.
         capture_range: the head reads half of its examples at timesteps up to this one, so that it can be used with
             samplers that end elsewhere; 1 for the captured timestep alone.
-        stages: pace of the stages "vae", "unet", "oracle", "labeller" and "head".
+        stages: pace of the stages "vae", "unet", "oracle", "labeller", "judge" and "head".
     """
 
     world: WorldConfig = field(default_factory=EmojiConfig)

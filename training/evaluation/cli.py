@@ -25,9 +25,9 @@ from grounded_diffusion.training.grounding.splits import UNSEEN, Split, built_in
 TITLES = {"voc": "pascal", "coco": "coco", "emoji-64": "emoji"}
 EXAMPLES = """\
 examples:
-  gd-eval protocol1 --detector oracle/ --rendered emoji --out runs/protocol1
-  gd-eval ablation zero-masks --detector oracle/ --vocabulary emoji-64 --preset quick --out runs/protocol1
-  gd-eval protocol2 --detector oracle/ --rendered emoji --per-name 100 --network-iterations 1500 --network-batch 32 \\
+  gd-eval protocol1 --detector judge/ --rendered emoji --out runs/protocol1
+  gd-eval ablation zero-masks --detector judge/ --vocabulary emoji-64 --preset quick --out runs/protocol1
+  gd-eval protocol2 --detector judge/ --rendered emoji --per-name 100 --network-iterations 1500 --network-batch 32 \\
       --out runs/protocol2
   gd-eval report runs/protocol1 runs/protocol2
   gd-eval protocol1 --base sd15/ --detector facebook/mask2former-swin-large-coco-instance --second mask-rcnn \\

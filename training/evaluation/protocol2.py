@@ -260,8 +260,9 @@ def run_protocol2(lab: Lab, study: Study) -> Figures:
         folder = lab.out / "networks" / key_of(config)
 
         def run() -> Figures:
-            trained = train_network(network, names, side, folder, drawer(sets()), lab.device, lab.say)
-            return iou_by_name(trained, test, names)
+            draw = drawer(sets())
+            learnt = train_network(network.source, network.stage, names, side, folder, draw, lab.device, lab.say)
+            return iou_by_name(learnt, test, names)
 
         return lab.measured({**config, "tested_on": study.test.about}, run)
 

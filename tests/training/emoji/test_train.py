@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from grounded_diffusion.errors import UsageError
 from grounded_diffusion.training import cli
 from grounded_diffusion.training.checkpoint import load_checkpoint
+from grounded_diffusion.training.detectors.open import open_segmenter
 from grounded_diffusion.training.emoji.base import build_tokenizer
 from grounded_diffusion.training.emoji.config import StageConfig, load_config
 from grounded_diffusion.training.emoji.evaluate import grid_ceiling, pooled_iou
@@ -54,6 +55,9 @@ ema = 0.9
 steps = 2
 batch = 4
 [stages.labeller]
+steps = 2
+batch = 4
+[stages.judge]
 steps = 2
 batch = 4
 [stages.head]
@@ -156,7 +160,7 @@ def test_iou_pools_counts_and_the_ceiling_rises_with_the_grid():
 def test_all_stages_from_scenes_to_checkpoint(tmp_path, capsys):
     config, run, out = tmp_path / "tiny.toml", tmp_path / "run", tmp_path / "tiny"
     config.write_text(TINY)
-    for stage in ("base", "oracle", "head", "evaluate", "pack"):
+    for stage in ("base", "oracle", "judge", "head", "evaluate", "pack"):
         options = ["--out", str(out)] if stage == "pack" else []
         assert cli.main([stage, "--config", str(config), "--run", str(run), *options]) == 0
     assert not any(str(tmp_path) in file.read_text() for file in out.rglob("*.json"))
@@ -166,7 +170,9 @@ def test_all_stages_from_scenes_to_checkpoint(tmp_path, capsys):
     assert json.loads((out / "evaluation.json").read_text())["one"]["images"] == 48
     assert "found by the oracle" in (out / "README.md").read_text()
     assert (run / "unet.state.pt").exists()
-    assert "both found" in capsys.readouterr().out
+    assert "both found" in (told := capsys.readouterr().out) and "judge: mIoU" in told
+    labels = open_segmenter(str(run / "judge" / "network")).labels
+    assert list(labels.values()) == ["background", "dog", "cat", "bus", "tree"]
 
 
 def test_stages_out_of_order_say_what_is_missing(tmp_path, capsys):

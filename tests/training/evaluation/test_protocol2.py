@@ -95,7 +95,9 @@ def test_a_network_learns_exact_masks_and_not_exchanged_ones(scenes, tmp_path):
 
     network, found = Network(iterations=60, batch=12), {}
     for label, source in (("exact", train), ("exchanged", Exchanged(train.annotations, NAMES, (32, 32)))):
-        learnt = train_network(network, NAMES, 32, tmp_path / label, drawer([source]), "cpu", lambda line: None)
+        learnt = train_network(
+            network.source, network.stage, NAMES, 32, tmp_path / label, drawer([source]), "cpu", lambda line: None
+        )
         found[label] = iou_by_name(learnt, test, NAMES)
     assert min(found["exact"].values()) > 50
     assert max(found["exchanged"][name] for name in NAMES) < 20
@@ -118,13 +120,15 @@ def test_groups_of_table_2():
 def test_a_universal_checkpoint_is_trained_by_its_masks(tmp_path, scenes):
     source = save_mask2former(tmp_path / "start", ["zebra", "tree"])
     network = Network(source=str(source), iterations=2, batch=4)
-    learnt = train_network(network, NAMES, 32, tmp_path / "run", drawer(scenes[:1]), "cpu", lambda line: None)
+    learnt = train_network(
+        network.source, network.stage, NAMES, 32, tmp_path / "run", drawer(scenes[:1]), "cpu", lambda line: None
+    )
     assert learnt.labels == {0: "background", 1: "dog", 2: "tree"} and learnt.by_query
     assert learnt.class_maps(np.zeros((2, 48, 40, 3), np.uint8)).shape == (2, 48, 40)
 
 
 def test_padding_counts_for_nothing():
-    model, _ = open_network(Network(), NAMES, 64)
+    model, _ = open_network(None, NAMES, 64)
     inputs = {"pixel_values": torch.zeros(1, 3, 8, 8), "pixel_mask": torch.zeros(1, 8, 8)}
     inputs["pixel_mask"][:, :4, :6] = 1
     labels = targets(model, np.ones((1, 16, 24), np.uint8), inputs)["labels"][0]
@@ -146,4 +150,4 @@ def test_a_checkpoint_that_learns_no_class_maps_is_refused(tmp_path):
     DetrForSegmentation(config).save_pretrained(tmp_path)
     DetrImageProcessorPil().save_pretrained(tmp_path)
     with pytest.raises(UsageError, match="is a detr model, which is not trained on class maps"):
-        open_network(Network(source=str(tmp_path)), NAMES, 64)
+        open_network(str(tmp_path), NAMES, 64)
