@@ -272,11 +272,11 @@ def protocol2(args: argparse.Namespace, say: Say) -> None:
     exact = None
     if args.voc:
         test = VocFolder.open(args.voc, args.part)
-        exact = VocFolder.open(args.voc, args.train_part) if "exact" in args.methods else None
+        exact = lambda: VocFolder.open(args.voc, args.train_part)
     elif args.coco:
         test = CocoFile.open(args.coco, args.images)
         if args.train_coco and args.train_images:
-            exact = CocoFile.open(args.train_coco, args.train_images)
+            exact = lambda: CocoFile.open(args.train_coco, args.train_images)
     elif args.rendered:
         test, exact = scenes(lab, args.rendered, plan, args.test_images)
     else:

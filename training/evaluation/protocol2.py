@@ -110,25 +110,25 @@ class Study:
         plan: splits, heads, and how many images of each name and each pair.
         network: what is trained on them.
         test: the images that networks are tested on.
-        exact: as many images with known masks, to train on; None leaves the bound out.
+        exact: gives as many images with known masks, to train on; None leaves the bound out.
         kinds: of KINDS, for the plan's head; the other methods have the last of them.
     """
 
     plan: Plan
     network: Network
     test: Annotations
-    exact: Annotations | None = None
+    exact: Callable[[], Annotations] | None = None
     kinds: tuple[str, ...] = KINDS
 
 
-def scenes(lab: Lab, world: str, plan: Plan, count: int) -> tuple[Scenes, Scenes]:
-    """Rendered scenes to test on, half of them of two objects, and as many to train on as there are generated ones."""
+def scenes(lab: Lab, world: str, plan: Plan, count: int) -> tuple[Scenes, Callable[[], Scenes]]:
+    """Rendered scenes to test on, half of them of two objects; and what draws as many to train on as are generated."""
     split = next(iter(plan.splits.values()))
     names, size = sorted((*split.seen, *split.unseen)), lab.base.image_size[0]
     half = count / 2 if split.pairs else count
     each = lambda entries: max(1, round(half / len(entries))) if entries else 0
     test = Scenes(world, names, split.pairs, each(names), each(split.pairs), size, seed=SEED)
-    return test, Scenes(world, names, split.pairs, plan.size.per_name, plan.size.per_pair, size, seed=SEED + 1)
+    return test, lambda: Scenes(world, names, split.pairs, plan.size.per_name, plan.size.per_pair, size, seed=SEED + 1)
 
 
 def folders(lab: Lab, plan: Plan, kind: str) -> list[Path]:
@@ -267,7 +267,8 @@ def run_protocol2(lab: Lab, study: Study) -> Figures:
         return lab.measured({**config, "tested_on": study.test.about}, run)
 
     def on_exact() -> Figures:
-        return iou(study.exact.about, lambda: [Known(study.exact, names, lab.base.image_size)])
+        exact = study.exact()
+        return iou(exact.about, lambda: [Known(exact, names, lab.base.image_size)])
 
     def on_generated(method: str, kind: str, split: Split) -> Figures:
         paths = folders(lab, plan, kind)
