@@ -69,15 +69,24 @@ class Generated:
 
 
 class Known:
-    """Annotated images of these names, at their own size or, to train on, at one. See Labelled."""
+    """Annotated images of these names. See Labelled.
 
-    def __init__(self, annotations: Annotations, names: Sequence[str], size: tuple[int, int] | None = None):
+    Args:
+        size: (H, W) of all of them, to train on; None leaves each its own.
+        limit: the first so many; None takes all.
+    """
+
+    def __init__(
+        self, annotations: Annotations, names: Sequence[str], size: tuple[int, int] | None = None,
+        limit: int | None = None,
+    ):  # fmt: skip
         self.annotations, self.size = annotations, size
+        self.count = min(len(annotations), limit or len(annotations))
         labels = match_labels(names, annotations.labels, {})
         self.classes = {label: k for k, name in enumerate(names, 1) for label in labels[name]}
 
     def __len__(self) -> int:
-        return len(self.annotations)
+        return self.count
 
     def read(self, k: int) -> tuple[np.ndarray, np.ndarray]:
         image, masks = self.annotations.read(k)
@@ -252,7 +261,7 @@ def run_protocol2(lab: Lab, study: Study) -> Figures:
     plan, network, side = study.plan, study.network, max(lab.base.image_size)
     whole = next(iter(plan.splits.values()))
     names = tuple(sorted((*whole.seen, *whole.unseen)))
-    test = Known(study.test, names)
+    test = Known(study.test, names, limit=plan.limit)
 
     def iou(what: Any, sets: Callable[[], Sequence[Labelled]]) -> Figures:
         """What a network reaches that has learnt from these; found, or trained and tested now."""
@@ -264,7 +273,7 @@ def run_protocol2(lab: Lab, study: Study) -> Figures:
             learnt = train_network(network.source, network.stage, names, side, folder, draw, lab.device, lab.say)
             return iou_by_name(learnt, test, names)
 
-        return lab.measured({**config, "tested_on": study.test.about}, run)
+        return lab.measured({**config, "tested_on": [study.test.about, len(test)]}, run)
 
     def on_exact() -> Figures:
         exact = study.exact()

@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 import torch
 from helpers.detector import save_mask2former
+from PIL import Image
 
+from grounded_diffusion.engine.dataset.formats.common import encode_labels
 from grounded_diffusion.errors import UsageError
 from grounded_diffusion.training.detectors.network import IGNORED, Network, open_network, targets, train_network
 from grounded_diffusion.training.evaluation import cli
 from grounded_diffusion.training.evaluation.protocol2 import Known, class_map, drawer, grouped, iou_by_name
 from grounded_diffusion.training.evaluation.scenes import Scenes
+from grounded_diffusion.training.grounding.annotations import VocFolder
 from grounded_diffusion.training.grounding.splits import Split
 
 NAMES = ["dog", "tree"]
@@ -109,6 +112,22 @@ def test_class_maps_have_the_smaller_object_in_front():
     for masks, classes in (([large, small], [1, 2]), ([small, large], [2, 1])):
         drawn = class_map(masks, classes)
         assert drawn[1, 1] == 2 and (drawn == 1).sum() == 15
+
+
+def test_annotated_images_have_their_own_size_to_test_on_and_one_size_to_train_on(tmp_path):
+    for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (tmp_path / name).mkdir(parents=True)
+    classes = np.zeros((40, 60), np.uint8)
+    classes[:, :20], classes[:, 20:30], classes[:, 30] = 8, 15, 255  # a cat, a person, and pixels that are left open
+    (tmp_path / "SegmentationClass" / "1.png").write_bytes(encode_labels(classes))
+    Image.new("RGB", (60, 40), "green").save(tmp_path / "JPEGImages" / "1.jpg")
+    (tmp_path / "ImageSets/Segmentation/val.txt").write_text("1\n")
+    annotations = VocFolder.open(tmp_path, "val")
+    image, drawn = Known(annotations, ["bird", "cat"]).read(0)
+    assert image.shape == (40, 60, 3) and np.array_equal(drawn, np.where(classes == 8, 2, 0))
+    image, drawn = Known(annotations, ["bird", "cat"], (64, 32)).read(0)
+    assert image.shape == (64, 32, 3) and drawn.shape == (64, 32) and 0.3 < (drawn == 2).mean() < 0.36
+    assert len(Known(annotations, ["cat"], limit=5)) == 1
 
 
 def test_groups_of_table_2():
