@@ -3,15 +3,64 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from grounded_diffusion.errors import UsageError
 from grounded_diffusion.files import writing
-from grounded_diffusion.training.emoji.config import StageConfig
 from grounded_diffusion.training.optim import Muon
+
+
+@dataclass(frozen=True, slots=True)
+class StageConfig:
+    """Length and pace of one stage.
+
+    Attributes:
+        steps: optimiser steps; raise or lower it and run again to go on or to finish sooner.
+        batch: images a step.
+        lr: learning rate of AdamW's share of the parameters.
+        muon_lr: learning rate of Muon's share; 0 trains everything with AdamW.
+        warmup: steps of linear warm-up.
+        cooldown: last share of the steps, over which the rate falls linearly to zero.
+        weight_decay: decoupled decay of matrices.
+        ema: decay of the running average of the weights that is kept as the result; 0 keeps none.
+        seed: of initial weights, data and noise.
+        sample_every: steps between sample grids.
+        save_every: steps between resumable states.
+        compile: use torch.compile; repays its minutes only in long runs.
+    """
+
+    steps: int = 1000
+    batch: int = 64
+    lr: float = 1e-3
+    muon_lr: float = 0.02
+    warmup: int = 50
+    cooldown: float = 0.5
+    weight_decay: float = 0.0
+    ema: float = 0.0
+    seed: int = 0
+    sample_every: int = 500
+    save_every: int = 500
+    compile: bool = False
+
+    def __post_init__(self):
+        for name in ("steps", "batch", "sample_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("lr", "muon_lr", "weight_decay", "warmup", "seed"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be a finite number of at least 0")
+        if not 0 <= self.ema < 1 or not 0 < self.cooldown <= 1:
+            raise UsageError("ema must lie in [0, 1) and cooldown in (0, 1]")
+
+    def rate(self, step: int) -> float:
+        """Share of the peak learning rate at a step: linear warm-up, plateau, linear cool-down."""
+        return min(1.0, (step + 1) / max(1, self.warmup), (self.steps - step) / (self.cooldown * self.steps))
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:

@@ -211,7 +211,8 @@ def load_torch():
     import grounded_diffusion.training.distill.student
     import grounded_diffusion.training.emoji.evaluate
     import grounded_diffusion.training.evaluation.ablations
-    import grounded_diffusion.training.evaluation.report
+    import grounded_diffusion.training.evaluation.protocol2
+    import grounded_diffusion.training.evaluation.report.page
     import grounded_diffusion.training.grounding.head
     import grounded_diffusion.training.grounding.real  # noqa: F401
 

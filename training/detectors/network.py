@@ -17,8 +17,7 @@ from grounded_diffusion.engine.checks import check_int
 from grounded_diffusion.errors import UsageError
 from grounded_diffusion.training.detectors.segmenters import TransformersSegmenter, load, model_class
 from grounded_diffusion.training.devices import fast_autocast
-from grounded_diffusion.training.emoji.config import StageConfig
-from grounded_diffusion.training.loop import train
+from grounded_diffusion.training.loop import StageConfig, train
 
 BACKGROUND, IGNORED = "background", 255
 BY_MASK = ("maskformer", "mask2former")  # universal models that are trained by a mask and a label a class

@@ -73,8 +73,8 @@ def distill(args: argparse.Namespace, say: Callable[[str], None]) -> None:
     from grounded_diffusion.engine.pipeline.pipeline import GroundedPipeline
     from grounded_diffusion.training.distill.student import StudentConfig, train_student
     from grounded_diffusion.training.distill.trajectories import Teaching, make_trajectories
-    from grounded_diffusion.training.emoji.config import StageConfig
     from grounded_diffusion.training.generator.base import FrozenBase
+    from grounded_diffusion.training.loop import StageConfig
 
     interval = tuple(args.guidance_interval)
     teaching = Teaching(timesteps, args.substeps, args.guidance_scale, interval, args.seed)

@@ -22,9 +22,8 @@ from grounded_diffusion.errors import UsageError
 from grounded_diffusion.files import readable_errors, replace_file
 from grounded_diffusion.training.distill.low_rank import add_changes, save_changes
 from grounded_diffusion.training.distill.trajectories import Trajectories
-from grounded_diffusion.training.emoji.config import StageConfig
 from grounded_diffusion.training.generator.base import FrozenBase
-from grounded_diffusion.training.loop import train
+from grounded_diffusion.training.loop import StageConfig, train
 
 STUDENT, MEASURED = "student.safetensors", "student.json"
 SAMPLER = "ddim"

@@ -319,7 +319,7 @@ def ablation(args: argparse.Namespace, say: Say) -> None:
 
 def report(args: argparse.Namespace, say: Say) -> None:
     """gd-eval report."""
-    from grounded_diffusion.training.evaluation.report import write_report
+    from grounded_diffusion.training.evaluation.report.page import write_report
 
     figures = write_report(args.runs, args.truth, args.out)
     print(f"{len(figures)} figures in {args.out}")

@@ -19,7 +19,6 @@ from grounded_diffusion.training.evaluation.images import TestImages
 from grounded_diffusion.training.evaluation.lab import Figures, Lab, key_of
 from grounded_diffusion.training.evaluation.methods import HeadMethod, Method, attention_method
 from grounded_diffusion.training.evaluation.paper import METHODS
-from grounded_diffusion.training.evaluation.pictures import write_page
 from grounded_diffusion.training.evaluation.protocol1 import (
     CALL,
     Measured,
@@ -30,6 +29,7 @@ from grounded_diffusion.training.evaluation.protocol1 import (
     make_oracle_images,
     measure,
 )
+from grounded_diffusion.training.evaluation.report.pictures import write_page
 from grounded_diffusion.training.fingerprint import weights_digest
 from grounded_diffusion.training.grounding.annotations import Annotations
 from grounded_diffusion.training.grounding.config import HeadTraining

@@ -16,10 +16,10 @@ from grounded_diffusion.training import cli
 from grounded_diffusion.training.distill.low_rank import add_changes, save_changes
 from grounded_diffusion.training.distill.student import Student, StudentConfig
 from grounded_diffusion.training.distill.trajectories import FOLDER, Teaching, read
-from grounded_diffusion.training.emoji.config import StageConfig
 from grounded_diffusion.training.generator.base import FrozenBase
 from grounded_diffusion.training.generator.lora import fuse
 from grounded_diffusion.training.generator.model import load_base
+from grounded_diffusion.training.loop import StageConfig
 
 TRAIN = ["--timesteps", "999,600,200", "--substeps", 2, "--rank", 4, "--batch", 4, "--iterations", 24, "--lr", 0.01]
 

@@ -11,12 +11,12 @@ from grounded_diffusion.training import cli
 from grounded_diffusion.training.checkpoint import load_checkpoint
 from grounded_diffusion.training.detectors.open import open_segmenter
 from grounded_diffusion.training.emoji.base import build_tokenizer
-from grounded_diffusion.training.emoji.config import StageConfig, load_config
+from grounded_diffusion.training.emoji.config import load_config
 from grounded_diffusion.training.emoji.evaluate import grid_ceiling, pooled_iou
 from grounded_diffusion.training.emoji.head import absent_names, draw_prompts, object_masks
 from grounded_diffusion.training.emoji.world import COLOURS, NAMES
 from grounded_diffusion.training.grounding.loss import grounding_loss
-from grounded_diffusion.training.loop import step_generator, train
+from grounded_diffusion.training.loop import StageConfig, step_generator, train
 from grounded_diffusion.training.optim import orthogonalise
 from grounded_diffusion.training.worlds import KINDS
 

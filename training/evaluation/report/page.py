@@ -11,9 +11,9 @@ from pathlib import Path
 
 from grounded_diffusion.errors import UsageError
 from grounded_diffusion.files import replace_file
-from grounded_diffusion.training.evaluation.charts import bars, curves
 from grounded_diffusion.training.evaluation.lab import FIGURES, Figures, read_figures
 from grounded_diffusion.training.evaluation.paper import ABLATIONS, COLUMNS_2, PAPER
+from grounded_diffusion.training.evaluation.report.charts import bars, curves
 from grounded_diffusion.training.evaluation.tally import GROUPS
 
 TITLES = {"pascal": "PASCAL's names", "coco": "COCO's names", "emoji": "All names of the shipped model", "own": "Names"}

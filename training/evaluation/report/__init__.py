@@ -1,0 +1,1 @@
+"""What has been measured, for people: a page of tables beside the paper's own, charts, and pages of pictures."""
