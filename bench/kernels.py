@@ -62,7 +62,7 @@ def traffic(batch: int, side: int) -> dict[str, int]:
     """Bytes each operation must move in FP32."""
     latent, pixels = batch * 4 * (side // 8) ** 2, batch * side * side
     return {
-        "cfg_step": 4 * latent * (2 + 1 + 1 + 1 + 1 + 2),  # output x2, x, past m; m, x', next input x2
+        "cfg_step": 4 * latent * (2 + 1 + 1 + 1 + 1 + 1),  # output x2, x, past m; m, x', next input
         "image_epilogue": pixels * 3 * (4 + 1),
         "mask_epilogue": batch * OBJECTS * (side // 8) ** 2 * 4 + pixels * (OBJECTS + 1),
     }
@@ -90,7 +90,7 @@ def host_rows(repeats: int) -> Iterator[Row]:
     yield Row("host", "copy", "256 MiB", 2 * COPY_BYTES, *seconds(lambda: np.copyto(target, source), repeats))
     for batch, side in SIZES:
         given, moved = inputs(batch, side), traffic(batch, side)
-        new, following = np.empty_like(given["latents"]), np.empty_like(given["output"])
+        new, following = np.empty_like(given["latents"]), np.empty_like(given["latents"])
         picture = np.empty((batch, side, side, 3), np.uint8)
         runs = {
             "cfg_step": lambda g=given, n=new, f=following: cfg_step(
@@ -132,7 +132,7 @@ def cuda_launches(kernels: CudaKernels, stream: Any, put: Callable, batch: int, 
     """One launch per operation on buffers of one size, FP32."""
     given = {name: put(array) for name, array in inputs(batch, side).items()}
     row = put(pack_step(STEP, slots=1).view(np.uint8))
-    new, following = put(given["latents"].numpy()), put(given["output"].numpy())
+    new, following = put(given["latents"].numpy()), put(given["latents"].numpy())
     picture = put(np.empty((batch, side, side, 3), np.uint8))
     count, size = batch * OBJECTS, (side, side)
     made = [(batch * side * side, 1), (count, 8), (4 * count, 4), (count, 4), (count, STATS_BYTES)]
@@ -147,7 +147,7 @@ def cuda_launches(kernels: CudaKernels, stream: Any, put: Callable, batch: int, 
         at["logits"], at["valid"], masks=masks.pointer, **{name: array.pointer for name, array in outputs.items()}
     )
     return {
-        "cfg_step": lambda: kernels.cfg_step(stream, step, count=elements, guided=True, doubled=True, half=False),
+        "cfg_step": lambda: kernels.cfg_step(stream, step, count=elements, guided=True, half=False),
         "image_epilogue": lambda: kernels.image_epilogue(
             stream, at["image"], picture.pointer, batch=batch, size=size, half=False
         ),

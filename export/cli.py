@@ -78,6 +78,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--int8", action="store_true",
         help="also UNets in 8 bits for OpenVINO (gd-infer --precision int8), by nncf, from runs of the model",
     )  # fmt: skip
+    parser.add_argument(
+        "--fp8", action="store_true",
+        help="with --precision fp16: also UNets in FP8 for TensorRT, from runs of the model; --engine then builds "
+        "those (checked on the CPU; not run on a GPU yet)",
+    )  # fmt: skip
     parser.add_argument("--no-verify", action="store_true", help="skip the comparison with torch and diffusers")
     parser.add_argument("--overwrite", action="store_true", help="replace the bundle at --out")
     engine_cli.add_options(parser)
@@ -86,10 +91,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--head untrained goes with --base MODEL, and with neither --ckpt nor --bundle")
     if args.statistics and (args.head or not args.ckpt):
         parser.error("--statistics is for the trained head of a --ckpt")
-    if args.bundle and not (args.engine or args.int8):
-        parser.error("--bundle needs --engine or --int8: nothing else is added to an exported bundle")
+    if args.bundle and not (args.engine or args.int8 or args.fp8):
+        parser.error("--bundle needs --engine, --int8 or --fp8: nothing else is added to an exported bundle")
     if args.int8 and args.precision != "fp32":
         parser.error("--int8 is made of a model in fp32; leave out --precision")
+    if args.fp8 and not args.bundle and args.precision != "fp16":
+        parser.error("--fp8 is made of a model in fp16; give --precision fp16")
     if args.fused and args.precision != "fp16":
         parser.error("--fused needs --precision fp16")
     if not (args.ckpt or args.base or args.bundle):
@@ -215,6 +222,10 @@ def run(args: argparse.Namespace) -> None:
         export(args, report)
     if args.int8:
         quantize_bundle(args.bundle or args.out, report)
+    if args.fp8:
+        from grounded_diffusion.export.fp8 import fp8_bundle
+
+        fp8_bundle(args.bundle or args.out, report)
     if args.engine:
         engine_cli.build(args.bundle or args.out, args, report)
 

@@ -9,10 +9,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from grounded_diffusion.bundle import GPU_GRAPHS, open_bundle
+from grounded_diffusion.bundle import FP8, GPU, GPU_GRAPHS, open_bundle
 from grounded_diffusion.engine.backends.tensorrt.spec import Bucket, load_module, target
 from grounded_diffusion.engine.backends.tensorrt.store import OBJECTS
 from grounded_diffusion.engine.cli.common import parse_size
+
+FIRST_FP8 = 89  # the first architecture whose tensor cores take FP8
 
 
 def whole_numbers(text: str) -> list[int]:
@@ -59,6 +61,8 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
         return
     if options.engine == "tensorrt-rtx" and not options.sm:
         parser.error("--engine tensorrt-rtx needs --sm, such as --sm 86,89,120")
+    if options.fp8 and min(options.sm or [FIRST_FP8]) < FIRST_FP8:
+        parser.error(f"--fp8 needs --sm {FIRST_FP8} or above: older GPUs have no FP8")
     backend = options.engine.replace("-", "_")
     for sm in options.sm or [None]:
         target(load_module(backend), backend, sm)
@@ -83,6 +87,7 @@ def build(bundle: Path, options: argparse.Namespace, report: Callable[[str], Non
             sms=options.sm or [None],
             buckets=buckets,
             graphs=options.graph or GPU_GRAPHS,
+            variant=FP8 if options.fp8 else GPU,
             progress=lambda phase, done, steps: display.update(task, description=phase, completed=done, total=steps),
             report=report,
         )

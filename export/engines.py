@@ -29,7 +29,6 @@ from grounded_diffusion.engine.backends.tensorrt.store import (
     EngineMemory,
     EngineSpec,
     Sidecar,
-    bundle_files,
     load_plan,
 )
 from grounded_diffusion.errors import BackendError
@@ -45,6 +44,7 @@ def build_engines(
     sms: Sequence[int | None],
     buckets: Sequence[Bucket],
     graphs: Sequence[str] = GPU_GRAPHS,
+    variant: str = GPU,
     progress: Progress | None = None,
     report: Report | None = None,
 ) -> list[EngineSpec]:
@@ -52,6 +52,7 @@ def build_engines(
 
     Args:
         sms: architectures such as 86; (None,) for TensorRT, which takes the GPU at hand.
+        variant: GPU, or FP8 for the UNets in FP8.
         progress: called with (phase, steps done, steps) as the builder goes on.
         report: called with a line for every engine, before and after.
 
@@ -60,7 +61,7 @@ def build_engines(
         UsageError: sizes the model cannot take.
     """
     specs = [
-        engine_spec(bundle, graph, backend, sm, bucket)
+        engine_spec(bundle, graph, backend, sm, bucket, variant)
         for sm in sms
         for bucket in buckets
         for graph in graphs
@@ -88,7 +89,7 @@ def build_plan(
     bundle: Bundle, spec: EngineSpec, progress: Progress | None = None
 ) -> tuple[memoryview, EngineMemory | None]:
     """The serialized engine of one spec, and its memory. Raises BackendError with the builder's own first error."""
-    _check_weights(bundle, spec.graph)
+    _check_weights(bundle, spec)
     trt = load_module(spec.backend)
     log = quiet_logger(trt)
     builder = trt.Builder(log)
@@ -96,7 +97,7 @@ def build_plan(
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if flag is None else 1 << int(flag))
     parser = trt.OnnxParser(network, log)
-    content = bundle.variant(GPU, spec.graph).read_bytes()
+    content = bundle.variant(spec.variant, spec.graph).read_bytes()
     if not parser.parse(content, str(bundle.file(spec.graph))):  # weights lie beside the standard graph
         raise BackendError(f"{spec.backend} {spec.version} cannot parse {spec.graph}: {parser.get_error(0)}")
     config = builder.create_builder_config()
@@ -119,13 +120,13 @@ def build_plan(
     return memoryview(plan), log.memory
 
 
-def _check_weights(bundle: Bundle, graph: str) -> None:
+def _check_weights(bundle: Bundle, spec: EngineSpec) -> None:
     """The weights a graph refers to must be those the key is made of."""
-    model = onnx.load(bundle.variant(GPU, graph), load_external_data=False)
+    model = onnx.load(bundle.variant(spec.variant, spec.graph), load_external_data=False)
     used = {e.value for t in model.graph.initializer for e in t.external_data if e.key == "location"}
-    if missing := sorted(used - bundle_files(bundle, graph).keys()):
+    if missing := sorted(used - spec.files.keys()):
         raise BackendError(
-            f"{graph} refers to {', '.join(missing)}, which the bundle does not list; run gd-export again"
+            f"{spec.graph} refers to {', '.join(missing)}, which the bundle does not list; run gd-export again"
         )
 
 

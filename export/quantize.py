@@ -41,13 +41,16 @@ class Recorder(OpenVinoBackend):
         return outputs
 
 
-def record_calls(bundle: Bundle) -> dict[str, list[dict[str, np.ndarray]]]:
-    """Inputs of the UNets in some runs of the bundle's own sampler, guided throughout where it is guided at all."""
-    manifest = bundle.manifest
+def record_calls(recorder: Any) -> dict[str, list[dict[str, np.ndarray]]]:
+    """Inputs of the UNets in some runs of the bundle's own sampler, guided throughout where it is guided at all.
+
+    Args:
+        recorder: a backend that keeps them in `calls`, by graph.
+    """
+    bundle, manifest = recorder.bundle, recorder.bundle.manifest
     small = max(manifest.image_size) <= LARGEST * manifest.vae_scale_factor
     images, runs = (8, 3) if small else (2, 1)
     names = [name for group in manifest.names.values() for name in group] or [*NAMES]
-    recorder = Recorder(bundle)
     with GroundedPipeline(bundle, recorder) as pipe:
         for run in range(runs):
             pairs = [
@@ -74,7 +77,7 @@ def quantize_bundle(path: str | Path, report: Callable[[str], None] = lambda lin
         raise UsageError(f"{path} is of {bundle.manifest.precision}; int8 is made of a bundle of fp32")
     nncf = load_nncf()
     report("running the model for the ranges of its activations")
-    calls, core = record_calls(bundle), openvino.Core()
+    calls, core = record_calls(Recorder(bundle)), openvino.Core()
     with TemporaryDirectory(dir=bundle.path, prefix=".int8-") as folder:
         for graph, given in calls.items():
             report(f"quantizing {graph} by {len(given)} of its calls")

@@ -34,6 +34,7 @@ GRAPHS = (TEXT_ENCODER, UNET, UNET_GROUNDED, VAE_DECODER)
 # any of them. The names of weight files in them are relative to the bundle; OpenVINO takes weights from a graph's own
 # folder only, so its graphs have no folder.
 CPU, CUDA, GPU, OPENVINO = "cpu/", "cuda/", "gpu/", "openvino."
+FP8 = "fp8/"  # the UNets of GPU in FP8, for TensorRT; all else that it runs is of GPU
 INT8 = "openvino.int8."  # the UNets of OPENVINO in 8 bits, as OpenVINO writes a model: .xml with .bin beside it
 # What all their UNets need of the context, which is the same from step to step: context [N,L,D] -> keys and values of
 # every cross-attention. They are inputs of those graphs in the place of the context. The first axis of latents and
@@ -173,8 +174,8 @@ class Bundle:
 
     def variant(self, prefix: str, graph: str) -> Path:
         """Path of a graph as written for a runtime, CPU, CUDA or OPENVINO; else of the standard one."""
-        name = f"{prefix}{graph}"
-        return self.file(name if name in self.manifest.files else graph)
+        names = [f"{prefix}{graph}", *([f"{GPU}{graph}"] if prefix == FP8 else [])]
+        return self.file(next((name for name in names if name in self.manifest.files), graph))
 
     def int8(self, graph: str) -> Path | None:
         """Path of a UNet in 8 bits; None where the bundle has none, or for another graph."""

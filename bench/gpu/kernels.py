@@ -22,13 +22,17 @@ SCALARS = 256  # bytes below which a node computes shapes
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """One kernel: what it is, its operations, the bytes it reads and writes, and the rows and columns of its result."""
+    """One kernel: what it is, its operations, the bytes it reads and writes, and the rows and columns of its result.
+
+    `fp8`: it multiplies numbers of FP8.
+    """
 
     kind: Literal["convolution", "product", "attention", "other"]
     flops: int
     bytes: int
     rows: int = 0
     columns: int = 0
+    fp8: bool = False
 
 
 def kernels(path: Path, sizes: Mapping[str, int], library: Library) -> list[Kernel]:
@@ -40,6 +44,7 @@ def kernels(path: Path, sizes: Mapping[str, int], library: Library) -> list[Kern
     model, shapes = infer_shapes(path, sizes)
     size, graph = tensor_bytes(model, shapes), model.graph
     attention = inside_attention(graph) if library == "compiled" else {}
+    rounded = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "DequantizeLinear"}
     found: list[Kernel] = []
     scores = read = 0  # of the first product of an attention, which the second one's kernel does too
     for node in graph.node:
@@ -50,7 +55,7 @@ def kernels(path: Path, sizes: Mapping[str, int], library: Library) -> list[Kern
         if rule is None and library == "compiled" and node.op_type not in NORMS:
             continue
         flops = rule(node, {a.name: get_attribute_value(a) for a in node.attribute}, shapes) if rule else 0
-        names = (*node.input, *node.output)
+        names = (*(rounded.get(name, name) for name in node.input), *node.output)
         moved = sum(size.get(name, 0) for name in names if name and name not in attention)
         if moved < SCALARS:
             continue
@@ -62,7 +67,8 @@ def kernels(path: Path, sizes: Mapping[str, int], library: Library) -> list[Kern
             continue
         if kind == "attention" and attention:
             flops, moved, scores, read = flops + scores, moved + read, 0, 0
-        found.append(Kernel(kind, flops, moved, *(tiled(node, shape) if kind != "attention" else (0, 0))))
+        tiles = tiled(node, shape) if kind != "attention" else (0, 0)
+        found.append(Kernel(kind, flops, moved, *tiles, fp8=bool(rounded.keys() & set(node.input))))
     return found
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from grounded_diffusion.bench.gpu.kernels import Kernel, Library, kernels
-from grounded_diffusion.bundle import CUDA, GPU, UNET, VAE_DECODER, Bundle
+from grounded_diffusion.bundle import CUDA, FP8, GPU, UNET, VAE_DECODER, Bundle
 from grounded_diffusion.engine.backends.gpu.needs import counted_memory, sizes_of
 from grounded_diffusion.engine.backends.tensorrt.store import OBJECTS
 from grounded_diffusion.engine.sampling.batch import decoded_at_once
@@ -37,12 +37,14 @@ CARDS = {
 # Shares of the data sheet's rate that kernels reach. Products: 790 TFLOP/s are published for an H100. The others are
 # assumptions: implicit products of 3x3 convolutions and attention at heads of 40 to 160 reach less than plain ones.
 REACHED = {"product": 0.8, "convolution": 0.7, "attention": 0.45, "other": 1.0}
+FP8_RATE = 2  # times FP16's, summed in FP32 as well, by the data sheets of all three
 MEMORY_REACHED = 0.85  # assumed
 GAP = 1.5e-6  # seconds between two kernels of a replayed graph; assumed
 TILE = (128, 128)  # rows and columns of a product that a multiprocessor makes at once
 SPLIT = 0.25  # of the multiprocessors at least: small products are cut along what they sum over, too
 FORMS: dict[str, tuple[str, Library]] = {  # backends: which graphs, and how they run
     "TensorRT": (GPU, "compiled"),
+    "TensorRT, FP8": (FP8, "compiled"),
     "ONNX Runtime, fused graphs": (CUDA, "node by node"),
     "ONNX Runtime": (GPU, "node by node"),
 }
@@ -52,7 +54,7 @@ TARGET = 450e12  # FLOP/s on an H100 at batch 16
 
 def seconds(kernel: Kernel, card: Card) -> float:
     """What one kernel takes."""
-    rate = card.flops * REACHED[kernel.kind]
+    rate = card.flops * REACHED[kernel.kind] * (FP8_RATE if kernel.fp8 else 1)
     if kernel.rows:
         tiles = -(-kernel.rows // TILE[0]) * -(-kernel.columns // TILE[1])
         full = kernel.rows * kernel.columns / (TILE[0] * TILE[1])

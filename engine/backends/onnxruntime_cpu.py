@@ -173,8 +173,8 @@ class OnnxRuntimeBackend(HostBackend):
     def _makers(self) -> dict[str, Maker]:
         """Shared by the UNets; a captured step has the context of the steps before it."""
         for source, graph in MAKERS.items():
-            if source not in self._shared and f"{self.variant}{graph}" in self.bundle.manifest.files:
-                self._shared[source] = Maker(self._session(self.bundle.variant(self.variant, graph)))
+            if source not in self._shared and (file := self.bundle.variant(self.variant, graph)).is_file():
+                self._shared[source] = Maker(self._session(file))
         return self._shared
 
     def run(self, graph: str, inputs: Mapping[str, np.ndarray]) -> Arrays:

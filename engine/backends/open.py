@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from grounded_diffusion.bundle import Bundle
+from grounded_diffusion.bundle import FP8, GPU, Bundle
 from grounded_diffusion.engine.backends.gpu.backend import GPU_LATENT_CELLS, DeviceBackend
 from grounded_diffusion.engine.backends.gpu.cuda import CudaDevice
 from grounded_diffusion.engine.backends.gpu.loop import Replay
@@ -57,11 +57,11 @@ def _open_cuda(bundle: Bundle, threads: int | None, lanes: int, replay: Replay, 
 
 
 def _open_tensorrt(
-    package: str, bundle: Bundle, threads: int | None, lanes: int, replay: Replay, number: int | None
+    package: str, variant: str, bundle: Bundle, threads: int | None, lanes: int, replay: Replay, number: int | None
 ) -> Backend:
     load_module(package)
     device = CudaDevice(number)
-    return DeviceBackend(bundle, device, TensorRT(bundle, package, device), replay)
+    return DeviceBackend(bundle, device, TensorRT(bundle, package, device, variant), replay)
 
 
 DEFAULT_BACKEND = "onnxruntime"
@@ -71,10 +71,11 @@ BACKENDS = {
     "openvino-bf16": BackendEntry("cpu", "bf16", partial(_open_openvino, "bf16")),
     "openvino-int8": BackendEntry("cpu", "int8", partial(_open_openvino, "int8")),
     "cuda": BackendEntry("cuda", None, _open_cuda),  # ONNX Runtime
-    "tensorrt": BackendEntry(
-        "cuda", None, partial(_open_tensorrt, "tensorrt")
-    ),  # engines that `gd-export --engine` built
-    "tensorrt-rtx": BackendEntry("cuda", None, partial(_open_tensorrt, "tensorrt_rtx")),
+    # Engines that `gd-export --engine` built, with --fp8 for the last two.
+    "tensorrt": BackendEntry("cuda", None, partial(_open_tensorrt, "tensorrt", GPU)),
+    "tensorrt-rtx": BackendEntry("cuda", None, partial(_open_tensorrt, "tensorrt_rtx", GPU)),
+    "tensorrt-fp8": BackendEntry("cuda", "fp8", partial(_open_tensorrt, "tensorrt", FP8)),
+    "tensorrt-rtx-fp8": BackendEntry("cuda", "fp8", partial(_open_tensorrt, "tensorrt_rtx", FP8)),
 }
 
 
@@ -86,7 +87,8 @@ def backend_entry(name: str) -> BackendEntry:
 
 
 FASTEST = "fastest"
-PRECISIONS = (*dict.fromkeys(entry.precision for entry in BACKENDS.values() if entry.precision), FASTEST)
+ON_CPU = [entry.precision for entry in BACKENDS.values() if entry.precision and entry.device == "cpu"]
+PRECISIONS = (*dict.fromkeys(ON_CPU), FASTEST)
 
 
 def check_precision(precision: str) -> None:

@@ -11,8 +11,7 @@ constexpr int kVector = 4;
 template <typename T>
 __device__ __forceinline__ void step_element(const StepCoefficients& step, const T* output, const float* latents,
                                              float* history, const float* noise, float* out_latents, T* out_input,
-                                             unsigned char* bad, int batch, long long i, long long count, bool guide,
-                                             bool doubled) {
+                                             unsigned char* bad, int batch, long long i, long long count, bool guide) {
     const float x = latents[i];
     float o = load(output[i]);
     if (guide) o = guided(o, load(output[count + i]), step.guidance);
@@ -25,14 +24,12 @@ __device__ __forceinline__ void step_element(const StepCoefficients& step, const
     out_latents[i] = next;
     if (bad && !is_finite(next)) bad[step.row * batch + i / (count / batch)] = 1;
     store(out_input[i], next * step.next_scale);
-    if (doubled) store(out_input[count + i], next * step.next_scale);
 }
 
 template <typename T>
 __device__ __forceinline__ void step_range(const StepCoefficients* __restrict__ coefficients, const T* output,
                                            const float* latents, float* history, const float* noise, float* out_latents,
-                                           T* out_input, unsigned char* bad, int batch, long long count, int guide,
-                                           int doubled) {
+                                           T* out_input, unsigned char* bad, int batch, long long count, int guide) {
     const StepCoefficients& step = *coefficients;  // indexed in place: a copy would go to local memory
     const long long thread = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
     const long long stride = static_cast<long long>(gridDim.x) * blockDim.x;
@@ -43,7 +40,7 @@ __device__ __forceinline__ void step_range(const StepCoefficients* __restrict__ 
             const long long i = base + v * stride;
             if (i < count) {
                 step_element(step, output, latents, history, noise, out_latents, out_input, bad, batch, i, count,
-                             guide != 0, doubled != 0);
+                             guide != 0);
             }
         }
     }
@@ -53,16 +50,13 @@ __device__ __forceinline__ void step_range(const StepCoefficients* __restrict__ 
 
 extern "C" __global__ void cfg_step_f32(const gd::StepCoefficients* coefficients, const float* output,
                                         const float* latents, float* history, const float* noise, float* out_latents,
-                                        float* out_input, unsigned char* bad, int batch, long long count, int guide,
-                                        int doubled) {
-    gd::step_range(coefficients, output, latents, history, noise, out_latents, out_input, bad, batch, count, guide,
-                   doubled);
+                                        float* out_input, unsigned char* bad, int batch, long long count, int guide) {
+    gd::step_range(coefficients, output, latents, history, noise, out_latents, out_input, bad, batch, count, guide);
 }
 
 extern "C" __global__ void cfg_step_f16(const gd::StepCoefficients* coefficients, const gd::Half* output,
                                         const float* latents, float* history, const float* noise, float* out_latents,
-                                        gd::Half* out_input, unsigned char* bad, int batch, long long count, int guide,
-                                        int doubled) {
-    gd::step_range(coefficients, output, latents, history, noise, out_latents, out_input, bad, batch, count, guide,
-                   doubled);
+                                        gd::Half* out_input, unsigned char* bad, int batch, long long count,
+                                        int guide) {
+    gd::step_range(coefficients, output, latents, history, noise, out_latents, out_input, bad, batch, count, guide);
 }

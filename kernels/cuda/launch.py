@@ -152,20 +152,18 @@ class CudaKernels:
 
         launch(stream, LaunchConfig(grid=grid, block=block), self._kernels[name], *args)
 
-    def cfg_step(
-        self, stream: Any, at: StepPointers, *, count: int, guided: bool, doubled: bool, half: bool, batch: int = 1
-    ) -> None:
+    def cfg_step(self, stream: Any, at: StepPointers, *, count: int, guided: bool, half: bool, batch: int = 1) -> None:
         """One sampler step.
 
         Args:
             stream: cuda.core.Stream.
             count: elements of the latents, B * 4 * h * w.
-            guided: model_output holds 2B rows; `doubled`: out_input receives 2B rows.
+            guided: model_output holds 2B rows; out_input has B, which both halves see.
             half: model_output and out_input are float16. Latents, history and noise are always float32.
         """
         blocks = min(-(-count // (4 * _THREADS)), _MAX_BLOCKS)
         pointers = (at.coefficients, at.model_output, at.latents, at.history, at.noise, at.out_latents, at.out_input)
-        flags = (at.bad, np.int32(batch), np.int64(count), np.int32(guided), np.int32(doubled))
+        flags = (at.bad, np.int32(batch), np.int64(count), np.int32(guided))
         self._launch(stream, "cfg_step_f16" if half else "cfg_step_f32", blocks, _THREADS, *pointers, *flags)
 
     def image_epilogue(

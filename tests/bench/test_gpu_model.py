@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import onnx_ir
 import pytest
 
 from grounded_diffusion.bench import cli
@@ -12,6 +13,7 @@ from grounded_diffusion.bench.gpu.kernels import Kernel, kernels
 from grounded_diffusion.bench.gpu.model import CARDS, GAP, MEMORY_REACHED, REACHED, model_gpus, seconds
 from grounded_diffusion.bundle import GPU, UNET, open_bundle
 from grounded_diffusion.errors import UsageError
+from grounded_diffusion.export.rewrites.fp8 import products, to_fp8
 from grounded_diffusion.export.shapes import axis_sizes
 
 H100 = CARDS["H100 SXM"]
@@ -62,6 +64,22 @@ def test_slower_cards_are_slower(half_bundle):
     rows = model_gpus(open_bundle(half_bundle), (4,))["rows"]
     steps = {row["card"]: row["step_s"] for row in rows if row["backend"] == "TensorRT"}
     assert steps["H100 SXM"] <= steps["RTX 4090"] <= steps["L4"]
+
+
+def test_products_of_fp8_take_half_the_time(half_bundle, tmp_path):
+    model = onnx_ir.load(half_bundle / GPU / UNET)
+    onnx_ir.external_data.set_base_dir(model.graph, half_bundle)
+    to_fp8(model, {value.name: 1.0 for node in products(model) for value in node.inputs[:1]})
+    onnx_ir.save(model, tmp_path / UNET)
+    plain, small = (kernels(path, SIZES, "compiled") for path in (half_bundle / GPU / UNET, tmp_path / UNET))
+    assert len(plain) == len(small)
+    kinds = {kernel.kind for before, after in zip(plain, small, strict=True) if after.fp8 for kernel in (before, after)}
+    assert kinds == {"convolution", "product"}
+    for before, after in zip(plain, small, strict=True):
+        assert (after.flops, after.rows, after.columns) == (before.flops, before.rows, before.columns)
+        assert after.bytes < before.bytes if after.fp8 else after == before
+    long = Kernel("product", 10**15, 0, rows=128 * H100.processors, columns=128)
+    assert seconds(replace(long, fp8=True), H100) == pytest.approx(seconds(long, H100) / 2, rel=1e-4)
 
 
 def test_single_precision_is_refused(tiny_bundle):

@@ -104,7 +104,7 @@ def test_a_bundle_without_them(tiny_bundle, cache):
     ("options", "message"),
     [
         (["--precision", "fp16", "--int8", "--ckpt", "x", "--out", "y"], "--int8 is made of a model in fp32"),
-        (["--bundle", "x"], "--bundle needs --engine or --int8"),
+        (["--bundle", "x"], "--bundle needs --engine, --int8 or --fp8"),
         (["--bundle", "nowhere", "--int8"], "there is no bundle at nowhere"),
     ],
 )

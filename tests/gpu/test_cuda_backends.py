@@ -5,18 +5,22 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from helpers.errors import relative_l2
 
-from grounded_diffusion.bundle import GRAPHS, open_bundle
+from grounded_diffusion.bundle import FP8, GRAPHS, UNET, open_bundle, write_manifest
 from grounded_diffusion.engine import GroundedPipeline
 from grounded_diffusion.engine.backends.gpu.cuda import CudaDevice
+from grounded_diffusion.engine.backends.onnxruntime_cpu import OnnxRuntimeBackend
 from grounded_diffusion.engine.backends.open import open_backend
 from grounded_diffusion.engine.backends.tensorrt.spec import Bucket, load_module
 from grounded_diffusion.errors import NumericsError
+from grounded_diffusion.export.engine_cli import FIRST_FP8
 from grounded_diffusion.export.engines import build_engines
+from grounded_diffusion.export.fp8 import fp8_bundle
 
 PROMPTS = ["a [dog] and a [cat]", "a [unicorn]", "a [rocket] over the [sea] and a [dog]", "a [dragon]", "a [dog]"]
 OPTIONS = {"steps": 6, "batch": 2, "guidance_scale": 4.0}  # two full batches and a padded one
@@ -58,6 +62,28 @@ def bundle(request, tmp_path_factory):
         buckets = [Bucket(batch, guided=guided) for batch in (1, 2) for guided in (True, False)]
         build_engines(open_bundle(path), name.replace("-", "_"), sms=[sm], buckets=buckets)
     return open_bundle(path)
+
+
+@pytest.mark.parametrize("name", sorted(set(BACKENDS) - {"cuda"}))
+def test_unets_in_fp8_are_close_to_their_simulation(half_bundle, tmp_path, name):
+    if CudaDevice().arch < FIRST_FP8:
+        pytest.skip("this GPU has no FP8")
+    path = tmp_path / "bundle"
+    shutil.copytree(half_bundle, path)
+    write_manifest(path, replace(open_bundle(path).manifest, sampling={"steps": 2}))
+    fp8_bundle(path)
+    bundle, rng = open_bundle(path), np.random.default_rng(0)
+    sm = CudaDevice().arch if name == "tensorrt-rtx" else None
+    build_engines(bundle, name.replace("-", "_"), sms=[sm], buckets=[Bucket(2)], variant=FP8)
+    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    context = draw(4, bundle.manifest.context_length, bundle.manifest.context_dim)
+    inputs = {"latents": draw(2, 4, 16, 16), "timestep": np.full(2, 500, np.float32), "context": context}
+    backend = open_backend(f"{name}-fp8", bundle)
+    simulated = OnnxRuntimeBackend(bundle, variant=FP8).run(UNET, inputs)["model_output"]
+    assert (
+        relative_l2(backend.run(UNET, inputs)["model_output"], simulated) < 0.1
+    )  # roundings to FP8 that fall otherwise
+    backend.close()
 
 
 @pytest.fixture(scope="module")

@@ -59,7 +59,7 @@ class Event:
 class HostKernels:
     """The launchers of CudaKernels over the host kernels."""
 
-    def cfg_step(self, stream, at, *, count, guided, doubled, half, batch):
+    def cfg_step(self, stream, at, *, count, guided, half, batch):
         def work():
             c = view(at.coefficients, (1,), COEFFICIENTS)[0]
             shape, kind = (batch, count // batch), np.float16 if half else np.float32
@@ -70,10 +70,7 @@ class HostKernels:
             for weight, slot in zip(c["weight"][:terms], c["slot"][:terms], strict=True):
                 b[(c["head"] - slot - 1) % slots + 1] = weight
             output = view(at.model_output, ((2 if guided else 1) * batch, shape[1]), kind).astype(np.float32)
-            x, to = (
-                view(at.latents, shape, np.float32),
-                view(at.out_input, ((2 if doubled else 1) * batch, shape[1]), kind),
-            )
+            x, to = view(at.latents, shape, np.float32), view(at.out_input, shape, kind)
             step = StepCoefficients(
                 guidance_scale=float(c["guidance"]) if guided else None, b=b.tolist(), head=max(0, int(c["head"])),
                 **{name: float(c[name]) for name in ("cx", "co", "a", "n", "next_scale")},

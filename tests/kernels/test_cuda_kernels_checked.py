@@ -17,7 +17,7 @@ MUTANTS = [
     ("cfg_step", "load(output[count + i])", "load(output[i])"),
     ("cfg_step", "bad[step.row * batch + i / (count / batch)]", "bad[step.row * batch + i % batch]"),
     ("cfg_step", "step.slot[k] * count + i", "step.slot[k] * count"),
-    ("cfg_step", "store(out_input[count + i], next * step.next_scale)", "store(out_input[count + i], next)"),
+    ("cfg_step", "store(out_input[i], next * step.next_scale)", "store(out_input[i], next)"),
     ("image_epilogue", "load(from[c * pixels])", "load(from[c])"),
     ("image_epilogue", "i < count; i += stride", "i <= count; i += stride"),
     ("image_epilogue", "bad[b] = 1", "bad[0] = 1"),

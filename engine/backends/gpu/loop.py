@@ -139,7 +139,6 @@ class DeviceLoop:
             pointers,
             count=at["latents"].nbytes // F32.itemsize,
             guided=kind.both,
-            doubled=False,
             half=self.memory.half,
             batch=b,
         )

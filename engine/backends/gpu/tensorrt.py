@@ -9,7 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from grounded_diffusion.bundle import CONTEXT, GPU_GRAPHS, TEXT_ENCODER, UNET, UNET_GROUNDED, VAE_DECODER, Bundle
+from grounded_diffusion.bundle import (
+    CONTEXT,
+    FP8,
+    GPU,
+    GPU_GRAPHS,
+    TEXT_ENCODER,
+    UNET,
+    UNET_GROUNDED,
+    VAE_DECODER,
+    Bundle,
+)
 from grounded_diffusion.cache import cache_folder, write_cached
 from grounded_diffusion.engine.backends.gpu.device import ALIGNMENT, DeviceMemoryError, Tensor
 from grounded_diffusion.engine.backends.gpu.memory import Sizes, Streams, loop_bytes
@@ -31,14 +41,18 @@ class TensorRT:
     Args:
         backend: "tensorrt" or "tensorrt_rtx".
         device: a CudaDevice.
+        variant: GPU, or FP8 for the bundle's UNets in FP8.
 
     Raises:
-        BackendError: the package is not installed.
+        BackendError: the package is not installed, or the bundle has no such UNets.
     """
 
-    def __init__(self, bundle: Bundle, backend: str, device: Any):
+    def __init__(self, bundle: Bundle, backend: str, device: Any, variant: str = GPU):
+        if variant == FP8 and f"{FP8}{UNET}" not in bundle.manifest.files:
+            raise BackendError(f"{bundle.path} has no UNets in fp8; gd-export --bundle {bundle.path} --fp8 adds them")
         self.trt = load_module(backend)
-        self.bundle, self.backend, self.device, self.name = bundle, backend, device, backend.replace("_", "-")
+        self.bundle, self.backend, self.device, self.variant = bundle, backend, device, variant
+        self.name = backend.replace("_", "-")
         rtx = backend == "tensorrt_rtx"
         self.target = f"sm_{device.arch}" if rtx else f"{device.name} (sm_{device.arch})"
         self.log = quiet_logger(self.trt)
@@ -49,7 +63,8 @@ class TensorRT:
 
     def spec(self, graph: str, shapes: Mapping[str, list[int]]) -> EngineSpec:
         """What the engine of a graph at these shapes must be."""
-        return spec_of(self.bundle, graph, self.backend, self.trt.__version__, self.target, dict(shapes))
+        version = self.trt.__version__
+        return spec_of(self.bundle, graph, self.backend, version, self.target, dict(shapes), self.variant)
 
     def shapes(self, graph: str) -> list[dict[str, list[int]]]:
         """Input shapes of the engines of a graph that may be loaded here."""

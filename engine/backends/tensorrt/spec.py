@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from grounded_diffusion.bundle import SHARED_ROWS, UNET, VAE_DECODER, Bundle
+from grounded_diffusion.bundle import FP8, GPU, SHARED_ROWS, UNET, VAE_DECODER, Bundle
 from grounded_diffusion.engine.backends.tensorrt.store import (
+    IN_FP8,
     OBJECTS,
     PACKAGES,
     EngineMemory,
@@ -134,22 +135,30 @@ def quiet_logger(trt: ModuleType) -> Any:
 
 
 def spec_of(
-    bundle: Bundle, graph: str, backend: str, version: str, device: str, shapes: dict[str, list[int]]
-) -> EngineSpec:
-    """What the engine of a graph at these shapes is, for a package's version and a device."""
+    bundle: Bundle, graph: str, backend: str, version: str, device: str, shapes: dict[str, list[int]],
+    variant: str = GPU,
+) -> EngineSpec:  # fmt: skip
+    """What the engine of a graph at these shapes is, for a package's version and a device.
+
+    Args:
+        variant: GPU, or FP8 for the UNets in FP8; the other graphs are of GPU there, too.
+    """
+    small = variant == FP8 and f"{FP8}{graph}" in bundle.manifest.files
     return EngineSpec(
         graph=graph,
         backend=backend,
         version=version,
         device=device,
         shapes=shapes,
-        precision=bundle.manifest.precision,
+        precision=IN_FP8 if small else bundle.manifest.precision,
         flags=dict(FLAGS),
-        files=bundle_files(bundle, graph),
+        files=bundle_files(bundle, graph, variant),
     )
 
 
-def engine_spec(bundle: Bundle, graph: str, backend: str, sm: int | None, bucket: Bucket) -> EngineSpec:
+def engine_spec(
+    bundle: Bundle, graph: str, backend: str, sm: int | None, bucket: Bucket, variant: str = GPU
+) -> EngineSpec:
     """What the engine of one graph, device and bucket would be; building nothing."""
     trt, shapes = load_module(backend), profile_shapes(bundle, graph, bucket)
-    return spec_of(bundle, graph, backend, trt.__version__, target(trt, backend, sm), shapes)
+    return spec_of(bundle, graph, backend, trt.__version__, target(trt, backend, sm), shapes, variant)

@@ -15,7 +15,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from grounded_diffusion.bundle import CONTEXT, GPU, Bundle, HasSchema, read_manifest, sha256
+from grounded_diffusion.bundle import CONTEXT, FP8, GPU, Bundle, HasSchema, read_manifest, sha256
 from grounded_diffusion.errors import BackendError
 from grounded_diffusion.reading import Misfit, as_type, load_json, read_file
 
@@ -24,6 +24,7 @@ PLAN, SIDECAR = "engine.plan", "engine.json"
 SCHEMA = 1
 OBJECTS = 8  # queries of an image in a static profile, unless asked otherwise
 _KEY_LENGTH = 24
+IN_FP8 = "fp8"  # the precision of an engine whose graph is of FP8
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,7 @@ class EngineSpec:
         version: of that package.
         device: what it runs on: "sm_86" for TensorRT-RTX, GPU name and architecture for TensorRT.
         shapes: of every input, by name; the engine takes no others.
-        precision: of the bundle's weights.
+        precision: of the bundle's weights, or "fp8".
         flags: builder settings, by name.
         files: SHA-256 of the ONNX file, the one for a GPU, and of the weights it refers to, by name.
     """
@@ -53,6 +54,11 @@ class EngineSpec:
     def __post_init__(self) -> None:
         if self.backend not in PACKAGES:
             raise BackendError(f"there is no backend {self.backend}; choose one of {', '.join(PACKAGES)}")
+
+    @property
+    def variant(self) -> str:
+        """Which of the bundle's graphs it is of: FP8 or GPU."""
+        return FP8 if self.precision == IN_FP8 else GPU
 
     @property
     def key(self) -> str:
@@ -89,9 +95,9 @@ def shapes_text(shapes: dict[str, list[int]]) -> str:
     return ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in shapes.items())
 
 
-def bundle_files(bundle: Bundle, graph: str) -> dict[str, str]:
+def bundle_files(bundle: Bundle, graph: str, variant: str = GPU) -> dict[str, str]:
     """SHA-256 of a graph and of the bundle's shared weights, as its manifest has them."""
-    own = bundle.variant(GPU, graph).relative_to(bundle.path).as_posix()
+    own = bundle.variant(variant, graph).relative_to(bundle.path).as_posix()
     listed = bundle.manifest.files
     return {name: digest for name, digest in listed.items() if name == own or name.startswith("weights.")}
 
@@ -182,6 +188,7 @@ def rebuild(directory: Path, wanted: EngineSpec | None = None) -> str:
     if wanted:
         rows = next(iter(wanted.shapes.values()))[0]
         command += f" --sm {wanted.device[3:]}" if wanted.device.startswith("sm_") else ""
+        command += " --fp8" if wanted.precision == IN_FP8 else ""
         command += f" --batch {rows // 2 if wanted.graph == CONTEXT else rows}"
         if wanted.shapes.get("query_valid", [0, OBJECTS])[1] != OBJECTS:
             command += f" --objects {wanted.shapes['query_valid'][1]}"

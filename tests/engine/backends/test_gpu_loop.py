@@ -123,6 +123,20 @@ def test_no_stream_runs_over_another(pipe, open_device, eager):
         assert_same(waiting.result(), make_batch(pipe.backend, r))
 
 
+def test_memory_is_freed_while_a_graph_runs(pipe, open_device, monkeypatch):
+    """As Python's garbage collector may do at any time, in whichever thread it is then."""
+    backend = open_device()
+    run = backend.runtime.run
+
+    def freeing(*args):
+        assert backend.device.pinned(64).size == 64
+        return run(*args)
+
+    monkeypatch.setattr(backend.runtime, "run", freeing)
+    r = request(pipe, 2, steps=3)
+    assert_same(backend.submit(r).result(), make_batch(pipe.backend, r))
+
+
 def test_other_prompts_guidance_and_solver_replay_the_same_capture(pipe, open_device):
     backend = open_device()
     for changes in ({"guidance_scale": 2.0}, {"sampler": "dpmpp-2m", "steps": 3}, {"threshold": 0.3}):

@@ -36,6 +36,8 @@ constexpr std::size_t kAlign = 256;  // what cuMemAlloc gives at least
 std::recursive_mutex lock;
 std::set<std::string> complaints;
 bool broken = false;  // a kernel has failed: as on a GPU, nothing works from then on
+int running = 0;      // pieces of work that have begun: one that waits for another stream runs that one's inside it
+std::vector<Work> postponed;  // what has to wait until none is
 
 void complain(const std::string& what) {
     complaints.insert(what);
@@ -56,7 +58,14 @@ struct Stream {
         while (done < until) {
             const Work work = std::move(waiting[done]);
             ++done;
+            ++running;
             work();
+            --running;
+        }
+        while (!running && !postponed.empty()) {
+            const Work freeing = std::move(postponed.back());
+            postponed.pop_back();
+            freeing();
         }
     }
     void run_all() {
@@ -134,7 +143,13 @@ int allocate(void** memory, std::size_t bytes, std::map<Pointer, std::size_t>& b
     return kSuccess;
 }
 
+// Freeing waits for all streams. Inside a piece of work, where Python may collect an array, that would run what comes
+// after the work before the work is done.
 int release(Pointer pointer, std::map<Pointer, std::size_t>& blocks) {
+    if (running) {
+        postponed.push_back([pointer, &blocks] { release(pointer, blocks); });
+        return kSuccess;
+    }
     for (Stream* stream : streams) stream->run_all();
     const auto found = blocks.find(pointer);
     if (found == blocks.end()) return kInvalidValue;
