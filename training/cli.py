@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> None:
     elif args.stage == "judge":
         from grounded_diffusion.training.emoji.judge import train_judge
 
-        train_judge(config, world, args.run, lambda line: print(line, flush=True))
+        train_judge(config, args.config, world, args.run, lambda line: print(line, flush=True))
     elif args.stage == "head":
         from grounded_diffusion.training.emoji.head import train_head
 

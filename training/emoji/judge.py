@@ -25,18 +25,26 @@ from grounded_diffusion.training.worlds import World
 TEST = 256  # scenes that it is measured on
 
 
-def open_vae(config: TrainConfig, folder: Path) -> AutoencoderKL:
-    """The autoencoder of a run, or the one that it would start from. Raises CheckpointError."""
-    for place in (folder, Path(config.init.get("vae", folder))):
+def open_vae(config: TrainConfig, file: Path, folder: Path) -> AutoencoderKL:
+    """The autoencoder of a run; else the one that it would start from, or of the checkpoint beside the configuration
+    that was made by it. Raises CheckpointError.
+    """
+    for place in (folder, Path(config.init.get("vae", folder)), file.with_suffix("")):
         if (place / "vae").is_dir():
             return AutoencoderKL.from_pretrained(place / "vae").to(memory_format=torch.channels_last).eval()
-    raise CheckpointError(f"{folder} has no vae; train it with gd-train base, or copy one there")
+    raise CheckpointError(f"{folder} has no vae; train it with gd-train base")
 
 
-def train_judge(config: TrainConfig, world: World, folder: Path, say: Callable[[str], None]) -> TransformersSegmenter:
-    """Train the judge, write it to `folder/judge`, and measure it. The same call goes on where it was stopped."""
+def train_judge(
+    config: TrainConfig, file: Path, world: World, folder: Path, say: Callable[[str], None]
+) -> TransformersSegmenter:
+    """Train the judge, write it to `folder/judge`, and measure it. The same call goes on where it was stopped.
+
+    Args:
+        file: where the configuration is.
+    """
     stage, device = config.stages["judge"], world.bank.device
-    vae = open_vae(config, folder).to(device)
+    vae = open_vae(config, file, folder).to(device)
 
     def draw(count: int, generator: torch.Generator, share: float = 0.5) -> tuple[np.ndarray, np.ndarray]:
         scene = world.render(count, generator, captions=False)
