@@ -223,7 +223,7 @@ def run(args: argparse.Namespace) -> None:
     if args.int8:
         quantize_bundle(args.bundle or args.out, report)
     if args.fp8:
-        from grounded_diffusion.export.fp8 import fp8_bundle
+        from grounded_diffusion.export.quantize import fp8_bundle
 
         fp8_bundle(args.bundle or args.out, report)
     if args.engine:

@@ -20,7 +20,7 @@ from grounded_diffusion.engine.backends.tensorrt.spec import Bucket, load_module
 from grounded_diffusion.errors import NumericsError
 from grounded_diffusion.export.engine_cli import FIRST_FP8
 from grounded_diffusion.export.engines import build_engines
-from grounded_diffusion.export.fp8 import fp8_bundle
+from grounded_diffusion.export.quantize import fp8_bundle
 
 PROMPTS = ["a [dog] and a [cat]", "a [unicorn]", "a [rocket] over the [sea] and a [dog]", "a [dragon]", "a [dog]"]
 OPTIONS = {"steps": 6, "batch": 2, "guidance_scale": 4.0}  # two full batches and a padded one
