@@ -29,16 +29,21 @@ FALLBACK_NAMES = ["dog", "cat"]
 
 @dataclass(frozen=True, slots=True)
 class Tolerance:
-    """graph: relative L2 of each output; image: dB of PSNR, on 8-bit images; mask: IoU, of each or of all as one."""
+    """graph: relative L2 of each output; difference: of the attention head's logits, which are a small difference of
+    large numbers; image: dB of PSNR, on 8-bit images; mask: IoU, of each or of all as one."""
 
     graph: float
+    difference: float
     image: float
     mask: float
     each: bool
 
 
 # FP16 rounds by 2^-11 = 4.9e-4; a graph may be eight times that off. A mask of 30 pixels that loses one is at 0.97.
-TOLERANCES = {"fp32": Tolerance(1e-5, 50.0, 0.999, each=True), "fp16": Tolerance(4e-3, 35.0, 0.99, each=False)}
+TOLERANCES = {
+    "fp32": Tolerance(1e-5, 1e-4, 50.0, 0.999, each=True),
+    "fp16": Tolerance(4e-3, 4e-3, 35.0, 0.99, each=False),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +101,7 @@ def check_graphs(checkpoint: Checkpoint, folder: Path) -> list[Parity]:
     (height, width), step = checkpoint.latent_size, latent_multiple(checkpoint)
     shapes = [Sizes(1, 1, height, width), Sizes(3, 4, 2 * step, 3 * step)]
     manifest, rows = read_manifest(folder), []
+    tolerance = TOLERANCES[manifest.precision]
     for graph in GRAPHS:
         names, module = list(outputs_of(checkpoint, graph)), MODULES[graph](checkpoint).eval()
         inputs = [example_inputs(checkpoint, graph, sizes, seed) for seed, sizes in enumerate(shapes)]
@@ -114,8 +120,10 @@ def check_graphs(checkpoint: Checkpoint, folder: Path) -> list[Parity]:
                 for name, value in zip(names, wanted, strict=True):
                     error = relative_l2(actual[name], value)
                     worst[name] = max(worst[name], error if math.isfinite(error) else math.inf)
-            tolerance = TOLERANCES[manifest.precision].graph
-            rows += [Parity(f"{prefix}{graph} {n}", "relative L2", error, tolerance) for n, error in worst.items()]
+            for name, error in worst.items():
+                less = name == "mask_logits" and manifest.head["variant"] == "attention"
+                bound = tolerance.difference if less else tolerance.graph
+                rows.append(Parity(f"{prefix}{graph} {name}", "relative L2", error, bound))
             del backend
             gc.collect()
     return rows
