@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 from grounded_diffusion.bundle import GRAPHS, MANIFEST, TOKENIZER, Manifest, sha256, write_manifest
@@ -108,8 +109,9 @@ class Case:
             return "--overwrite" in self.words and any(word.endswith(f"/{name}") for word in self.words)
         if self.command.main is infer and "--overwrite" in self.words:
             return top in ("data", "coco")  # a run of another format
-        if top == "empty":  # an output like any other
-            return self.command.main is infer
+        if top == "empty":  # an output like any other, where it is given as one
+            given = any(option == "--out" and word.endswith("/empty") for option, word in pairwise(self.words))
+            return given or self.command.main is infer
         of_a_data_set = any(rest == path or rest.startswith(f"{path}/") for path in self.command.in_place)
         return top in ("data", "coco") and of_a_data_set
 
