@@ -205,7 +205,8 @@ def run_quality(args: argparse.Namespace) -> None:
     """gd-bench quality."""
     import torch
 
-    from grounded_diffusion.bench.quality import DEFAULT, measure_quality, parse_setting, quality_table
+    from grounded_diffusion.bench.quality import DEFAULT, make_setting, measure_quality, parse_setting, quality_table
+    from grounded_diffusion.training.emoji.oracle import load_oracle
 
     torch.set_num_threads(args.threads)
     settings = [parse_setting(text) for text in args.setting]
@@ -214,6 +215,9 @@ def run_quality(args: argparse.Namespace) -> None:
     checkpoint = checkpoint_of(args)
     if checkpoint is None:
         raise UsageError("--model needs --ckpt, the checkpoint it was exported from")
+    oracle = load_oracle(args.oracle or checkpoint / "oracle.pt")
+    for setting in settings:  # refused before anything is measured
+        make_setting(setting, 1)
     asked = [(setting.get("model", "given"), setting.get("precision", "fp32")) for setting in settings or DEFAULT]
     wanted = {precision for _, precision in asked}
     args.backend = [name for name in best_backends(args) if backend_entry(name).precision in wanted]
@@ -228,7 +232,7 @@ def run_quality(args: argparse.Namespace) -> None:
     settings = settings or [setting for setting, key in zip(DEFAULT, asked, strict=True) if key in pipes]
     turn = math.lcm(*(form.batch * form.lanes for form in forms.values()))
     results = measure_quality(
-        pipes, checkpoint, args.oracle or checkpoint / "oracle.pt", settings, images=args.images,
+        pipes, checkpoint, oracle, settings, images=args.images,
         batch=max(form.batch for form in forms.values()), turn=turn, objects=args.objects, report=say,
     )  # fmt: skip
     pipe = next(iter(pipes.values()))

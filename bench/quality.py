@@ -27,7 +27,7 @@ from grounded_diffusion.engine.sampling.noise import batch_normal
 from grounded_diffusion.errors import UsageError
 from grounded_diffusion.training.emoji.evaluate import found, pooled_iou
 from grounded_diffusion.training.emoji.head import object_masks
-from grounded_diffusion.training.emoji.oracle import Segmenter, load_oracle
+from grounded_diffusion.training.emoji.oracle import Segmenter
 
 SEED = 41
 SYSTEMS, PRECISIONS, MODELS = ("engine", "eager", "compile"), ("fp32", "bf16", "int8"), ("given", "student")
@@ -208,7 +208,7 @@ def make_work(names: Sequence[str], shape: tuple[int, ...], count: int, objects:
 def measure_quality(
     pipes: Pipes,
     checkpoint: Path,
-    oracle_file: Path,
+    oracle: Segmenter,
     settings: Sequence[Mapping[str, Any]],
     *,
     images: int,
@@ -226,11 +226,9 @@ def measure_quality(
 
     Raises:
         UsageError: a setting that cannot be run, or fewer images than a turn has.
-        CheckpointError: no oracle there.
     """
     if images < turn:
         raise UsageError(f"{images} images are fewer than the {turn} of a turn; ask for more, or for a smaller batch")
-    oracle = load_oracle(oracle_file)
     pipe = next(iter(pipes.values()))
     opened = [open_setting(make_setting(setting, batch), pipes, checkpoint) for setting in settings]
     chosen, systems = zip(*opened, strict=True)
