@@ -33,6 +33,17 @@ class PooledIoU:
         return sum(values) / len(values) if values else None
 
 
+def confusion(predicted: torch.Tensor, truth: torch.Tensor, classes: int) -> torch.Tensor:
+    """Pixels of each class (rows) that were taken for each (columns), int64 [classes,classes], of two class maps."""
+    return torch.bincount((truth * classes + predicted).flatten(), minlength=classes**2).view(classes, classes)
+
+
+def confusion_iou(counts: torch.Tensor) -> torch.Tensor:
+    """Intersection over union per class [classes] from a confusion; NaN where a class is absent."""
+    both = counts.diagonal().double()
+    return both / (counts.sum(0) + counts.sum(1) - both)
+
+
 def grid_ceiling(masks: torch.Tensor, cells: int | Sequence[int], steps: int = 60) -> float:
     """Best mean IoU that bilinear logits on a grid can reach on masks [M,H,W], by fitting them.
 

@@ -50,7 +50,7 @@ def train_judge(
         scene = world.render(count, generator, captions=False)
         plain = count - round(count * share)
         images = torch.cat([scene.images[:plain], reconstruct(vae, scene.images[plain:])]) if share else scene.images
-        return to_uint8(images).cpu().numpy(), class_map(scene).to(torch.uint8).cpu().numpy()
+        return to_uint8(images).numpy(), class_map(scene).to(torch.uint8).cpu().numpy()
 
     judge = train_network(None, stage, world.names, config.world.size, folder / "judge", draw, str(device), say)
     told = []

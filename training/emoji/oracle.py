@@ -21,6 +21,7 @@ from grounded_diffusion.training.devices import fast_autocast
 from grounded_diffusion.training.emoji.config import TrainConfig
 from grounded_diffusion.training.emoji.world import Scene
 from grounded_diffusion.training.loop import step_generator, train
+from grounded_diffusion.training.metrics import confusion, confusion_iou
 from grounded_diffusion.training.worlds import World, open_world
 
 WIDTHS = (16, 32, 64, 128)
@@ -78,10 +79,7 @@ def class_map(scene: Scene) -> torch.Tensor:
 
 def class_iou(predicted: torch.Tensor, truth: torch.Tensor, classes: int) -> torch.Tensor:
     """Intersection over union per class [classes] from pooled counts; NaN where a class is absent."""
-    counts = torch.bincount((truth * classes + predicted).flatten(), minlength=classes**2)
-    confusion = counts.view(classes, classes).double()
-    both = confusion.diagonal()
-    return both / (confusion.sum(0) + confusion.sum(1) - both)
+    return confusion_iou(confusion(predicted, truth, classes))
 
 
 def reconstruct(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from statistics import harmonic_mean, mean
 from typing import Any, NamedTuple, Protocol
@@ -32,6 +33,7 @@ from grounded_diffusion.training.evaluation.tally import percent
 from grounded_diffusion.training.grounding.annotations import Annotations
 from grounded_diffusion.training.grounding.splits import Split
 from grounded_diffusion.training.grounding.store import ExampleSet
+from grounded_diffusion.training.metrics import confusion, confusion_iou
 
 SEED = 30_000  # of images to train networks on; heads are trained on others, and measured on others
 KINDS = ("one", "two", "mixture")  # how many objects the images have
@@ -130,10 +132,15 @@ class Study:
     kinds: tuple[str, ...] = KINDS
 
 
+def names_of(split: Split) -> tuple[str, ...]:
+    """All names, in the order of the networks' labels: the same for every split of a vocabulary."""
+    return tuple(sorted((*split.seen, *split.unseen)))
+
+
 def scenes(lab: Lab, world: str, plan: Plan, count: int) -> tuple[Scenes, Callable[[], Scenes]]:
     """Rendered scenes to test on, half of them of two objects; and what draws as many to train on as are generated."""
     split = next(iter(plan.splits.values()))
-    names, size = sorted((*split.seen, *split.unseen)), lab.base.image_size[0]
+    names, size = names_of(split), lab.base.image_size[0]
     half = count / 2 if split.pairs else count
     each = lambda entries: max(1, round(half / len(entries))) if entries else 0
     test = Scenes(world, names, split.pairs, each(names), each(split.pairs), size, seed=SEED)
@@ -143,7 +150,7 @@ def scenes(lab: Lab, world: str, plan: Plan, count: int) -> tuple[Scenes, Callab
 def folders(lab: Lab, plan: Plan, kind: str) -> list[Path]:
     """Generated images of all names: of one object, of two, or both."""
     split = next(iter(plan.splits.values()))
-    names = tuple(sorted((*split.seen, *split.unseen)))
+    names = names_of(split)
     whole = Split(names, (), split.pairs)
     counts = {"one": plan.size.per_name * len(names), "two": plan.size.per_pair * len(split.pairs)}
     return [
@@ -231,14 +238,13 @@ def drawer(sets: Sequence[Labelled]) -> Callable[[int, torch.Generator], tuple[n
 def iou_by_name(segmenter: TransformersSegmenter, test: Labelled, names: Sequence[str]) -> Figures:
     """IoU of every name and of the background, per cent, pooled over the images; names in none of them are left out."""
     labels = (BACKGROUND, *names)
-    counts = np.zeros((len(labels), len(labels)), np.int64)
+    counts = torch.zeros(len(labels), len(labels), dtype=torch.long)
     for k in range(len(test)):
         image, truth = test.read(k)
         found = segmenter.class_maps(image[None])[0]
-        pairs = truth.ravel().astype(np.int64) * len(labels) + found.ravel()
-        counts += np.bincount(pairs, minlength=counts.size).reshape(counts.shape)
-    both, either = counts.diagonal(), counts.sum(0) + counts.sum(1) - counts.diagonal()
-    return {label: percent(float(both[k] / either[k])) for k, label in enumerate(labels) if counts[k].sum()}
+        counts += confusion(torch.from_numpy(found), torch.from_numpy(truth).long(), len(labels))
+    pairs = zip(labels, counts.sum(1).tolist(), confusion_iou(counts).tolist(), strict=True)
+    return {label: percent(iou) for label, pixels, iou in pairs if pixels}
 
 
 def grouped(iou: Mapping[str, float], split: Split) -> Figures:
@@ -259,8 +265,7 @@ def run_protocol2(lab: Lab, study: Study) -> Figures:
     on where it was stopped.
     """
     plan, network, side = study.plan, study.network, max(lab.base.image_size)
-    whole = next(iter(plan.splits.values()))
-    names = tuple(sorted((*whole.seen, *whole.unseen)))
+    names = names_of(next(iter(plan.splits.values())))
     test = Known(study.test, names, limit=plan.limit)
 
     def iou(what: Any, sets: Callable[[], Sequence[Labelled]]) -> Figures:
@@ -275,6 +280,7 @@ def run_protocol2(lab: Lab, study: Study) -> Figures:
 
         return lab.measured({**config, "tested_on": [study.test.about, len(test)]}, run)
 
+    @cache  # of all splits the same, and scenes take their time to draw
     def on_exact() -> Figures:
         exact = study.exact()
         return iou(exact.about, lambda: [Known(exact, names, lab.base.image_size)])
@@ -308,7 +314,7 @@ def described(lab: Lab, study: Study, tested_on: int) -> str:
     """What was run, in words."""
     plan, network = study.plan, study.network
     whole = next(iter(plan.splits.values()))
-    singles, doubles = plan.size.per_name * len((*whole.seen, *whole.unseen)), plan.size.per_pair * len(whole.pairs)
+    singles, doubles = plan.size.per_name * len(names_of(whole)), plan.size.per_pair * len(whole.pairs)
     what = Path(network.source).name if network.source else "a small UPerNet from scratch"
     options = lab.options
     return (
