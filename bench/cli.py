@@ -206,7 +206,7 @@ def run_quality(args: argparse.Namespace) -> None:
     import torch
 
     from grounded_diffusion.bench.quality import DEFAULT, make_setting, measure_quality, parse_setting, quality_table
-    from grounded_diffusion.training.emoji.oracle import load_oracle
+    from grounded_diffusion.training.scratch.oracle import load_oracle
 
     torch.set_num_threads(args.threads)
     settings = [parse_setting(text) for text in args.setting]

@@ -1,6 +1,6 @@
 """What settings cost and what they give: images a second beside what an oracle says of the images and masks.
 
-The oracle is a segmenter of the model's world (training/emoji/oracle.py). Of every image it is asked whether the
+The oracle is a segmenter of the model's world (training/scratch/oracle.py). Of every image it is asked whether the
 prompted objects are there, and where; the head's masks are compared with its own. All settings start from the same
 noise and take turns batch by batch, so that both prices and qualities are compared pair by pair. The first setting is
 what the others are compared with.
@@ -25,9 +25,9 @@ from grounded_diffusion.bench.work import EVERY_STEP, Output, PeerForm, System, 
 from grounded_diffusion.engine import GroundedPipeline, Options, Prompt
 from grounded_diffusion.engine.sampling.noise import batch_normal
 from grounded_diffusion.errors import UsageError
-from grounded_diffusion.training.emoji.evaluate import found, pooled_iou
-from grounded_diffusion.training.emoji.head import object_masks
-from grounded_diffusion.training.emoji.oracle import Segmenter
+from grounded_diffusion.training.scratch.evaluate import found, pooled_iou
+from grounded_diffusion.training.scratch.head import object_masks
+from grounded_diffusion.training.scratch.oracle import Segmenter
 
 SEED = 41
 SYSTEMS, PRECISIONS, MODELS = ("engine", "eager", "compile"), ("fp32", "bf16", "int8"), ("given", "student")

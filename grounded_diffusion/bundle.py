@@ -20,7 +20,7 @@ from grounded_diffusion.reading import Count, Misfit, Number, as_type, load_json
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
-SHIPPED = "emoji-64"  # the model that comes with the package, a folder of models/
+SHIPPED = "things-64"  # the model that comes with the package, a folder of models/
 EXPORTER = "grounded_diffusion.export"  # makes bundles: `python -m`, in a process of its own, since it needs torch
 
 TEXT_ENCODER = "text_encoder.onnx"

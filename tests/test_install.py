@@ -48,10 +48,9 @@ def test_commands_explain_themselves(command, tmp_path):
 @pytest.mark.parametrize(
     "file",
     [
-        "models/emoji-64/model_index.json",
-        "models/emoji-64.toml",
+        "models/things-64/model_index.json",
+        "models/things-64.toml",
         "engine/dataset/preview.html",
-        "training/emoji/glyphs.png",
         "training/things/bank/index.json",
         "training/things/meanings.npz",
     ],

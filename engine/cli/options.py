@@ -33,7 +33,7 @@ def add_format_options(parser: argparse.ArgumentParser, *, band: bool) -> None:
     group.add_argument(
         "--names", metavar="NAMES",
         help="class names and ids: a file with a name a line, ids by order; or voc, coco (ids up to 90 as COCO has "
-        "them), emoji-64 (default: sorted names)",
+        "them), things-64 (default: sorted names)",
     )  # fmt: skip
     image = group.add_mutually_exclusive_group()
     image.add_argument(

@@ -56,7 +56,7 @@ def build_parser() -> common.Parser:
     )
     add_completion_option(parser)
     words = parser.add_mutually_exclusive_group(required=True)
-    words.add_argument("--vocabulary", metavar="NAME", help="voc, coco, or emoji-64 (the names of the shipped model)")
+    words.add_argument("--vocabulary", metavar="NAME", help="voc, coco, or things-64 (the names of the shipped model)")
     words.add_argument("--names", metavar="NAMES", help="your own names, in a file; or as --vocabulary")
     parser.add_argument("--pairs", type=local_path, metavar="FILE", help="your own pairs (default: the vocabulary's)")
     parser.add_argument("--per-name", type=int, default=500, metavar="N", help="images of each name (default: 500)")

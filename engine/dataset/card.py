@@ -17,7 +17,7 @@ from grounded_diffusion.engine.dataset.shards import Recording, Rows, finished_s
 from grounded_diffusion.engine.dataset.sheet import choose, draw_sheet
 from grounded_diffusion.engine.dataset.storage.base import FINISHED, Storage
 from grounded_diffusion.engine.dataset.storage.open import open_storage
-from grounded_diffusion.engine.prompts.vocabulary import EMOJI_NAMES
+from grounded_diffusion.engine.prompts.vocabulary import THINGS_NAMES
 from grounded_diffusion.errors import UsageError
 
 CARD, SHEET = "README.md", "card.png"
@@ -233,11 +233,11 @@ def licence_notes(digest: str | None, bundle: Path | None) -> str:
         manifest = read_manifest(file.parent)
         names = {name for some in manifest.names.values() for name in some}
         text += f"\nThe model is of the family {manifest.family}, in {manifest.precision}.\n"
-        if names and names <= set(EMOJI_NAMES):
+        if names and names <= set(THINGS_NAMES):
             text += (
                 f"\nIt is `{SHIPPED}`, which comes with {SIGN} (Apache-2.0), or was trained like it: on pictures "
-                "composed of glyphs of Noto Color Emoji, copyright Google, under the SIL Open Font License 1.1 "
-                "(https://openfontlicense.org).\n"
+                "composed of 3D models and photographs under Creative Commons licences, CC-BY-SA-4.0 and 3.0 among "
+                "them; who made them is listed in the folder training/things/bank of that package.\n"
             )
         break
     return text

@@ -10,8 +10,8 @@ Sources:
     COCO: names, ids and supercategories of COCO's 80 classes, whose ids run to 90 (cocodataset.org, the `categories` of
         instances_val2017.json). The pairs are NOT counted from COCO's annotations either: people with everything, and
         every two names whose supercategories stand in COCO_SCENES.
-    EMOJI_NAMES: the world that the shipped model was trained on, in the order of training/emoji/world.py. That
-        world draws any two names together, so all pairs count.
+    THINGS_NAMES: what the shipped model draws, in the order of models/things-64.toml. Its training scenes have any two
+        names together, so all pairs count.
 """
 
 from __future__ import annotations
@@ -54,7 +54,12 @@ _VOC_PARTNERS = {
 }
 VOC_PAIRS = tuple((first, second) for first, rest in _VOC_PARTNERS.items() for second in rest.split(", "))
 
-EMOJI_NAMES = (*VOC_NAMES, "unicorn", "dragon", "dinosaur", "rocket", "shark", "whale", "turtle", "tree")
+THINGS_NAMES = (
+    *VOC_NAMES, "elephant", "zebra", "teddy bear", "fire hydrant", "truck", "bench", "bear", "giraffe", "umbrella",
+    "suitcase", "sports ball", "cup", "cake", "bed", "toilet", "laptop", "vase", "lion", "tiger", "fox", "deer",
+    "camel", "rhinoceros", "crocodile", "rabbit", "pig", "whale", "shark", "palm tree", "cactus", "snowman", "piano",
+    "guitar", "lamp", "mailbox", "teapot", "barrel", "traffic cone", "tent", "helmet",
+)  # fmt: skip
 
 # supercategory -> its classes by id
 _COCO = {
@@ -127,7 +132,7 @@ class Vocabulary:
 BUILT_IN = {
     "voc": (VOC_NAMES, VOC_PAIRS),
     "coco": (COCO_NAMES, COCO_PAIRS),
-    "emoji-64": (EMOJI_NAMES, tuple(combinations(EMOJI_NAMES, 2))),
+    "things-64": (THINGS_NAMES, tuple(combinations(THINGS_NAMES, 2))),
 }
 
 

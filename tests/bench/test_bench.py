@@ -149,7 +149,7 @@ def test_a_peer_that_makes_other_images_stops_the_bench():
 def test_quality(model, tmp_path, capsys):
     import torch
 
-    from grounded_diffusion.training.emoji.oracle import Segmenter
+    from grounded_diffusion.training.scratch.oracle import Segmenter
 
     torch.manual_seed(0)
     oracle = Segmenter(["dog", "cat", "unicorn"])
@@ -190,7 +190,7 @@ def test_quality(model, tmp_path, capsys):
 def test_settings_that_cannot_be_run(model, tmp_path, capsys, setting, message):
     import torch
 
-    from grounded_diffusion.training.emoji.oracle import Segmenter
+    from grounded_diffusion.training.scratch.oracle import Segmenter
 
     oracle = Segmenter(["dog"])
     torch.save(dict(names=oracle.names, weights=oracle.state_dict()), tmp_path / "oracle.pt")

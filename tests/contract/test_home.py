@@ -76,7 +76,7 @@ def test_without_a_home_commands_work(tiny_bundle, tmp_path, home):
     out, prompts, coco = (tmp_path / name for name in ("out", "prompts.jsonl", "coco"))
     options = ["--model", tiny_bundle, "--steps", "1", "--threads", "1", "--out", out]
     for command, arguments in (
-        ("gd-prompts", ["--vocabulary", "emoji-64", "--per-name", "1", "--per-pair", "0", "--out", prompts]),
+        ("gd-prompts", ["--vocabulary", "things-64", "--per-name", "1", "--per-pair", "0", "--out", prompts]),
         ("gd-infer", [*options, "--prompts", prompts, "--format", "folder"]),
         ("gd-dataset", ["verify", out]),
         ("gd-dataset", ["convert", out, "--format", "coco", "--out", coco]),

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from grounded_diffusion.families import FAMILIES
-from grounded_diffusion.training.emoji.base import train_tokenizer
 from grounded_diffusion.training.generator.single_file import make_scheduler, pad_token
+from grounded_diffusion.training.scratch.unet import train_tokenizer
 from helpers.original_layout import original
 from helpers.tiny import TINY_CORPUS
 

@@ -37,8 +37,8 @@ batch = 4
 [stages.unet]
 steps = 2
 """
-FIGURES = {"emoji.split1.oracle.one_seen": 80.5, "emoji.oracle.one_seen": 80.5, "about.emoji": "28 names",
-           "emoji.split1.oracle.name.dog": 81, "about.emoji.unseen": "dog", "about.emoji.page.exact": "a.webp",
+FIGURES = {"things.split1.oracle.one_seen": 80.5, "things.oracle.one_seen": 80.5, "about.things": "28 names",
+           "things.split1.oracle.name.dog": 81, "about.things.unseen": "dog", "about.things.page.exact": "a.webp",
            "ablation.timestep.t1.oracle.one_seen": 70, "ablation.timestep.t401.oracle.one_seen": 60.25,
            "pascal.oracle.one_seen": 91.0}  # fmt: skip
 SETTINGS = '[{"steps": 2}, {"steps": 4, "sampler": "ddim"}]'
@@ -127,10 +127,10 @@ def write_bundle(folder):
     folder.mkdir()
     for name in GRAPHS:
         (folder / name).write_bytes(b"graph")
-    tokenizer = json.loads((CHECKOUT / "models/emoji-64/tokenizer/tokenizer.json").read_text())
+    tokenizer = json.loads((CHECKOUT / "models/things-64/tokenizer/tokenizer.json").read_text())
     (folder / TOKENIZER).write_text(json.dumps(tokenizer))
     ids = tokenizer["model"]["vocab"]
-    scheduler = json.loads((CHECKOUT / "models/emoji-64/scheduler/scheduler_config.json").read_text())
+    scheduler = json.loads((CHECKOUT / "models/things-64/scheduler/scheduler_config.json").read_text())
     write_manifest(folder, Manifest(
         family="stable-diffusion", image_size=(16, 16), vae_scale_factor=4, latent_channels=4, size_multiple=16,
         context_length=77, context_dim=8, pad_token_id=ids["<|endoftext|>"], bos_token_id=ids["<|startoftext|>"],
@@ -207,16 +207,6 @@ def evaluate(words):
 
 def load_torch():
     """Load all that training, export and bench load."""
-    import grounded_diffusion.bench.quality
-    import grounded_diffusion.export.bundle
-    import grounded_diffusion.export.verify
-    import grounded_diffusion.training.distill.student
-    import grounded_diffusion.training.emoji.evaluate
-    import grounded_diffusion.training.evaluation.ablations
-    import grounded_diffusion.training.evaluation.protocol2
-    import grounded_diffusion.training.evaluation.report.page
-    import grounded_diffusion.training.grounding.head
-    import grounded_diffusion.training.grounding.real  # noqa: F401
 
 
 @contextlib.contextmanager

@@ -13,8 +13,8 @@ def tiny_model():
     from transformers import CLIPTextConfig, CLIPTextModel
 
     from grounded_diffusion.training.checkpoint import Checkpoint
-    from grounded_diffusion.training.emoji.base import train_tokenizer
     from grounded_diffusion.training.head.head import GroundingHead, HeadConfig
+    from grounded_diffusion.training.scratch.unet import train_tokenizer
 
     torch.manual_seed(0)
     tokenizer = train_tokenizer([TINY_CORPUS] * 10, 658)

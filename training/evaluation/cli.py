@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from grounded_diffusion.bundle import SHIPPED
 from grounded_diffusion.engine.backends.open import BACKENDS, DEFAULT_BACKEND
 from grounded_diffusion.engine.checks import check_int, usable_cores
 from grounded_diffusion.engine.cli.common import Parser, run_command
@@ -22,12 +23,12 @@ from grounded_diffusion.training.evaluation.paper import ABLATIONS, METHODS, MET
 from grounded_diffusion.training.grounding.config import PRESETS, build
 from grounded_diffusion.training.grounding.splits import UNSEEN, Split, built_in_split, split_of
 
-TITLES = {"voc": "pascal", "coco": "coco", "emoji-64": "emoji"}
+TITLES = {"voc": "pascal", "coco": "coco", SHIPPED: "things"}
 EXAMPLES = """\
 examples:
-  gd-eval protocol1 --detector judge/ --rendered emoji --out runs/protocol1
-  gd-eval ablation zero-masks --detector judge/ --vocabulary emoji-64 --preset quick --out runs/protocol1
-  gd-eval protocol2 --detector judge/ --rendered emoji --per-name 100 --network-iterations 1500 --network-batch 32 \\
+  gd-eval protocol1 --detector judge/ --rendered --out runs/protocol1
+  gd-eval ablation zero-masks --detector judge/ --vocabulary things-64 --preset quick --out runs/protocol1
+  gd-eval protocol2 --detector judge/ --rendered --per-name 100 --network-iterations 1500 --network-batch 32 \\
       --out runs/protocol2
   gd-eval report runs/protocol1 runs/protocol2
   gd-eval protocol1 --base sd15/ --detector facebook/mask2former-swin-large-coco-instance --second mask-rcnn \\
@@ -154,7 +155,7 @@ def add_names(parser: argparse.ArgumentParser) -> None:
     )
     exact = parser.add_argument_group("the exact track: images whose masks are known")
     source = exact.add_mutually_exclusive_group()
-    source.add_argument("--rendered", choices=("emoji", "things"), help="scenes of a world of our own")
+    source.add_argument("--rendered", action="store_true", help="scenes as the shipped model was trained on")
     source.add_argument("--voc", type=local_path, metavar="DIR", help="VOCdevkit/VOC2012, or a folder of its form")
     source.add_argument("--coco", type=local_path, metavar="FILE", help="instances of COCO's form")
     exact.add_argument("--images", type=local_path, metavar="DIR", help="with --coco: the folder of its images")
@@ -238,7 +239,7 @@ def plan_of(args: argparse.Namespace, lab, trained):
     elif args.coco:
         annotations = lambda: CocoFile.open(args.coco, args.images)
     elif args.rendered:
-        annotations = lambda: rendered(lab, args.rendered, next(iter(splits.values())), size)
+        annotations = lambda: rendered(lab, next(iter(splits.values())), size)
     return Plan(
         title, splits, size, build(args.preset, args.config, given), args.examples, trained=trained,
         annotations=annotations, limit=args.limit,
@@ -278,7 +279,7 @@ def protocol2(args: argparse.Namespace, say: Say) -> None:
         if args.train_coco and args.train_images:
             exact = lambda: CocoFile.open(args.train_coco, args.train_images)
     elif args.rendered:
-        test, exact = scenes(lab, args.rendered, plan, args.test_images)
+        test, exact = scenes(lab, plan, args.test_images)
     else:
         raise UsageError("networks are tested on images with known masks; give --rendered, --voc or --coco")
     pairs = next(iter(plan.splits.values())).pairs
@@ -303,7 +304,7 @@ def setting_of(args: argparse.Namespace, lab, splits: dict[str, Split]):
     elif args.coco and args.ablation == "real":
         raise UsageError("this ablation trains on annotated images; give --train-coco and --train-images too")
     elif args.rendered:
-        training = lambda: scenes_to_train_on(lab, args.rendered, split, args.real_images)
+        training = lambda: scenes_to_train_on(lab, split, args.real_images)
     return Setting(split, **given, training=training, training_limit=None if args.rendered else args.real_images)
 
 

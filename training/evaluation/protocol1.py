@@ -101,17 +101,17 @@ def make_exact_images(lab: Lab, annotations: Annotations, names: Sequence[str], 
     return exact_images(folder, names)
 
 
-def rendered(lab: Lab, world: str, split: Split, size: TestSize) -> Scenes:
-    """Scenes of a world of our own, as many as there are generated images."""
+def rendered(lab: Lab, split: Split, size: TestSize) -> Scenes:
+    """Rendered scenes, as many as there are generated images."""
     names = (*split.seen, *split.unseen)
-    return Scenes(world, names, split.pairs, size.per_name, size.per_pair, lab.base.image_size[0], seed=SEED)
+    return Scenes(names, split.pairs, size.per_name, size.per_pair, lab.base.image_size[0], seed=SEED)
 
 
-def scenes_to_train_on(lab: Lab, world: str, split: Split, count: int) -> Scenes:
+def scenes_to_train_on(lab: Lab, split: Split, count: int) -> Scenes:
     """About so many scenes of seen names, half of them of two, in the place of an annotated data set."""
     per_pair = -(-count // (2 * len(split.seen_pairs))) if split.seen_pairs else 0
     per_name = -(-max(1, count - per_pair * len(split.seen_pairs)) // len(split.seen))
-    return Scenes(world, split.seen, split.seen_pairs, per_name, per_pair, lab.base.image_size[0], seed=1)
+    return Scenes(split.seen, split.seen_pairs, per_name, per_pair, lab.base.image_size[0], seed=1)
 
 
 def measure(method: Method, images: TestImages, split: Split, absent: Sequence[str] = ()) -> Measured:

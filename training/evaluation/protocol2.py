@@ -137,14 +137,14 @@ def names_of(split: Split) -> tuple[str, ...]:
     return tuple(sorted((*split.seen, *split.unseen)))
 
 
-def scenes(lab: Lab, world: str, plan: Plan, count: int) -> tuple[Scenes, Callable[[], Scenes]]:
+def scenes(lab: Lab, plan: Plan, count: int) -> tuple[Scenes, Callable[[], Scenes]]:
     """Rendered scenes to test on, half of them of two objects; and what draws as many to train on as are generated."""
     split = next(iter(plan.splits.values()))
     names, size = names_of(split), lab.base.image_size[0]
     half = count / 2 if split.pairs else count
     each = lambda entries: max(1, round(half / len(entries))) if entries else 0
-    test = Scenes(world, names, split.pairs, each(names), each(split.pairs), size, seed=SEED)
-    return test, lambda: Scenes(world, names, split.pairs, plan.size.per_name, plan.size.per_pair, size, seed=SEED + 1)
+    test = Scenes(names, split.pairs, each(names), each(split.pairs), size, seed=SEED)
+    return test, lambda: Scenes(names, split.pairs, plan.size.per_name, plan.size.per_pair, size, seed=SEED + 1)
 
 
 def folders(lab: Lab, plan: Plan, kind: str) -> list[Path]:

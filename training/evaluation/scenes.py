@@ -1,4 +1,4 @@
-"""Rendered scenes of a world of our own as annotated images, for the exact track: so many of each name and pair."""
+"""Rendered scenes as annotated images, for the exact track: so many of each name and pair."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 
 from grounded_diffusion.errors import UsageError
 from grounded_diffusion.training.images import to_uint8
-from grounded_diffusion.training.worlds import kind_named, open_world
+from grounded_diffusion.training.things.world import NAMES, World, WorldConfig
 
 BATCH = 128
 PATIENCE = 40  # times as many scenes as are wanted are drawn in search of them, at least
@@ -22,7 +22,6 @@ class Scenes:
     """See grounding.annotations.Annotations.
 
     Args:
-        world: "emoji" or "things".
         names: what is drawn.
         pairs: which are drawn together.
         per_name, per_pair: scenes of each.
@@ -30,21 +29,20 @@ class Scenes:
         seed: of the scenes.
 
     Raises:
-        UsageError: the world lacks a name, or there is no such world.
+        UsageError: the world lacks a name.
     """
 
     def __init__(
-        self, world: str, names: Sequence[str], pairs: Sequence[tuple[str, str]], per_name: int, per_pair: int,
+        self, names: Sequence[str], pairs: Sequence[tuple[str, str]], per_name: int, per_pair: int,
         size: int, seed: int = 0,
     ):  # fmt: skip
-        kind = kind_named(world)
-        if missing := [name for name in names if name not in kind.names]:
-            raise UsageError(f"the world {world} cannot draw {', '.join(missing)}; it draws {', '.join(kind.names)}")
+        if missing := [name for name in names if name not in NAMES]:
+            raise UsageError(f"no scene shows {', '.join(missing)}; what can be drawn: {', '.join(NAMES)}")
         self.labels = dict(enumerate(names))
         about = dict(names=list(names), per_name=per_name, per_pair=per_pair, size=size, seed=seed)
-        self.about: dict[str, Any] = {"annotations": f"rendered {world}", **about}
+        self.about: dict[str, Any] = {"annotations": "rendered scenes", **about}
         wanted = {(name,): per_name for name in names} | {tuple(sorted(pair)): per_pair for pair in pairs}
-        self._scenes = draw(open_world(kind.config(size=size), list(names)), wanted, seed)
+        self._scenes = draw(World(WorldConfig(size=size), list(names)), wanted, seed)
 
     def __len__(self) -> int:
         return len(self._scenes)

@@ -61,7 +61,7 @@ class Plan:
     """What is compared, and on what.
 
     Attributes:
-        name: of the vocabulary, for the figures: pascal, coco, emoji, ...
+        name: of the vocabulary, for the figures: pascal, coco, things, ...
         splits: by name; the first decides the vocabulary.
         methods: of METHODS.
         size: of the test images.

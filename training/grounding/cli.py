@@ -50,7 +50,7 @@ def add_names(parser: argparse.ArgumentParser) -> None:
     """Which names, and which of them are kept from the head."""
     group = parser.add_argument_group("names")
     words = group.add_mutually_exclusive_group(required=True)
-    words.add_argument("--vocabulary", metavar="NAME", help="voc, coco, or emoji-64 (the names of the shipped model)")
+    words.add_argument("--vocabulary", metavar="NAME", help="voc, coco, or things-64 (the names of the shipped model)")
     words.add_argument("--names", type=place, metavar="FILE", help="your own names, one a line")
     unseen = group.add_mutually_exclusive_group()
     unseen.add_argument(

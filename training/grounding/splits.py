@@ -24,9 +24,8 @@ _VOC = (
     "bus, cat, chair, cow, dining table",
 )
 UNSEEN = {  # vocabulary -> the unseen names of each split
-    "voc": tuple(tuple(names.split(", ")) for names in _VOC),
-    "coco": tuple(tuple(names.split(", ")) for names in _COCO),
-    "emoji-64": (("tv monitor", "car", "dog", "sofa", "train", "unicorn"),),  # VOC's first, and one of our own
+    vocabulary: tuple(tuple(names.split(", ")) for names in splits)
+    for vocabulary, splits in {"voc": _VOC, "coco": _COCO, "things-64": _VOC}.items()
 }
 LEFT_OUT = {"coco": ("mouse",)}
 

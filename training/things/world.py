@@ -14,7 +14,6 @@ import torch
 from torch.nn import functional as F
 
 from grounded_diffusion.errors import UsageError
-from grounded_diffusion.training.emoji.world import Scene
 from grounded_diffusion.training.things.bank import load_backgrounds, load_sprites, read_index
 
 NAMES: dict[str, str] = {name: entry["kind"] for name, entry in read_index()["names"].items()}  # name -> hypernym
@@ -23,18 +22,19 @@ SURFACES: tuple[str, ...] = tuple(read_index()["surfaces"])
 GROUNDS = tuple(s for s in SURFACES if s not in ("water", "sky"))
 # Split 1 of the paper's Table 4.
 UNSEEN: tuple[str, ...] = ("tv monitor", "car", "dog", "sofa", "train")
+WORDS: tuple[str, ...] = (*NAMES, *SURFACES, *NAMES.values())  # of the captions, beside those of their templates
 
 SHADOW = 0.5  # how much light the contact shadow takes
 SQUEEZE = 4.0  # height of a thing over that of its shadow
 
 
 @dataclass(frozen=True, slots=True)
-class ThingsConfig:
+class WorldConfig:
     """How the world is drawn. Lengths are fractions of the image's side.
 
     Attributes:
         size: side of the square image in pixels.
-        models: how many models of a name appear; 0 for all.
+        models: how many models of a name appear; 0 for all. Every sprite is one more thing for a base model to learn.
         views: how many views of a model appear; 0 for all.
         single: smallest and largest extent of the object in one-object images.
         pair: the same for the two objects of two-object images.
@@ -45,8 +45,8 @@ class ThingsConfig:
     """
 
     size: int = 64
-    models: int = 0
-    views: int = 0
+    models: int = 1
+    views: int = 1
     single: tuple[float, float] = (0.6, 0.9)
     pair: tuple[float, float] = (0.44, 0.54)
     pair_share: float = 0.3
@@ -69,7 +69,24 @@ class ThingsConfig:
             raise UsageError("world.models and world.views are counts; 0 takes all there are")
 
 
-class ThingsWorld:
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """A batch of rendered images.
+
+    Attributes:
+        images: [B,3,S,S] float32 in [-1, 1].
+        labels: [B,S,S] uint8; 0 background, k the k-th object of the caption.
+        objects: [B,2] int64 indices into the world's names, -1 where there is no second object.
+        captions: B strings.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    objects: torch.Tensor
+    captions: list[str]
+
+
+class World:
     """Draws captioned scenes. All randomness comes from the generator that is passed in.
 
     Args:
@@ -80,7 +97,7 @@ class ThingsWorld:
     """
 
     def __init__(
-        self, config: ThingsConfig, names: list[str] | None = None, device: str = "cpu", held_out: bool = False
+        self, config: WorldConfig, names: list[str] | None = None, device: str = "cpu", held_out: bool = False
     ):
         self.config, self.names = config, list(names or NAMES)
         if unknown := [name for name in self.names if name not in NAMES]:

@@ -21,7 +21,7 @@ class FormatOptions:
     """Options of a format. A format that cannot have one of them refuses it.
 
     Attributes:
-        names: class names, with ids from 1 in their order; or a file of them, or "voc", "coco" or "emoji-64". None
+        names: class names, with ids from 1 in their order; or a file of them, or "voc", "coco" or "things-64". None
             takes the names of the objects, sorted.
         jpeg_quality: 1 to 100; None takes 95, and PNG where the data set is read again by us (see WITHOUT_CLASSES).
         png: images without loss; not together with jpeg_quality.

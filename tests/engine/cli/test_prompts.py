@@ -1,11 +1,14 @@
 """gd-prompts: the paper's counts, own lists, templates, determinism, refusals."""
 
 import json
+import tomllib
 from collections import Counter
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 
+from grounded_diffusion.bundle import SHIPPED
 from grounded_diffusion.engine.cli.prompts import main
 from grounded_diffusion.engine.pipeline.job import list_jobs
 from grounded_diffusion.engine.prompts.file import read_prompts
@@ -15,7 +18,7 @@ from grounded_diffusion.engine.prompts.vocabulary import (
     COCO_IDS,
     COCO_NAMES,
     COCO_PAIRS,
-    EMOJI_NAMES,
+    THINGS_NAMES,
     VOC_NAMES,
     VOC_PAIRS,
     built_in,
@@ -79,10 +82,9 @@ def test_cocos_names_and_ids(tmp_path, capsys):
 
 
 def test_the_shipped_worlds_names():
-    from grounded_diffusion.training.emoji.world import NAMES
-
-    assert tuple(NAMES) == EMOJI_NAMES
-    assert len(built_in("emoji-64").pairs) == 28 * 27 // 2
+    config = tomllib.loads((Path(__file__).parents[3] / "models" / f"{SHIPPED}.toml").read_text())
+    assert tuple(config["names"]) == THINGS_NAMES
+    assert len(built_in("things-64").pairs) == 60 * 59 // 2
 
 
 def test_shuffled_prompts_are_the_same_images_in_another_order(tmp_path):

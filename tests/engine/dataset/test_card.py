@@ -18,7 +18,7 @@ from grounded_diffusion.engine.dataset.card import Contents, Counts, classes_tab
 from grounded_diffusion.engine.dataset.formats.tables import yaml_string
 from grounded_diffusion.engine.dataset.shards import Recording, note_files
 from grounded_diffusion.engine.dataset.storage.open import open_storage
-from grounded_diffusion.engine.prompts.vocabulary import EMOJI_NAMES
+from grounded_diffusion.engine.prompts.vocabulary import THINGS_NAMES
 
 SETTINGS = {"sampler": "ddim", "steps": 25, "guidance_scale": 7.5, "seed": 0, "samples": 12, "min_area": None,
             "prompts": "b" * 64, "require_masks": False}  # fmt: skip
@@ -35,7 +35,7 @@ def bundle(tmp_path, monkeypatch):
         "family": "stable-diffusion", "image_size": [64, 64], "vae_scale_factor": 4, "latent_channels": 4,
         "size_multiple": 16, "context_length": 77, "context_dim": 8, "pad_token_id": 0, "bos_token_id": 1,
         "eos_token_id": 2, "scheduler": {}, "capture_timestep": 1, "query_template": "a {}", "head": {},
-        "precision": "fp32", "names": {"seen": list(EMOJI_NAMES[:20]), "unseen": list(EMOJI_NAMES[20:])}, "schema": 1,
+        "precision": "fp32", "names": {"seen": list(THINGS_NAMES[:20]), "unseen": list(THINGS_NAMES[20:])}, "schema": 1,
     }  # fmt: skip
     (folder / MANIFEST).write_text(json.dumps(manifest))
     return folder
@@ -70,7 +70,7 @@ def test_card(run, bundle, blobs, capsys):
     assert f"| tv monitor | 9 | {tvs.count(0)} |" in card.text
     for told in (sha256(bundle / MANIFEST), "| sampler | ddim |", "| steps | 25 |", "| seed | 0 |"):
         assert told in card.text
-    for told in ("9 of 12 accepted (NaN: 1; no mask: 2)", "SIL Open Font License", "FolderDataset", "](card.png)"):
+    for told in ("9 of 12 accepted (NaN: 1; no mask: 2)", "training/things/bank", "FolderDataset", "](card.png)"):
         assert told in card.text
     assert "min area" not in card.text
     assert "require masks" not in card.text
@@ -88,10 +88,10 @@ def test_a_summary_that_gives_no_reasons(run, bundle):
 
 def test_the_shipped_model_is_found_in_the_cache(run, bundle, tmp_path):
     assert main(["card", str(run)]) == 0
-    assert "SIL Open Font" not in (run / "README.md").read_text()
-    shutil.copytree(bundle, tmp_path / "cache/grounded-diffusion/emoji-64-0123")
+    assert "training/things/bank" not in (run / "README.md").read_text()
+    shutil.copytree(bundle, tmp_path / "cache/grounded-diffusion/things-64-0123")
     assert main(["card", str(run)]) == 0
-    assert "SIL Open Font" in (run / "README.md").read_text()
+    assert "training/things/bank" in (run / "README.md").read_text()
 
 
 def test_sheet(run, blobs):

@@ -32,7 +32,7 @@ def out(tmp_path_factory):
 
 @pytest.mark.parametrize("name", LABELS)
 def test_every_head_is_measured_in_every_group(small, out, name, capsys):
-    options = ["ablation", name, *small, "--out", out, "--timesteps", 1, 401, "--counts", 1, 3, "--rendered", "emoji"]
+    options = ["ablation", name, *small, "--out", out, "--timesteps", 1, 401, "--counts", 1, 3, "--rendered"]
     options += ["--real-images", 12]
     assert gd_eval(*options) == 0
     found = json.loads((out / "figures.json").read_text())

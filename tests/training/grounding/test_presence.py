@@ -47,7 +47,7 @@ def test_every_image_gives_its_names_and_others(model, found):
     assert (~present).sum() == sum(min(NEGATIVES, 3 - len(example.names)) for example in found)
     assert torch.isfinite(evidence).all()
     with pytest.raises(UsageError, match="there are none"):
-        gather(model, head, presence, found, ["unicorn"])
+        gather(model, head, presence, found, ["deer"])
 
 
 def test_fitting_changes_neither_head_nor_model(model, found):

@@ -1,16 +1,23 @@
-"""Training on the things world, and going on from the weights of a checkpoint."""
+"""Going on from the weights of a checkpoint, and words that begin from what they mean."""
+
+import json
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from grounded_diffusion.errors import UsageError
 from grounded_diffusion.training import cli
-from grounded_diffusion.training.emoji.base import build_text_encoder, build_tokenizer, knows_whole, place_by_meaning
-from grounded_diffusion.training.emoji.config import TrainConfig, load_config
+from grounded_diffusion.training.scratch.config import TrainConfig, load_config
+from grounded_diffusion.training.scratch.unet import (
+    build_text_encoder,
+    build_tokenizer,
+    knows_whole,
+    place_by_meaning,
+    train_tokenizer,
+)
 from grounded_diffusion.training.things.meanings import read_meanings
-from grounded_diffusion.training.worlds import KINDS, open_world
+from grounded_diffusion.training.things.world import NAMES, World
 
 TINY = """
 latents = 16
@@ -27,8 +34,12 @@ norm_num_groups = 8
 attention_head_dim = 2
 [world]
 size = 32
+[stages.unet]
+steps = 1
+batch = 2
+lr = 0
+muon_lr = 0
 """
-STILL = "[stages.unet]\nsteps = 1\nbatch = 2\nlr = 0\nmuon_lr = 0\n"  # a step that changes nothing
 
 
 def train(folder, text):
@@ -48,24 +59,26 @@ def same(a, b):
 
 
 def test_training_goes_on_from_a_checkpoint(tmp_path):
-    """A UNet changes worlds; a text encoder stays with its tokenizer."""
-    emoji = train(tmp_path / "emoji", TINY + STILL + "[stages.vae]\nsteps = 1\nbatch = 2\n")
-    start = f'[init]\nvae = "{emoji}"\nunet = "{emoji}"\n'
-    things = train(tmp_path / "things", TINY + 'kind = "things"\n' + STILL + start)
-    assert same(weights(AutoencoderKL, emoji, "vae"), weights(AutoencoderKL, things, "vae"))
-    assert same(weights(UNet2DConditionModel, emoji, "unet"), weights(UNet2DConditionModel, things, "unet"))
-    tokenizer = CLIPTokenizer.from_pretrained(things, subfolder="tokenizer")
-    assert knows_whole(tokenizer, KINDS["things"].words)
-    assert not knows_whole(CLIPTokenizer.from_pretrained(emoji, subfolder="tokenizer"), KINDS["things"].words)
+    first = train(tmp_path / "first", TINY + "[stages.vae]\nsteps = 1\nbatch = 2\n")
+    start = TINY + f'[init]\nvae = "{first}"\nunet = "{first}"\n'
+    again = train(tmp_path / "again", start)
+    for kind, part in ((AutoencoderKL, "vae"), (UNet2DConditionModel, "unet"), (CLIPTextModel, "text_encoder")):
+        assert same(weights(kind, first, part), weights(kind, again, part))
+    vocabulary = lambda folder: CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer").get_vocab()
+    assert vocabulary(again) == vocabulary(first)
 
-    again = train(tmp_path / "again", TINY + 'kind = "things"\n' + STILL + start.replace(str(emoji), str(things)))
-    assert same(weights(CLIPTextModel, things, "text_encoder"), weights(CLIPTextModel, again, "text_encoder"))
-    assert CLIPTokenizer.from_pretrained(again, subfolder="tokenizer").get_vocab() == tokenizer.get_vocab()
+    # A UNet goes on under another tokenizer; a text encoder, whose tokenizer lacks words of the world, does not.
+    train_tokenizer(["a dog and a car"], 300).save_pretrained(first / "tokenizer")
+    moved = train(tmp_path / "moved", start)
+    assert same(weights(UNet2DConditionModel, first, "unet"), weights(UNet2DConditionModel, moved, "unet"))
+    assert knows_whole(CLIPTokenizer.from_pretrained(moved, subfolder="tokenizer"))
+    width = json.loads((moved / "text_encoder/config.json").read_text())["vocab_size"]
+    assert width == len(vocabulary(moved)) > 300
 
 
 def test_an_embedding_starts_from_what_its_word_means():
     torch.manual_seed(0)
-    tokenizer = build_tokenizer(KINDS["things"].words)
+    tokenizer = build_tokenizer()
     encoder = build_text_encoder(TrainConfig(), tokenizer)
     place_by_meaning(encoder, tokenizer, read_meanings())
     table = encoder.get_input_embeddings().weight.detach()
@@ -76,20 +89,10 @@ def test_an_embedding_starts_from_what_its_word_means():
     assert table.std().item() == pytest.approx(0.1, rel=0.1)
 
 
-def test_a_configuration_chooses_its_world(tmp_path):
+def test_a_configuration_describes_its_scenes(tmp_path):
     file = tmp_path / "run.toml"
-    file.write_text('[world]\nkind = "things"\nsize = 32\nviews = 1')
+    file.write_text("[world]\nsize = 32\nviews = 2")
     config = load_config(file)
-    assert config.names == KINDS["things"].names
+    assert config.names == tuple(NAMES)
     assert "train" in config.unseen
-    assert open_world(config.world, ["dog"]).render(2, torch.Generator()).images.shape == (2, 3, 32, 32)
-    for text, message in {
-        '[world]\nkind = "photographs"': "world.kind is 'photographs'; known: emoji, things",
-        '[world]\nkind = "things"\nviews = -1': "counts",
-        'names = ["unicorn"]\n[world]\nkind = "things"': "no sprite is known for unicorn",
-        '[init]\nhead = "x"': r"unknown part head in \[init\]",
-        '[init]\nunet = "nowhere"': "init.unet is nowhere, which holds no unet",
-    }.items():
-        file.write_text(text)
-        with pytest.raises(UsageError, match=message):
-            load_config(file)
+    assert World(config.world, ["dog"]).render(2, torch.Generator()).images.shape == (2, 3, 32, 32)

@@ -4,16 +4,16 @@ import pytest
 import torch
 
 from grounded_diffusion.errors import UsageError
-from grounded_diffusion.training.emoji.oracle import class_map
 from grounded_diffusion.training.loop import step_generator
+from grounded_diffusion.training.scratch.oracle import class_iou, class_map
 from grounded_diffusion.training.things.bank import load_sprites
-from grounded_diffusion.training.things.world import NAMES, SURFACES, UNSEEN, ThingsConfig, ThingsWorld
+from grounded_diffusion.training.things.world import NAMES, SURFACES, UNSEEN, World, WorldConfig
 
 FEW = ["dog", "car", "boat", "aeroplane"]
 
 
 def test_the_same_seed_draws_the_same_scene():
-    world = ThingsWorld(ThingsConfig(size=32), FEW)
+    world = World(WorldConfig(size=32), FEW)
     first, again, other = (world.render(8, step_generator(0, step)) for step in (5, 5, 6))
     assert torch.equal(first.images, again.images)
     assert torch.equal(first.labels, again.labels)
@@ -22,7 +22,7 @@ def test_the_same_seed_draws_the_same_scene():
 
 
 def test_captions_name_the_objects_that_are_drawn():
-    world = ThingsWorld(ThingsConfig(size=32, pair_share=0.5), FEW)
+    world = World(WorldConfig(size=32, pair_share=0.5), FEW)
     scene = world.render(64, step_generator(1, 0))
     for caption, (first, second), labels in zip(scene.captions, scene.objects.tolist(), scene.labels, strict=True):
         assert f"a {world.names[first]}" in caption
@@ -34,7 +34,7 @@ def test_captions_name_the_objects_that_are_drawn():
 
 def darkening(name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Share of the background's light [8,64,64] that black sprites of a name and their shadows take, and the labels."""
-    world = ThingsWorld(ThingsConfig(size=64, pair_share=0.0), [name])
+    world = World(WorldConfig(size=64, pair_share=0.0), [name])
     world.bank[:, :3] = 0
     drawn = world.render(8, step_generator(2, 0), captions=False)
     world.bank[:] = 0
@@ -60,7 +60,7 @@ def test_a_shadow_is_no_part_of_the_mask():
 
 
 def test_whales_are_in_the_water_and_dogs_are_not():
-    world = ThingsWorld(ThingsConfig(size=32, pair_share=0.0), ["whale", "dog", "aeroplane"])
+    world = World(WorldConfig(size=32, pair_share=0.0), ["whale", "dog", "aeroplane"])
     allowed = {name: {SURFACES[i] for i in world.allowed[n].nonzero()[:, 0]} for n, name in enumerate(world.names)}
     assert allowed["whale"] == {"water"}
     assert allowed["aeroplane"] == {"sky"}
@@ -72,7 +72,7 @@ def test_whales_are_in_the_water_and_dogs_are_not():
 
 
 def test_feet_are_on_the_ground_and_inside_the_image():
-    world = ThingsWorld(ThingsConfig(size=64, pair_share=0.0), ["dog", "car", "sofa"])
+    world = World(WorldConfig(size=64, pair_share=0.0), ["dog", "car", "sofa"])
     labels = world.render(64, step_generator(4, 0), captions=False).labels > 0
     lowest = 64 - labels.any(2).flip(1).float().argmax(1)
     assert lowest.min() >= 64 * 0.75
@@ -97,11 +97,17 @@ def test_a_run_may_take_the_first_models_and_views_only():
 
 
 def test_class_maps_follow_the_names():
-    world = ThingsWorld(ThingsConfig(size=32, pair_share=0.5), FEW)
+    world = World(WorldConfig(size=32, pair_share=0.5), FEW)
     scene = world.render(16, step_generator(5, 0))
     for classes, labels, row in zip(class_map(scene), scene.labels, scene.objects.tolist(), strict=True):
         for k, name in enumerate(row):
             assert name < 0 or torch.equal(classes == name + 1, labels == k + 1)
+
+
+def test_iou_of_class_maps():
+    truth, predicted = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 1, 1])
+    assert class_iou(predicted, truth, 2).tolist() == pytest.approx([1 / 2, 2 / 3])
+    assert class_iou(truth, truth, 3)[:2].eq(1).all()
 
 
 def test_unseen_names_are_names():
@@ -116,6 +122,6 @@ def test_bad_options_are_refused():
         ("views", -1): "counts",
     }.items():
         with pytest.raises(UsageError, match=message):
-            ThingsConfig(**dict([options]))
+            WorldConfig(**dict([options]))
     with pytest.raises(UsageError, match="no sprite is known for unicorn"):
-        ThingsWorld(ThingsConfig(size=32), ["unicorn"])
+        World(WorldConfig(size=32), ["unicorn"])

@@ -16,7 +16,12 @@ from grounded_diffusion.training.evaluation.paper import ABLATIONS, COLUMNS_2, P
 from grounded_diffusion.training.evaluation.report.charts import bars, curves
 from grounded_diffusion.training.evaluation.tally import GROUPS
 
-TITLES = {"pascal": "PASCAL's names", "coco": "COCO's names", "emoji": "All names of the shipped model", "own": "Names"}
+TITLES = {
+    "pascal": "PASCAL's names",
+    "coco": "COCO's names",
+    "things": "All names of the shipped model",
+    "own": "Names",
+}
 METHODS = {
     "": "trained head",
     "presence.": "the same, absent names left out",
@@ -30,9 +35,10 @@ TARGETS = dict(zip(GROUPS, (92, 88, 88, 80, 70), strict=True))  # of VOC's split
 HEAD = """# Results
 
 How well masks fit, on images the model makes and on images whose masks are known: the paper's tables, made anew by
-`gd-eval` on the model that ships. It draws emoji at 64x64 pixels, so the paper's figures (in brackets), which are
-Stable Diffusion's, say how the method behaves there, and are no competitor's. Everything is mIoU in per cent, pooled by
-name; `make results` writes this page from [bench/results/truth.json](../bench/results/truth.json).
+`gd-eval` on the model that ships. It draws renders of 60 kinds of thing at 64x64 pixels, so the paper's figures (in
+brackets), which are Stable Diffusion's, say how the method behaves there, and are no competitor's. Everything is mIoU
+in per cent, pooled by name; `make results` writes this page from
+[bench/results/truth.json](../bench/results/truth.json).
 
 - **Oracle track**: images of the model; true is what the detector finds. An image counts where it finds everything
   that was asked for.

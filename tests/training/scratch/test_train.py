@@ -10,27 +10,26 @@ from grounded_diffusion.errors import UsageError
 from grounded_diffusion.training import cli
 from grounded_diffusion.training.checkpoint import load_checkpoint
 from grounded_diffusion.training.detectors.open import open_segmenter
-from grounded_diffusion.training.emoji.base import build_tokenizer
-from grounded_diffusion.training.emoji.config import load_config
-from grounded_diffusion.training.emoji.evaluate import grid_ceiling, pooled_iou
-from grounded_diffusion.training.emoji.head import absent_names, draw_prompts, object_masks
-from grounded_diffusion.training.emoji.world import COLOURS, NAMES
 from grounded_diffusion.training.grounding.loss import grounding_loss
 from grounded_diffusion.training.loop import StageConfig, step_generator, train
 from grounded_diffusion.training.optim import orthogonalise
-from grounded_diffusion.training.worlds import KINDS
+from grounded_diffusion.training.scratch.config import load_config
+from grounded_diffusion.training.scratch.evaluate import grid_ceiling, pooled_iou
+from grounded_diffusion.training.scratch.head import absent_names, draw_prompts, object_masks
+from grounded_diffusion.training.scratch.unet import build_tokenizer
+from grounded_diffusion.training.things.world import WORDS
 
 TINY = """
 latents = 64
 examples = 64
-names = ["dog", "cat", "bus", "tree"]
-unseen = ["tree"]
+names = ["dog", "cat", "bus", "cactus"]
+unseen = ["cactus"]
 [world]
 size = 32
 [vae]
 block_out_channels = [8, 16, 16]
 [text]
-hidden_size = 32
+hidden_size = 64
 intermediate_size = 64
 num_hidden_layers = 1
 [unet]
@@ -105,7 +104,10 @@ def test_configurations_are_checked(tmp_path):
     for text, message in {
         "[world]\nsise = 3": r"unknown option sise in \[world\]",
         "[stages.vae]\nsteps = 0": "steps is 0",
-        'names = ["zebra"]': "no glyph is known for zebra",
+        'names = ["unicorn"]': "no sprite is known for unicorn",
+        '[init]\nhead = "x"': r"unknown part head in \[init\]",
+        '[init]\nunet = "nowhere"': "init.unet is nowhere, which holds no unet",
+        "[world]\nviews = -1": "counts",
         "latents = ": "is not TOML",
     }.items():
         file.write_text(text)
@@ -116,10 +118,10 @@ def test_configurations_are_checked(tmp_path):
 
 
 def test_every_word_of_the_world_is_one_token():
-    tokenizer = build_tokenizer(KINDS["emoji"].words)
-    for word in [*" ".join(NAMES).split(), *COLOURS, "photograph", "background"]:
+    tokenizer = build_tokenizer()
+    for word in [*" ".join(WORDS).split(), "photograph", "background"]:
         assert len(tokenizer(word).input_ids) == 3, word
-    assert tokenizer.decode(tokenizer("a zebra, naïve").input_ids, skip_special_tokens=True) == "a zebra , naïve"
+    assert tokenizer.decode(tokenizer("a zeppelin, naïve").input_ids, skip_special_tokens=True) == "a zeppelin , naïve"
 
 
 def test_zero_masks_are_left_out_of_the_loss_but_an_absent_names_is_not():
@@ -165,14 +167,21 @@ def test_all_stages_from_scenes_to_checkpoint(tmp_path, capsys):
         assert cli.main([stage, "--config", str(config), "--run", str(run), *options]) == 0
     assert not any(str(tmp_path) in file.read_text() for file in out.rglob("*.json"))
     checkpoint = load_checkpoint(out)
-    assert checkpoint.names == {"seen": ["dog", "cat", "bus"], "unseen": ["tree"]}
+    assert checkpoint.names == {"seen": ["dog", "cat", "bus"], "unseen": ["cactus"]}
     assert checkpoint.capture_timestep == 1
     assert json.loads((out / "evaluation.json").read_text())["one"]["images"] == 48
     assert "found by the oracle" in (out / "README.md").read_text()
     assert (run / "unet.state.pt").exists()
     assert "both found" in (told := capsys.readouterr().out) and "judge: mIoU" in told
     labels = open_segmenter(str(run / "judge" / "network")).labels
-    assert list(labels.values()) == ["background", "dog", "cat", "bus", "tree"]
+    assert list(labels.values()) == ["background", "dog", "cat", "bus", "cactus"]
+
+
+def test_a_text_encoder_too_narrow_for_meanings_is_refused(tmp_path, capsys):
+    config = tmp_path / "tiny.toml"
+    config.write_text(TINY.replace("hidden_size = 64", "hidden_size = 32"))
+    assert cli.main(["base", "--config", str(config), "--run", str(tmp_path / "run")]) == 2
+    assert "text.hidden_size is 32" in capsys.readouterr().err
 
 
 def test_stages_out_of_order_say_what_is_missing(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Protocol-I on our own world: does the base model draw what is asked, and does the head find it?
+"""Protocol-I on rendered scenes: does the base model draw what is asked, and does the head find it?
 
 Every figure is measured on generated images against the raw oracle, which was trained on rendered scenes.
 """
@@ -12,16 +12,16 @@ import torch
 
 from grounded_diffusion.engine.checks import first_line
 from grounded_diffusion.errors import CheckpointError
-from grounded_diffusion.training.emoji.config import TrainConfig, table_errors
-from grounded_diffusion.training.emoji.head import BaseModel, object_masks
-from grounded_diffusion.training.emoji.oracle import load_oracle, measure, reconstruct
-from grounded_diffusion.training.emoji.vae import psnr
-from grounded_diffusion.training.emoji.world import World
 from grounded_diffusion.training.head.head import GroundingHead, HeadConfig, upsample_logits
 from grounded_diffusion.training.head.taps import Taps
 from grounded_diffusion.training.images import save_grid
 from grounded_diffusion.training.loop import step_generator
 from grounded_diffusion.training.metrics import grid_ceiling
+from grounded_diffusion.training.scratch.config import TrainConfig, table_errors
+from grounded_diffusion.training.scratch.head import BaseModel, object_masks
+from grounded_diffusion.training.scratch.oracle import load_oracle, measure, reconstruct
+from grounded_diffusion.training.scratch.vae import psnr
+from grounded_diffusion.training.things.world import World
 
 IMAGES_PER_NAME = 12
 PAIRS = 240
@@ -101,7 +101,7 @@ def singles(evaluation: Evaluation, folder: Path) -> dict:
     per_class = pooled_iou(predicted, truth, index, len(names))
     per_image = (predicted & truth).sum((1, 2)) / (predicted | truth).sum((1, 2)).clamp(min=1)
     seen = torch.tensor([name in evaluation.seen for name in names])
-    overlay(images[::IMAGES_PER_NAME], masks[::IMAGES_PER_NAME, 0], folder / "evaluation.png")
+    overlay(images[::IMAGES_PER_NAME], masks[::IMAGES_PER_NAME, 0], folder / "evaluation.webp")
     cells = evaluation.base.unet.config.sample_size
     return {
         "images": len(objects),
@@ -140,13 +140,13 @@ def pairs(evaluation: Evaluation) -> dict:
 def overlay(images: torch.Tensor, masks: torch.Tensor, file: Path) -> None:
     """A sheet of images above the same images with everything outside the mask dimmed."""
     dimmed = torch.where(masks[:, None], images, images * 0.25 - 0.6)
-    columns = next(n for n in (7, 6, 5, 4, 1) if len(images) % n == 0)
+    columns = next(n for n in (10, 7, 6, 5, 4, 1) if len(images) % n == 0)
     rows = [row for pair in zip(images.split(columns), dimmed.split(columns), strict=True) for row in pair]
     save_grid(torch.cat(rows), file, columns)
 
 
 def evaluate(config: TrainConfig, world: World, folder: Path) -> dict:
-    """Measure everything, write `evaluation.json` and `evaluation.png`, and print the table."""
+    """Measure everything, write `evaluation.json` and `evaluation.webp`, and print the table."""
     evaluation = Evaluation(config, world, folder)
     renders, reconstructions = measure(evaluation.oracle, evaluation.base.vae, world)
     scene = world.render(64, step_generator(SEED, 0), captions=False).images

@@ -16,12 +16,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from grounded_diffusion.errors import UsageError
 from grounded_diffusion.training.devices import fast_autocast
-from grounded_diffusion.training.emoji.config import TrainConfig, table_errors
 from grounded_diffusion.training.generator.sampling import sample_images
 from grounded_diffusion.training.images import save_grid
 from grounded_diffusion.training.loop import step_generator, train
-from grounded_diffusion.training.worlds import World, kind_of
+from grounded_diffusion.training.scratch.config import TrainConfig, table_errors
+from grounded_diffusion.training.things.meanings import read_meanings
+from grounded_diffusion.training.things.world import WORDS, World
 
 CONTEXT_LENGTH = 77  # CLIP's, kept so that whatever runs this model runs Stable Diffusion 1.x
 VOCABULARY = 2048
@@ -41,16 +43,16 @@ SCHEDULER = dict(
 )
 
 
-def build_tokenizer(words: tuple[str, ...]) -> CLIPTokenizer:
-    """A tokenizer that knows the world's words whole, and others by the Unicode names of all emoji."""
+def build_tokenizer() -> CLIPTokenizer:
+    """A tokenizer that knows the world's words whole, and others by the Unicode names of all pictographs."""
     common = "a photograph painting picture of and next to kind on background the with in an".split()  # noqa: SIM905
-    emoji = [unicodedata.name(chr(code), "").lower() for code in range(0x1F300, 0x1FB00)]
-    return train_tokenizer([" ".join([*words, *common])] * 50 + emoji, VOCABULARY)
+    pictographs = [unicodedata.name(chr(code), "").lower() for code in range(0x1F300, 0x1FB00)]
+    return train_tokenizer([" ".join([*WORDS, *common])] * 50 + pictographs, VOCABULARY)
 
 
-def knows_whole(tokenizer: CLIPTokenizer, words: tuple[str, ...]) -> bool:
-    """Whether each of these words is one token."""
-    return all(len(tokenizer(word).input_ids) == 3 for word in " ".join(words).split())
+def knows_whole(tokenizer: CLIPTokenizer) -> bool:
+    """Whether each word of the world is one token."""
+    return all(len(tokenizer(word).input_ids) == 3 for word in " ".join(WORDS).split())
 
 
 def train_tokenizer(corpus: list[str], size: int) -> CLIPTokenizer:
@@ -82,6 +84,9 @@ def place_by_meaning(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, mean
 
     Args:
         meanings: word -> vector [d], shorter than the encoder is wide; the rest of an embedding tells words apart.
+
+    Raises:
+        UsageError: the encoder is too narrow.
     """
     table = text_encoder.get_input_embeddings().weight.data
     table.mul_(MEANING_SCALE / table.std())
@@ -90,6 +95,10 @@ def place_by_meaning(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, mean
     vectors = torch.stack([meanings[word] for word in words])
     vectors = (vectors - vectors.mean(0)) / vectors.std(0)
     width = vectors.shape[1]
+    if table.shape[1] < width + 2:
+        raise UsageError(
+            f"text.hidden_size is {table.shape[1]}; what words mean takes {width} of it, so at least {width + 2}"
+        )
     table[ids, :width] = vectors * MEANING_SCALE * (table.shape[1] / width / 2) ** 0.5
     table[ids, width:] *= (table.shape[1] / (table.shape[1] - width) / 2) ** 0.5
 
@@ -167,18 +176,17 @@ def start_models(config: TrainConfig, vae: AutoencoderKL, folder: Path):
     A UNet can go on under another tokenizer; a text encoder cannot, so it is kept only where its tokenizer knows every
     word of the world. The tokenizer is then fixed in `folder/tokenizer`.
     """
-    kind, given, saved = kind_of(config.world), config.init.get("unet"), folder / "tokenizer"
+    given, saved = config.init.get("unet"), folder / "tokenizer"
     old = CLIPTokenizer.from_pretrained(given, subfolder="tokenizer") if given else None
-    keep = bool(old) and knows_whole(old, kind.words)
+    keep = bool(old) and knows_whole(old)
     if not saved.is_dir():  # ties between rare merges fall differently every time it is learnt
-        (old if keep else build_tokenizer(kind.words)).save_pretrained(saved)
+        (old if keep else build_tokenizer()).save_pretrained(saved)
     tokenizer = CLIPTokenizer.from_pretrained(saved)
     if keep:
         text_encoder = CLIPTextModel.from_pretrained(given, subfolder="text_encoder").float()
     else:
         text_encoder = build_text_encoder(config, tokenizer)
-        if kind.meanings:
-            place_by_meaning(text_encoder, tokenizer, kind.meanings())
+        place_by_meaning(text_encoder, tokenizer, read_meanings())
     if given:
         return tokenizer, text_encoder, UNet2DConditionModel.from_pretrained(given, subfolder="unet").float()
     latent_size = config.world.size // 2 ** (len(vae.config.block_out_channels) - 1)

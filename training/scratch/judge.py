@@ -1,4 +1,4 @@
-"""The judge: a segmenter of a world's names as a checkpoint of transformers, for `gd-eval --detector`.
+"""The judge: a segmenter of the world's names as a checkpoint of transformers, for `gd-eval --detector`.
 
 It learns from rendered scenes, half of them through the autoencoder, and is of another family than the oracle that
 labels and chooses in training, so that what one overlooks the other does not.
@@ -16,11 +16,11 @@ from diffusers import AutoencoderKL
 from grounded_diffusion.errors import CheckpointError
 from grounded_diffusion.training.detectors.network import train_network
 from grounded_diffusion.training.detectors.segmenters import TransformersSegmenter
-from grounded_diffusion.training.emoji.config import TrainConfig
-from grounded_diffusion.training.emoji.oracle import class_iou, class_map, reconstruct
 from grounded_diffusion.training.images import to_uint8
 from grounded_diffusion.training.loop import step_generator
-from grounded_diffusion.training.worlds import World
+from grounded_diffusion.training.scratch.config import TrainConfig
+from grounded_diffusion.training.scratch.oracle import class_iou, class_map, reconstruct
+from grounded_diffusion.training.things.world import World
 
 TEST = 256  # scenes that it is measured on
 

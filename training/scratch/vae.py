@@ -9,10 +9,10 @@ import torch
 from diffusers import AutoencoderKL
 
 from grounded_diffusion.training.devices import fast_autocast
-from grounded_diffusion.training.emoji.config import TrainConfig, table_errors
 from grounded_diffusion.training.images import save_grid
 from grounded_diffusion.training.loop import step_generator, train
-from grounded_diffusion.training.worlds import World
+from grounded_diffusion.training.scratch.config import TrainConfig, table_errors
+from grounded_diffusion.training.things.world import World
 
 KL_WEIGHT = 1e-6  # Rombach et al., 2022, section 4: a slight penalty only
 

@@ -1,4 +1,4 @@
-"""The oracle: a small segmenter of the emoji world, in the place of the paper's Mask R-CNN.
+"""The oracle: a small segmenter of rendered scenes, in the place of the paper's Mask R-CNN.
 
 It is trained on rendered scenes, half of them through the autoencoder, so that generated images look
 familiar to it. Two are trained: the `oracle`, which knows every name and judges; and the `labeller`, which
@@ -18,11 +18,10 @@ from torch.nn import functional as F
 from grounded_diffusion.engine.checks import first_line
 from grounded_diffusion.errors import CheckpointError
 from grounded_diffusion.training.devices import fast_autocast
-from grounded_diffusion.training.emoji.config import TrainConfig
-from grounded_diffusion.training.emoji.world import Scene
 from grounded_diffusion.training.loop import step_generator, train
 from grounded_diffusion.training.metrics import confusion, confusion_iou
-from grounded_diffusion.training.worlds import World, open_world
+from grounded_diffusion.training.scratch.config import TrainConfig
+from grounded_diffusion.training.things.world import Scene, World
 
 WIDTHS = (16, 32, 64, 128)
 
@@ -103,7 +102,7 @@ def train_oracle(name: str, config: TrainConfig, folder: Path, device: str = "cp
     """Train the stage `oracle` (all names) or `labeller` (seen names) and save `folder/<name>.pt`."""
     stage = config.stages[name]
     torch.manual_seed(stage.seed)
-    world = open_world(config.world, list(config.names if name == "oracle" else config.seen), device)
+    world = World(config.world, list(config.names if name == "oracle" else config.seen), device)
     if not (folder / "vae").is_dir():
         raise CheckpointError(f"{folder} has no vae; train it with gd-train base")
     vae = AutoencoderKL.from_pretrained(folder / "vae").to(device, memory_format=torch.channels_last).eval()

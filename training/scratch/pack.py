@@ -8,9 +8,9 @@ from pathlib import Path
 
 from grounded_diffusion.errors import CheckpointError
 from grounded_diffusion.training.checkpoint import Checkpoint, save_checkpoint
-from grounded_diffusion.training.emoji.config import TrainConfig
-from grounded_diffusion.training.emoji.evaluate import load_head
-from grounded_diffusion.training.emoji.head import CAPTURE_TIMESTEP, QUERY_TEMPLATE, BaseModel
+from grounded_diffusion.training.scratch.config import TrainConfig
+from grounded_diffusion.training.scratch.evaluate import load_head
+from grounded_diffusion.training.scratch.head import CAPTURE_TIMESTEP, QUERY_TEMPLATE, BaseModel
 
 # What runs without options take: fast, at a price that docs/benchmarks.md states.
 SAMPLING = {"sampler": "dpmpp-2m", "steps": 8, "guidance_scale": 7.5, "guidance_interval": [0.0, 0.6]}
@@ -18,15 +18,15 @@ SAMPLING = {"sampler": "dpmpp-2m", "steps": 8, "guidance_scale": 7.5, "guidance_
 CARD = """# {title}
 
 A text-to-image model with a grounding head, trained from scratch by `gd-train` with `{config}`.
-It draws {count} kinds of object at {size}x{size} pixels on plain backgrounds and masks each of them.
+It draws {count} kinds of thing at {size}x{size} pixels, as renders on blurred natural backgrounds, and masks each.
 It exists so that the engine can be run, tested and measured on a real model; it is no substitute for one
 trained on photographs.
 
-![one image a name, and the same with everything outside the head's mask dimmed](evaluation.png)
+![one image a name, and the same with everything outside the head's mask dimmed](evaluation.webp)
 
 | what | value |
 |---|---|
-| data | rendered scenes of glyphs of Noto Color Emoji (copyright Google, SIL Open Font License 1.1) |
+| data | rendered scenes of 3D models and animals ([licences and attribution](../../training/things/bank)) |
 | names | {names} |
 | kept from the head's training | {unseen} |
 | parameters | UNet {unet:.1f} M, autoencoder {vae:.1f} M, text encoder {text:.1f} M, head {head:.1f} M |
@@ -62,7 +62,7 @@ def pack(config: TrainConfig, config_file: Path, run: Path, out: Path) -> None:
     names = {"seen": list(config.seen), "unseen": list(config.unseen)}
     parts = (base.unet, base.vae, base.text_encoder, base.tokenizer, base.scheduler, head)
     save_checkpoint(out, Checkpoint(*parts, CAPTURE_TIMESTEP, QUERY_TEMPLATE, names, sampling=SAMPLING))
-    shutil.copyfile(run / "evaluation.png", out / "evaluation.png")
+    shutil.copyfile(run / "evaluation.webp", out / "evaluation.webp")
     shutil.copyfile(run / "evaluation.json", out / "evaluation.json")
     shutil.copyfile(run / "oracle.pt", out / "oracle.pt")  # what gd-bench quality judges by
     measured = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))

@@ -12,9 +12,8 @@ from typing import Any, TypeVar, get_type_hints
 from grounded_diffusion.engine.checks import first_line
 from grounded_diffusion.errors import GroundedDiffusionError, UsageError
 from grounded_diffusion.reading import Misfit, as_type, line_of, load_toml, read_file
-from grounded_diffusion.training.emoji.world import WorldConfig as EmojiConfig
 from grounded_diffusion.training.loop import StageConfig
-from grounded_diffusion.training.worlds import WorldConfig, kind_named, kind_of
+from grounded_diffusion.training.things.world import NAMES, UNSEEN, WorldConfig
 
 T = TypeVar("T")
 STAGES = ("vae", "unet", "oracle", "labeller", "judge", "head")
@@ -25,7 +24,7 @@ class TrainConfig:
     """A whole run: the world, the sizes of the models, and each stage's pace.
 
     Attributes:
-        world: which world, and how its images are drawn.
+        world: how scenes are drawn.
         names: vocabulary of the base model; empty for all of the world's.
         unseen: names kept from the head and from the oracle that labels its training images.
         vae, text, unet: keyword arguments of diffusers' AutoencoderKL, transformers' CLIPTextConfig and
@@ -45,7 +44,7 @@ class TrainConfig:
         stages: pace of the stages "vae", "unet", "oracle", "labeller", "judge" and "head".
     """
 
-    world: WorldConfig = field(default_factory=EmojiConfig)
+    world: WorldConfig = field(default_factory=WorldConfig)
     names: tuple[str, ...] = ()
     unseen: tuple[str, ...] | None = None
     vae: dict[str, Any] = field(default_factory=dict)
@@ -62,13 +61,10 @@ class TrainConfig:
     stages: dict[str, StageConfig] = field(default_factory=dict)
 
     def __post_init__(self):
-        kind = kind_of(self.world)
-        object.__setattr__(self, "names", self.names or kind.names)
-        object.__setattr__(self, "unseen", kind.unseen if self.unseen is None else self.unseen)
-        if missing := [name for name in (*self.names, *self.unseen) if name not in kind.names]:
-            raise UsageError(
-                f"no {kind.picture} is known for {', '.join(missing)}; known names: {', '.join(kind.names)}"
-            )
+        object.__setattr__(self, "names", self.names or tuple(NAMES))
+        object.__setattr__(self, "unseen", UNSEEN if self.unseen is None else self.unseen)
+        if missing := [name for name in (*self.names, *self.unseen) if name not in NAMES]:
+            raise UsageError(f"no sprite is known for {', '.join(missing)}; known names: {', '.join(NAMES)}")
         if unknown := sorted(self.init.keys() - {"vae", "unet"}):
             raise UsageError(f"unknown part {', '.join(unknown)} in [init]; known: vae, unet")
         for part, folder in self.init.items():
@@ -118,12 +114,10 @@ def load_config(path: str | Path) -> TrainConfig:
     try:
         content = read_file(path)
         raw = load_toml(content)
-        world = as_type(raw.get("world", {}), dict[str, Any], content, "world")
-        kind = kind_named(as_type(world.pop("kind", "emoji"), str, content, "world.kind"))
         stages = as_type(raw.get("stages", {}), dict[str, Any], content, "stages")
         if unknown := sorted(stages.keys() - set(STAGES)):
             raise Misfit(f"unknown stage {', '.join(unknown)}; known: {', '.join(STAGES)}")
-        raw["world"] = _table(kind.config, world, "world", content)
+        raw["world"] = _table(WorldConfig, raw.get("world", {}), "world", content)
         raw["stages"] = {name: _table(StageConfig, table, f"stages.{name}", content) for name, table in stages.items()}
         return _table(TrainConfig, raw, str(path), content)
     except OSError as error:

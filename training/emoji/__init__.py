@@ -1,1 +1,0 @@
-"""A world of emoji glyphs, and a base model trained on it."""

@@ -1,0 +1,1 @@
+"""A grounded model trained from scratch on rendered scenes: autoencoder, UNet, segmenters, head."""
