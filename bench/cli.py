@@ -76,8 +76,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     speed.add_argument("--peer-batch", type=int, help="images to a call of a peer (default: eager's fastest)")
     speed.add_argument("--no-memory", action="store_true", help="skip the measurement of peak memory")
 
-    quality = kinds.add_parser("quality", parents=[common], help="price and quality of settings, judged by an oracle")
-    quality.add_argument("--oracle", type=local_path, help="oracle.pt of a training run (default: the checkpoint's)")
+    quality = kinds.add_parser("quality", parents=[common], help="price and quality of settings, judged by a segmenter")
+    about = "a segmentation model of transformers that knows the names (default: the checkpoint's judge/)"
+    quality.add_argument("--judge", metavar="MODEL", help=about)
     about = "fields of Options, name, system, capture; repeatable; the first is what the others are compared with"
     quality.add_argument("--setting", action="append", default=[], metavar="'key=value ...'", help=about)
     quality.add_argument("--settings", type=local_path, help="JSON file with a list of such settings as objects")
@@ -206,7 +207,7 @@ def run_quality(args: argparse.Namespace) -> None:
     import torch
 
     from grounded_diffusion.bench.quality import DEFAULT, make_setting, measure_quality, parse_setting, quality_table
-    from grounded_diffusion.training.scratch.oracle import load_oracle
+    from grounded_diffusion.training.detectors.segmenters import TransformersSegmenter
 
     torch.set_num_threads(args.threads)
     settings = [parse_setting(text) for text in args.setting]
@@ -215,7 +216,7 @@ def run_quality(args: argparse.Namespace) -> None:
     checkpoint = checkpoint_of(args)
     if checkpoint is None:
         raise UsageError("--model needs --ckpt, the checkpoint it was exported from")
-    oracle = load_oracle(args.oracle or checkpoint / "oracle.pt")
+    judge = TransformersSegmenter(args.judge or checkpoint / "judge")
     for setting in settings:  # refused before anything is measured
         make_setting(setting, 1)
     asked = [(setting.get("model", "given"), setting.get("precision", "fp32")) for setting in settings or DEFAULT]
@@ -232,7 +233,7 @@ def run_quality(args: argparse.Namespace) -> None:
     settings = settings or [setting for setting, key in zip(DEFAULT, asked, strict=True) if key in pipes]
     turn = math.lcm(*(form.batch * form.lanes for form in forms.values()))
     results = measure_quality(
-        pipes, checkpoint, oracle, settings, images=args.images,
+        pipes, checkpoint, judge, settings, images=args.images,
         batch=max(form.batch for form in forms.values()), turn=turn, objects=args.objects, report=say,
     )  # fmt: skip
     pipe = next(iter(pipes.values()))

@@ -1,7 +1,7 @@
-"""What settings cost and what they give: images a second beside what an oracle says of the images and masks.
+"""What settings cost and what they give: images a second beside what a judge says of the images and masks.
 
-The oracle is a segmenter of the model's world (training/scratch/oracle.py). Of every image it is asked whether the
-prompted objects are there, and where; the head's masks are compared with its own. All settings start from the same
+The judge is a segmenter that knows the model's names. Of every image it is asked whether the prompted objects are
+there, and where; the head's masks are compared with its own. All settings start from the same
 noise and take turns batch by batch, so that both prices and qualities are compared pair by pair. The first setting is
 what the others are compared with.
 """
@@ -25,11 +25,13 @@ from grounded_diffusion.bench.work import EVERY_STEP, Output, PeerForm, System, 
 from grounded_diffusion.engine import GroundedPipeline, Options, Prompt
 from grounded_diffusion.engine.sampling.noise import batch_normal
 from grounded_diffusion.errors import UsageError
-from grounded_diffusion.training.scratch.evaluate import found, pooled_iou
-from grounded_diffusion.training.scratch.head import object_masks
-from grounded_diffusion.training.scratch.oracle import Segmenter
+from grounded_diffusion.training.detectors.network import BACKGROUND
+from grounded_diffusion.training.detectors.segmenters import TransformersSegmenter
+from grounded_diffusion.training.metrics import PooledIoU
 
 SEED = 41
+LEAST_AREA = 0.02  # share of the image that a found object covers
+LEAST_SHARE = 0.5  # share of what the judge sees at all that carries the prompted name
 SYSTEMS, PRECISIONS, MODELS = ("engine", "eager", "compile"), ("fp32", "bf16", "int8"), ("given", "student")
 Pipes = Mapping[tuple[str, str], GroundedPipeline]  # by model and precision
 OPTIONS = tuple(field.name for field in fields(Options))
@@ -134,22 +136,29 @@ def open_system(setting: Setting, pipe: GroundedPipeline, checkpoint: Path) -> S
     return open_peer(peer, checkpoint, pipe.bundle.manifest, setting.options, capture, form)
 
 
-class Judge:
-    """The oracle and what has been measured of one setting."""
+def found(foreground: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """Whether the masks of objects [B,O,H,W] cover enough [B,O]; the judge sees some name in `foreground` [B,H,W]."""
+    area = masks.flatten(2).float().mean(2)
+    foreground = foreground.flatten(1).float().mean(1, keepdim=True)
+    objects = masks.flatten(2).any(2).sum(1, keepdim=True).clamp(min=1)
+    return (area >= LEAST_AREA) & (area >= LEAST_SHARE * foreground / objects)
 
-    def __init__(self, oracle: Segmenter):
-        self.oracle, self.seconds = oracle, []
+
+class Tally:
+    """What has been measured of one setting."""
+
+    def __init__(self, judge: TransformersSegmenter, names: dict[int, str]):
+        self.judge, self.names, self.seconds = judge, names, []
         self.columns: dict[str, list[torch.Tensor]] = {}
 
     def add(self, output: Output, objects: torch.Tensor, first: Output, seconds: float) -> None:
-        """A batch: prompted names' indices [B,O] in the oracle's list, and what the first setting made of it."""
-        images = torch.from_numpy(output.images).permute(0, 3, 1, 2).float() / 127.5 - 1
+        """A batch: labels of the prompted names [B,O], and what the first setting made of it."""
         masks, before = torch.from_numpy(output.masks), torch.from_numpy(first.masks)
-        classes = self.oracle.segment(images)
-        truth = object_masks(classes, objects)
+        classes = torch.from_numpy(self.judge.class_maps(output.images))
+        truth = classes[:, None] == objects[:, :, None, None]
         made = {
             "objects": objects,
-            "found": found(classes, truth),
+            "found": found(torch.isin(classes, torch.tensor(list(self.names))), truth),
             "masks": masks,
             "truth": truth,
             "iou": iou(masks, truth),
@@ -163,15 +172,17 @@ class Judge:
     def result(self, seen: Sequence[str]) -> dict[str, Any]:
         """Everything in the table; `per_image` holds what pairs of settings are compared by."""
         whole = {name: torch.cat(values) for name, values in self.columns.items()}
-        hit, names = whole["found"], self.oracle.names
-        per_class = pooled_iou(whole["masks"][hit], whole["truth"][hit], whole["objects"][hit], len(names))
-        known = torch.tensor([name in seen for name in names])
+        hit, pooled = whole["found"], PooledIoU()
+        for label, mask, truth in zip(*(whole[name][hit] for name in ("objects", "masks", "truth")), strict=True):
+            pooled.add(self.names[int(label)], mask, truth)
+        of = lambda names: math.nan if (value := pooled.mean(names)) is None else value
+        unseen = set(self.names.values()) - set(seen)
         return {
             "images": len(hit),
             "found": hit.all(1).float().mean().item(),
-            "miou": per_class.nanmean().item(),
-            "miou_seen": per_class[known].nanmean().item(),
-            "miou_unseen": per_class[~known].nanmean().item(),
+            "miou": of(None),
+            "miou_seen": of(seen),
+            "miou_unseen": of(unseen),
             "iou_per_image": whole["iou"][hit].mean().item(),
             "mask_iou_to_first": whole["iou_first"].mean().item(),
             "psnr_to_first": whole["psnr_first"].mean().item(),
@@ -195,20 +206,35 @@ def compare(result: dict[str, Any], first: dict[str, Any]) -> dict[str, float]:
     return {"iou_gap": float(gaps.mean()) if len(gaps) else math.nan, "iou_gap_error": error}
 
 
-def make_work(names: Sequence[str], shape: tuple[int, ...], count: int, objects: int) -> tuple[Work, torch.Tensor]:
-    """`count` images: one-object prompts go through all names in turn; others draw theirs. And the names' indices."""
+def asked_names(judge: TransformersSegmenter, pipe: GroundedPipeline) -> dict[int, str]:
+    """Label -> name of what the judge can find and the model is said to draw; all labels where that is not said.
+
+    Raises UsageError where there is none.
+    """
+    known = {name for group in pipe.bundle.manifest.names.values() for name in group}
+    names = {k: name for k, name in judge.labels.items() if (name in known if known else name != BACKGROUND)}
+    if not names:
+        labels = ", ".join(judge.labels.values())
+        raise UsageError(f"the judge knows none of the model's names; its labels are {labels}")
+    return names
+
+
+def make_work(labels: dict[int, str], shape: tuple[int, ...], count: int, objects: int) -> tuple[Work, torch.Tensor]:
+    """`count` images: one-object prompts go through all names in turn; others draw theirs. And the names' labels."""
+    ids, names = list(labels), list(labels.values())
     rng = np.random.default_rng(SEED)
     draw = lambda i: [i % len(names)] if objects == 1 else rng.choice(len(names), objects, replace=False).tolist()
     rows = [draw(i) for i in range(count)]
     told = [tuple(names[k] for k in row) for row in rows]
     prompts = tuple(Prompt("a photograph of a " + " and a ".join(asked), asked) for asked in told)
-    return Work(prompts, batch_normal([(SEED, i) for i in range(count)], shape)), torch.tensor(rows)
+    asked = torch.tensor([[ids[k] for k in row] for row in rows])
+    return Work(prompts, batch_normal([(SEED, i) for i in range(count)], shape)), asked
 
 
 def measure_quality(
     pipes: Pipes,
     checkpoint: Path,
-    oracle: Segmenter,
+    judge: TransformersSegmenter,
     settings: Sequence[Mapping[str, Any]],
     *,
     images: int,
@@ -232,9 +258,10 @@ def measure_quality(
     pipe = next(iter(pipes.values()))
     opened = [open_setting(make_setting(setting, batch), pipes, checkpoint) for setting in settings]
     chosen, systems = zip(*opened, strict=True)
-    work, rows = make_work(oracle.names, pipe.latent_shape(chosen[0].options), images, objects)
+    names = asked_names(judge, pipe)
+    work, rows = make_work(names, pipe.latent_shape(chosen[0].options), images, objects)
     cut = lambda low, high: Work(work.prompts[low:high], work.noise[low:high])
-    judges = [Judge(oracle) for _ in chosen]
+    tallies = [Tally(judge, names) for _ in chosen]
     for system in systems:
         system.run(cut(0, turn))  # opens sessions, warms up
     for low in range(0, images, turn):
@@ -243,11 +270,11 @@ def measure_quality(
             start = time.perf_counter()
             outputs.append(system.run(cut(low, low + turn)))
             seconds.append(time.perf_counter() - start)
-        for judge, output, spent in zip(judges, outputs, seconds, strict=True):
-            judge.add(output, rows[low : low + turn], outputs[0], spent)
+        for tally, output, spent in zip(tallies, outputs, seconds, strict=True):
+            tally.add(output, rows[low : low + turn], outputs[0], spent)
         report(f"{min(low + turn, images)}/{images} images: " + ", ".join(f"{s:.1f} s" for s in seconds))
     seen = pipe.bundle.manifest.names.get("seen", [])
-    results = [judge.result(seen) for judge in judges]
+    results = [tally.result(seen) for tally in tallies]
     for result, setting in zip(results, chosen, strict=True):
         result |= {
             "name": setting.name,

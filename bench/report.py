@@ -144,7 +144,7 @@ def speed_chart(result: Mapping[str, Any]) -> str:
 
 
 def quality_chart(results: Sequence[Mapping[str, Any]]) -> str:
-    """Images with masks a second of all settings, with the oracle's findings behind the bars."""
+    """Images with masks a second of all settings, with the judge's findings behind the bars."""
     bars = [
         (row["name"], row["images_per_s"], f"{row['images_per_s']:.1f}; {row['found']:.0%} {row['miou']:.1%}")
         for row in results

@@ -199,5 +199,5 @@ def test_the_readmes_prompt_file(tmp_path):
     ((_, block),) = [block for block in blocks(ROOT / "README.md") if block[1].startswith("a photograph of a [")]
     (tmp_path / "prompts.txt").write_text(block)
     assert [prompt.objects for _, prompt in PromptFile(tmp_path / "prompts.txt", [], 1)] == [
-        ("unicorn",), ("whale", "shark"),
+        ("giraffe",), ("whale", "shark"),
     ]  # fmt: skip

@@ -54,7 +54,7 @@ prompt files:
 
 examples:
   gd-infer --prompts prompts.txt --out out/
-  gd-infer --prompt "a photograph of a [unicorn]" --images-per-prompt 16 --out out/ --sampler dpmpp-2m --steps 20
+  gd-infer --prompt "a photograph of a [giraffe]" --images-per-prompt 16 --out out/ --sampler dpmpp-2m --steps 20
   gd-infer --prompts prompts.txt --out s3://bucket/train --format webdataset --require-masks --shard 3/8
 
 The same command given again makes what is missing. Several at once share the work, shard by shard.

@@ -146,14 +146,20 @@ def test_a_peer_that_makes_other_images_stops_the_bench():
         speed.agreement("peer fp32", work.Output(image + 40, mask), work.Output(image, mask))
 
 
-def test_quality(model, tmp_path, capsys):
+def save_judge(folder, names):
+    """A segmenter with random weights, as transformers saves it."""
     import torch
 
-    from grounded_diffusion.training.scratch.oracle import Segmenter
+    from grounded_diffusion.training.detectors.network import open_network
 
     torch.manual_seed(0)
-    oracle = Segmenter(["dog", "cat", "unicorn"])
-    torch.save(dict(names=oracle.names, weights=oracle.state_dict()), tmp_path / "oracle.pt")
+    for part in open_network(None, names, 32):
+        part.save_pretrained(folder)
+    return folder
+
+
+def test_quality(model, tmp_path, capsys):
+    judge = save_judge(tmp_path / "judge", ["dog", "cat", "unicorn"])
     (tmp_path / "settings.json").write_text('[{"name": "short", "sampler": "dpmpp-2m", "steps": 2, "capture": 501}]')
     options = [
         "--setting",
@@ -162,7 +168,7 @@ def test_quality(model, tmp_path, capsys):
         "sampler=ddim steps=3 guidance_interval=[0,1] name=same",
     ]
     options += ["--setting", "steps=3 guidance_interval=[0,0.5]", "--settings", tmp_path / "settings.json"]
-    given = ["--oracle", tmp_path / "oracle.pt", "--images", 5, "--out", tmp_path]
+    given = ["--judge", judge, "--images", 5, "--out", tmp_path]
     assert bench("quality", *model, *given, *options) == 0
     said = capsys.readouterr().out
     rows = json.loads((tmp_path / "quality.json").read_text())["settings"]
@@ -173,6 +179,12 @@ def test_quality(model, tmp_path, capsys):
     assert same["found"] == eager["found"] and short["mask_iou_to_first"] < 0.99 and interval["psnr_to_first"] < 45
     assert interval["options"]["guidance_interval"] == [0.0, 0.5] and short["capture"] == 501
     assert "| sampler=ddim steps=3 (eager) |" in said and "5 images each." in said
+
+
+def test_a_judge_of_other_names_is_refused(model, tmp_path, capsys):
+    judge = save_judge(tmp_path / "judge", ["zeppelin"])
+    assert bench("quality", *model, "--judge", judge, "--setting", "steps=2", "--images", 4) == 2
+    assert "the judge knows none of the model's names; its labels are background, zeppelin" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -188,13 +200,8 @@ def test_quality(model, tmp_path, capsys):
     ],
 )
 def test_settings_that_cannot_be_run(model, tmp_path, capsys, setting, message):
-    import torch
-
-    from grounded_diffusion.training.scratch.oracle import Segmenter
-
-    oracle = Segmenter(["dog"])
-    torch.save(dict(names=oracle.names, weights=oracle.state_dict()), tmp_path / "oracle.pt")
-    assert bench("quality", *model, "--oracle", tmp_path / "oracle.pt", "--setting", setting) == 2
+    judge = save_judge(tmp_path / "judge", ["dog"])
+    assert bench("quality", *model, "--judge", judge, "--setting", setting) == 2
     said = capsys.readouterr().err
     assert message in said and len(said.strip().splitlines()) == 1
 

@@ -16,13 +16,13 @@ import torch
 from grounded_diffusion.training.evaluation.images import TestImages, exact_images, oracle_images
 from grounded_diffusion.training.evaluation.lab import Figures, Lab, key_of
 from grounded_diffusion.training.evaluation.methods import Method
-from grounded_diffusion.training.evaluation.scenes import Scenes
 from grounded_diffusion.training.evaluation.tally import Tally, percent
 from grounded_diffusion.training.grounding.annotations import Annotations
 from grounded_diffusion.training.grounding.prompts import mixed
 from grounded_diffusion.training.grounding.real import make_real
 from grounded_diffusion.training.grounding.splits import Split
 from grounded_diffusion.training.metrics import grid_ceiling
+from grounded_diffusion.training.things.scenes import Scenes, scenes_of
 
 CALL = 16  # images to one call of the network
 CEILING = 400  # masks that the ceiling is fitted to, at most
@@ -108,10 +108,8 @@ def rendered(lab: Lab, split: Split, size: TestSize) -> Scenes:
 
 
 def scenes_to_train_on(lab: Lab, split: Split, count: int) -> Scenes:
-    """About so many scenes of seen names, half of them of two, in the place of an annotated data set."""
-    per_pair = -(-count // (2 * len(split.seen_pairs))) if split.seen_pairs else 0
-    per_name = -(-max(1, count - per_pair * len(split.seen_pairs)) // len(split.seen))
-    return Scenes(split.seen, split.seen_pairs, per_name, per_pair, lab.base.image_size[0], seed=1)
+    """About so many scenes of seen names in the place of an annotated data set."""
+    return scenes_of(split.seen, split.seen_pairs, count, lab.base.image_size[0])
 
 
 def measure(method: Method, images: TestImages, split: Split, absent: Sequence[str] = ()) -> Measured:

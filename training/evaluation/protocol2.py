@@ -27,13 +27,13 @@ from grounded_diffusion.training.evaluation.images import TestImages, oracle_ima
 from grounded_diffusion.training.evaluation.lab import Figures, Lab, key_of
 from grounded_diffusion.training.evaluation.methods import Ask, Batch, Method, Rows
 from grounded_diffusion.training.evaluation.protocol1 import CALL, average, measure
-from grounded_diffusion.training.evaluation.scenes import Scenes
 from grounded_diffusion.training.evaluation.table import Bench, Plan, seen_score
 from grounded_diffusion.training.evaluation.tally import percent
 from grounded_diffusion.training.grounding.annotations import Annotations
 from grounded_diffusion.training.grounding.splits import Split
 from grounded_diffusion.training.grounding.store import ExampleSet
 from grounded_diffusion.training.metrics import confusion, confusion_iou
+from grounded_diffusion.training.things.scenes import Scenes
 
 SEED = 30_000  # of images to train networks on; heads are trained on others, and measured on others
 KINDS = ("one", "two", "mixture")  # how many objects the images have

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 
 from grounded_diffusion.engine.backends.open import BACKENDS, DEFAULT_BACKEND
+from grounded_diffusion.engine.checks import check_int
 from grounded_diffusion.engine.cli.common import Parser
 from grounded_diffusion.engine.cli.prompts import read_templates
 from grounded_diffusion.engine.prompts.vocabulary import Vocabulary, built_in, read_names, read_pairs
@@ -144,6 +145,7 @@ def real_parser() -> Parser:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--voc", type=place, metavar="DIR", help="VOCdevkit/VOC2012, or a folder of its form")
     source.add_argument("--coco", type=place, metavar="FILE", help="instances of COCO's form")
+    source.add_argument("--rendered", type=int, metavar="N", help="N scenes as the shipped model was trained on")
     parser.add_argument("--images", type=place, metavar="DIR", help="with --coco: the folder of its images")
     parser.add_argument("--part", default="train", metavar="NAME", help="with --voc: train, val, ... (default: train)")
     parser.add_argument("--out", type=place, required=True, metavar="DIR", help="folder to write")
@@ -164,10 +166,16 @@ def real(args: argparse.Namespace, say: Say) -> None:
     from grounded_diffusion.training.generator.base import FrozenBase
     from grounded_diffusion.training.grounding.annotations import CocoFile, VocFolder
     from grounded_diffusion.training.grounding.real import make_real
+    from grounded_diffusion.training.things.scenes import scenes_of
 
-    found = VocFolder.open(args.voc, args.part) if args.voc else CocoFile.open(args.coco, args.images)
+    if args.rendered is not None:
+        check_int(args.rendered, "rendered", 1, 10**7)
     base = FrozenBase(args.base, args.device)
     size = (args.size, args.size) if args.size else base.image_size
+    if args.rendered:
+        found = scenes_of(split.seen, split.seen_pairs, args.rendered, size[0])
+    else:
+        found = VocFolder.open(args.voc, args.part) if args.voc else CocoFile.open(args.coco, args.images)
     count = make_real(
         found, split, base, args.out, size=size, capture_timestep=args.capture_timestep, limit=args.limit, say=say
     )

@@ -23,17 +23,3 @@ def term_weights(masks: torch.Tensor, valid: torch.Tensor, zero_masks: str = "sk
 def object_losses(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
     """Binary cross-entropy of every object [B,O], the mean over its pixels; logits and masks are [B,O,H,W]."""
     return F.binary_cross_entropy_with_logits(logits, masks.to(logits.dtype), reduction="none").mean(dim=(2, 3))
-
-
-def grounding_loss(logits: torch.Tensor, masks: torch.Tensor, absent: torch.Tensor | None = None) -> torch.Tensor:
-    """Binary cross-entropy of logits [B,O,H,W] against masks, averaged over the objects.
-
-    An all-zero mask means that the oracle did not find the object; it says nothing and is left out (section 3.3.3).
-
-    Args:
-        absent: weight [B,O] of the terms whose empty mask is true, since the name is not in the image.
-    """
-    weight = term_weights(masks, torch.ones(masks.shape[:2], dtype=torch.bool, device=masks.device))  # [B,O]
-    if absent is not None:
-        weight = weight + absent
-    return (object_losses(logits, masks) * weight).sum() / weight.sum().clamp(min=1)

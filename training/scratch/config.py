@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,10 +12,10 @@ from grounded_diffusion.engine.checks import first_line
 from grounded_diffusion.errors import GroundedDiffusionError, UsageError
 from grounded_diffusion.reading import Misfit, as_type, line_of, load_toml, read_file
 from grounded_diffusion.training.loop import StageConfig
-from grounded_diffusion.training.things.world import NAMES, UNSEEN, WorldConfig
+from grounded_diffusion.training.things.world import NAMES, WorldConfig
 
 T = TypeVar("T")
-STAGES = ("vae", "unet", "oracle", "labeller", "judge", "head")
+STAGES = ("vae", "unet", "labeller", "judge")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,62 +25,36 @@ class TrainConfig:
     Attributes:
         world: how scenes are drawn.
         names: vocabulary of the base model; empty for all of the world's.
-        unseen: names kept from the head and from the oracle that labels its training images.
         vae, text, unet: keyword arguments of diffusers' AutoencoderKL, transformers' CLIPTextConfig and
             diffusers' UNet2DConditionModel.
         scheduler: keyword arguments of diffusers' DDIMScheduler.
         init: checkpoint directories whose weights training starts from: "vae" for the autoencoder, "unet" for UNet and
             text encoder. Without one a part starts from scratch; an autoencoder without a stage is taken as it is.
-        head: keyword arguments of HeadConfig.
         latents: images encoded once and drawn from while the UNet trains.
-        examples: generated images on which the head is trained.
-        rendered_share: share of the head's batches that are rendered scenes with exact masks.
-        absent_weight: weight, in the head's loss, of the empty mask of a name that is not in the image. For a closed
-            vocabulary: with the shipped model 0.5 took the mask of an absent name from 23% of the image to 0.4%, and
-            the mIoU of unseen names from 86% to 22%.
-        capture_range: the head reads half of its examples at timesteps up to this one, so that it can be used with
-            samplers that end elsewhere; 1 for the captured timestep alone.
-        stages: pace of the stages "vae", "unet", "oracle", "labeller", "judge" and "head".
+        stages: pace of the stages "vae", "unet", "labeller" and "judge".
     """
 
     world: WorldConfig = field(default_factory=WorldConfig)
     names: tuple[str, ...] = ()
-    unseen: tuple[str, ...] | None = None
     vae: dict[str, Any] = field(default_factory=dict)
     text: dict[str, Any] = field(default_factory=dict)
     unet: dict[str, Any] = field(default_factory=dict)
     scheduler: dict[str, Any] = field(default_factory=dict)
     init: dict[str, str] = field(default_factory=dict)
-    head: dict[str, Any] = field(default_factory=dict)
     latents: int = 100_000
-    examples: int = 4096
-    rendered_share: float = 0.5
-    absent_weight: float = 0.0
-    capture_range: int = 1
     stages: dict[str, StageConfig] = field(default_factory=dict)
 
     def __post_init__(self):
         object.__setattr__(self, "names", self.names or tuple(NAMES))
-        object.__setattr__(self, "unseen", UNSEEN if self.unseen is None else self.unseen)
-        if missing := [name for name in (*self.names, *self.unseen) if name not in NAMES]:
+        if missing := [name for name in self.names if name not in NAMES]:
             raise UsageError(f"no sprite is known for {', '.join(missing)}; known names: {', '.join(NAMES)}")
         if unknown := sorted(self.init.keys() - {"vae", "unet"}):
             raise UsageError(f"unknown part {', '.join(unknown)} in [init]; known: vae, unet")
         for part, folder in self.init.items():
             if not Path(folder, part).is_dir():
                 raise UsageError(f"init.{part} is {folder}, which holds no {part}; name a checkpoint directory")
-        for name in ("latents", "examples"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not 0 <= self.rendered_share <= 1:
-            raise UsageError(f"rendered_share is {self.rendered_share}; it must lie in [0, 1]")
-        if not 0 <= self.absent_weight < math.inf or not 1 <= self.capture_range < 1000:
-            raise UsageError("absent_weight must be at least 0 and capture_range from 1 to 999")
-
-    @property
-    def seen(self) -> tuple[str, ...]:
-        """Names the head is trained on."""
-        return tuple(name for name in self.names if name not in self.unseen)
+        if self.latents < 1:
+            raise UsageError(f"latents is {self.latents}; it must be at least 1")
 
 
 @contextmanager

@@ -11,13 +11,14 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from grounded_diffusion.errors import UsageError
 from grounded_diffusion.training.devices import fast_autocast
+from grounded_diffusion.training.generator.model import SAMPLING
 from grounded_diffusion.training.generator.sampling import sample_images
 from grounded_diffusion.training.images import save_grid
 from grounded_diffusion.training.loop import step_generator, train
@@ -30,6 +31,8 @@ VOCABULARY = 2048
 EMPTY_CAPTIONS = 0.1  # Ho and Salimans, 2022: share of unconditional training
 MIN_SNR = 5.0  # Hang et al., 2023
 MEANING_SCALE = 0.1  # of word embeddings that carry a meaning: large beside what training adds
+# What runs without options take: fast, at a price that docs/benchmarks.md states.
+RUN = {"sampler": "dpmpp-2m", "steps": 8, "guidance_scale": 7.5, "guidance_interval": [0.0, 0.6]}
 SCHEDULER = dict(
     beta_start=0.00085,
     beta_end=0.012,
@@ -194,7 +197,7 @@ def start_models(config: TrainConfig, vae: AutoencoderKL, folder: Path):
 
 
 def train_base(config: TrainConfig, world: World, folder: Path) -> None:
-    """Train on the autoencoder in `folder/vae` and write `folder/{unet,text_encoder,tokenizer,scheduler}`."""
+    """Train on the autoencoder in `folder/vae` and make of `folder` a model that `--base` takes, in float32."""
     stage, device = config.stages["unet"], world.bank.device
     torch.manual_seed(stage.seed)
     vae = AutoencoderKL.from_pretrained(folder / "vae").to(device, memory_format=torch.channels_last).eval()
@@ -222,9 +225,10 @@ def train_base(config: TrainConfig, world: World, folder: Path) -> None:
         return f"wrote base-{step:06d}.png"
 
     def save(trained: TextToImage) -> None:
-        trained.unet.save_pretrained(folder / "unet")
-        trained.text_encoder.save_pretrained(folder / "text_encoder")
-        scheduler.save_pretrained(folder / "scheduler")
+        parts = dict(vae=vae, unet=trained.unet, text_encoder=trained.text_encoder)
+        parts |= dict(tokenizer=tokenizer, scheduler=scheduler, safety_checker=None, feature_extractor=None)
+        StableDiffusionPipeline(**parts, requires_safety_checker=False).save_pretrained(folder)
+        (folder / SAMPLING).write_text(json.dumps(RUN) + "\n", encoding="utf-8")
 
     # On a CPU the backward pass of the fused attention costs twice that of the plain one at these sizes.
     with sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext():

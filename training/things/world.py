@@ -20,8 +20,6 @@ NAMES: dict[str, str] = {name: entry["kind"] for name, entry in read_index()["na
 SURFACES: tuple[str, ...] = tuple(read_index()["surfaces"])
 # Where a thing may be: whales and boats in the water, aeroplanes in the sky, the rest on any ground.
 GROUNDS = tuple(s for s in SURFACES if s not in ("water", "sky"))
-# Split 1 of the paper's Table 4.
-UNSEEN: tuple[str, ...] = ("tv monitor", "car", "dog", "sofa", "train")
 WORDS: tuple[str, ...] = (*NAMES, *SURFACES, *NAMES.values())  # of the captions, beside those of their templates
 
 SHADOW = 0.5  # how much light the contact shadow takes

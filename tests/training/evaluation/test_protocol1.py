@@ -12,10 +12,10 @@ from grounded_diffusion.training.evaluation.daam import Daam, heat_maps, recordi
 from grounded_diffusion.training.evaluation.images import TestImages, exact_images, oracle_images
 from grounded_diffusion.training.evaluation.methods import noised
 from grounded_diffusion.training.evaluation.protocol1 import measure
-from grounded_diffusion.training.evaluation.scenes import Scenes
 from grounded_diffusion.training.generator.base import FrozenBase
 from grounded_diffusion.training.grounding.splits import Split
 from grounded_diffusion.training.grounding.store import ExampleSet
+from grounded_diffusion.training.things.scenes import Scenes
 
 
 def gd_eval(*arguments):

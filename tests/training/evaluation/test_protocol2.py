@@ -13,9 +13,9 @@ from grounded_diffusion.errors import UsageError
 from grounded_diffusion.training.detectors.network import IGNORED, Network, open_network, targets, train_network
 from grounded_diffusion.training.evaluation import cli
 from grounded_diffusion.training.evaluation.protocol2 import Known, class_map, drawer, grouped, iou_by_name
-from grounded_diffusion.training.evaluation.scenes import Scenes
 from grounded_diffusion.training.grounding.annotations import VocFolder
 from grounded_diffusion.training.grounding.splits import Split
+from grounded_diffusion.training.things.scenes import Scenes
 
 NAMES = ["dog", "cactus"]
 

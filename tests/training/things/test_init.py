@@ -94,5 +94,4 @@ def test_a_configuration_describes_its_scenes(tmp_path):
     file.write_text("[world]\nsize = 32\nviews = 2")
     config = load_config(file)
     assert config.names == tuple(NAMES)
-    assert "train" in config.unseen
     assert World(config.world, ["dog"]).render(2, torch.Generator()).images.shape == (2, 3, 32, 32)

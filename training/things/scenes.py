@@ -52,6 +52,16 @@ class Scenes:
         return Image.fromarray(image), masks
 
 
+def scenes_of(names: Sequence[str], pairs: Sequence[tuple[str, str]], count: int, size: int) -> Scenes:
+    """About so many scenes to train on: half of them of one name and, if there are pairs, half of two."""
+    half = count // 2 if pairs else 0
+    if len(pairs) > half:  # some of them, evenly
+        pairs = [pairs[k * len(pairs) // half] for k in range(half)]
+    per_pair = -(-half // len(pairs)) if pairs else 0
+    per_name = -(-max(1, count - per_pair * len(pairs)) // len(names))
+    return Scenes(names, pairs, per_name, per_pair, size, seed=1)
+
+
 def draw(world: Any, wanted: dict[tuple[str, ...], int], seed: int) -> list[tuple[np.ndarray, dict[int, np.ndarray]]]:
     """Scenes (image uint8 [H,W,3], masks by name index) until there are as many of each key as are wanted."""
     left, scenes = {key: count for key, count in wanted.items() if count}, []
