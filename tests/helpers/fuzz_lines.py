@@ -43,14 +43,13 @@ def train_lines(rng, given):
     """Nothing that would train: what a stage needs is not there, or its configuration is damaged."""
     names = ["--names", given / "names.txt", "--unseen", given / "pairs.txt"]
     return rng.choice([
-        *([[stage, "--config", given / "run.toml", "--run", given / "empty"] for stage in ("oracle", "head")]),
-        ["evaluate", "--config", given / "run.toml", "--run", given / "empty"],
-        ["pack", "--config", given / "run.toml", "--run", given / "empty", "--out", "packed"],
+        *([[stage, "--config", given / "run.toml", "--run", given / "empty"] for stage in ("labeller", "judge")]),
         ["head", "--base", given / "empty", "--examples", given / "data", "--out", "head", "--config",
          given / "run.toml"],
         ["examples", "--model", given / "bundle", "--detector", given / "empty", "--out", "examples", *names],
         ["real", "--base", given / "empty", "--coco", given / "settings.json", "--images", given / "empty", "--out",
          "real", *names],
+        ["real", "--base", given / "empty", "--rendered", "8", "--out", "real", *names],
         ["real", "--base", given / "empty", "--voc", given / "data", "--out", "real", *names],
         ["distill", "--base", given / "empty", "--model", given / "bundle", "--prompts", given / "prompts.txt", "--out",
          "student", "--timesteps", "999,500"],

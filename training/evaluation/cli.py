@@ -26,10 +26,10 @@ from grounded_diffusion.training.grounding.splits import UNSEEN, Split, built_in
 TITLES = {"voc": "pascal", "coco": "coco", SHIPPED: "things"}
 EXAMPLES = """\
 examples:
-  gd-eval protocol1 --detector judge/ --rendered --out runs/protocol1
-  gd-eval ablation zero-masks --detector judge/ --vocabulary things-64 --preset quick --out runs/protocol1
-  gd-eval protocol2 --detector judge/ --rendered --per-name 100 --network-iterations 1500 --network-batch 32 \\
-      --out runs/protocol2
+  gd-eval protocol1 --vocabulary voc --rendered --preset quick --examples 2000 --out runs/pascal
+  gd-eval ablation zero-masks --vocabulary voc --split 1 --preset quick --examples 2000 --out runs/pascal
+  gd-eval protocol2 --vocabulary voc --split 1 --rendered --per-name 100 --per-pair 8 \\
+      --network-iterations 1500 --network-batch 32 --out runs/pascal
   gd-eval report runs/protocol1 runs/protocol2
   gd-eval protocol1 --base sd15/ --detector facebook/mask2former-swin-large-coco-instance --second mask-rcnn \\
       --vocabulary voc --split 1 2 3 --voc VOCdevkit/VOC2012 --device cuda --out runs/pascal
@@ -126,7 +126,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--model", type=local_path, metavar="BUNDLE", help="its bundle (default: it is exported into --out)"
     )
     about = "a segmentation model of transformers, in a directory or on the hub; or mask-rcnn, torchvision's"
-    group.add_argument("--detector", required=True, metavar="MODEL", help=f"the judge: {about}")
+    group.add_argument("--detector", metavar="MODEL", help=f"the judge: {about} (default: judge/ of the checkpoint)")
     group.add_argument("--second", metavar="MODEL", help="another; images count on which both agree")
     group.add_argument("--labeller", metavar="MODEL", help="labels the images that heads are trained on (the judge)")
     group.add_argument("--score", type=float, default=0.5, metavar="P", help="least score of an instance (0.5)")
@@ -213,12 +213,24 @@ def open_lab(args: argparse.Namespace, say: Say):
         batch=args.batch,
     )  # fmt: skip
     aliases = read_aliases(args.aliases) if args.aliases else {}
-    detectors = Detectors(args.detector, args.second, args.labeller, args.score, aliases)
+    detectors = Detectors(*detectors_of(args), args.score, aliases)
     run = dict(backend=args.backend, threads=args.threads, lanes=args.lanes)
     base = args.base or args.ckpt or shipped_checkpoint()
     return Lab(
         base, args.out, detectors, model=args.model, options=options, run=run, device=args.device, say=say
     ), trained
+
+
+def detectors_of(args: argparse.Namespace) -> tuple[str, str | None, str | None]:
+    """(judge, second judge, labeller): those of the command line, else those that a checkpoint brings."""
+    if args.detector:
+        return args.detector, args.second, args.labeller
+    checkpoint = None if args.base else Path(args.ckpt or shipped_checkpoint())
+    if checkpoint is None or not (checkpoint / "judge").is_dir():
+        place = args.base or checkpoint
+        raise UsageError(f"{place} brings no judge; give --detector a segmentation model that knows its names")
+    labeller = str(checkpoint / "labeller") if (checkpoint / "labeller").is_dir() else None
+    return str(checkpoint / "judge"), args.second or labeller, args.labeller or labeller
 
 
 def plan_of(args: argparse.Namespace, lab, trained):

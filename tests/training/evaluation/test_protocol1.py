@@ -138,6 +138,11 @@ def test_detectors_that_disagree_leave_an_image_out(held_out, detector, tmp_path
         oracle_images(folder, blind, 0.75)
 
 
+def test_a_model_without_a_judge_needs_a_detector(base, tmp_path, capsys):
+    assert gd_eval("protocol1", "--base", base, "--vocabulary", "voc", "--out", tmp_path / "out") == 2
+    assert f"{base} brings no judge; give --detector" in capsys.readouterr().err
+
+
 def test_scenes_are_as_many_as_asked_with_exact_masks():
     scenes = Scenes(["dog", "cat", "car"], [("dog", "cat")], 2, 3, 32)
     drawn = [tuple(sorted(scenes.labels[k] for k in scenes.read(i)[1])) for i in range(len(scenes))]
