@@ -16,7 +16,7 @@ from grounded_diffusion.training.grounding.config import HeadTraining
 from grounded_diffusion.training.grounding.store import ExampleSet
 from grounded_diffusion.training.head.head import HeadConfig
 
-PICTURE = "grounding.png"
+PICTURE = "grounding.webp"
 MEASURED = "grounding.json"
 TILE = 128  # pixels of a picture, where it is larger
 COLUMNS = 4  # names to a row
@@ -146,7 +146,7 @@ def picture(tiles: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], file: Pa
     sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
     for k, cell in enumerate(cells):
         sheet.paste(cell, (k % columns * (width + gap), k // columns * (height + gap)))
-    sheet.save(file)
+    sheet.save(file, quality=90)
 
 
 def count_parameters(module: torch.nn.Module) -> int:

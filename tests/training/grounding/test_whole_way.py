@@ -30,9 +30,9 @@ def test_examples_head_pack_export_infer(base, examples, held_out, tmp_path, cap
     assert sum(counts["images"] for counts in measured["yields"].values()) >= 24
     card = (checkpoint / "README.md").read_text()
     assert str(tmp_path) not in card
-    for word in ("mask2former", "deer", "dog", "cpu", "grounding.png"):
+    for word in ("mask2former", "deer", "dog", "cpu", "grounding.webp"):
         assert word in card
-    assert (checkpoint / "grounding.png").stat().st_size > 1000
+    assert (checkpoint / "grounding.webp").stat().st_size > 1000
     assert export.main(["--ckpt", str(checkpoint), "--out", str(bundle)]) == 0
     assert open_bundle(bundle).manifest.names["unseen"] == ["deer"]
     prompt = "a photograph of a [dog] and a [deer]"
