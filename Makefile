@@ -46,7 +46,7 @@ docs: $(READY) ## build the documentation's site into build/site; a link that le
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "open build/site/index.html"
 
-bench: $(READY) ## measure this machine's CPU against what one would use instead: a quarter of an hour
+bench: $(READY) ## measure this machine's CPU against what one would use instead: ten minutes
 	$(BIN)/gd-bench speed --no-memory --out bench/results
 
 results: $(READY) ## write docs/results.md from the figures in bench/results/truth.json

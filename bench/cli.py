@@ -188,11 +188,11 @@ def run_speed(args: argparse.Namespace) -> None:
         tries = sorted({max(1, usual // 2), usual, 2 * usual})
         shape = pipe.latent_shape(options)
         forms = {name: fastest_form(checkpoint, shape, name, tries, device, args.threads) for name in forms}
-    together = math.lcm(*(form.batch * form.lanes for form in engines.values()), *(f.batch for f in forms.values()))
+    together = math.lcm(*(form.batch * form.lanes for form in engines.values()))
     with tempfile.TemporaryDirectory() as folder:
         plan = Plan(
             options=options, threads=args.threads, engines=engines, peers=peers, peer_forms=forms,
-            images=-(-args.images // together) * together, rounds=args.rounds, repeats=args.repeats,
+            images=-(-args.images // together) * together, least=args.images, rounds=args.rounds, repeats=args.repeats,
             checkpoint=checkpoint, folder=Path(folder), memory=not args.no_memory,
         )  # fmt: skip
         result = measure_speed(pipes, plan, say)

@@ -24,7 +24,7 @@ def main() -> None:
     ours = plan.engines[precision_of(name)] if name.startswith(ENGINE) else EngineForm(DEFAULT_BACKEND, 1, 1)
     pipe = GroundedPipeline.open(request["model"], backend=ours.backend, threads=plan.threads, lanes=ours.lanes)
     system = open_named(name, pipe, plan)  # peers ask the engine for sizes only
-    system.run(make_work(pipe.bundle.manifest, pipe.latent_shape(plan.options), plan.images, 0))
+    system.run(make_work(pipe.bundle.manifest, pipe.latent_shape(plan.options), plan.turn(name), 0))
     print(json.dumps({"peak": peak_rss() if plan.device == "cpu" else (gpu_memory_used() or 0) - taken}))
 
 

@@ -82,6 +82,12 @@ def peer_form(item: tuple[str, Mapping[str, Any]]) -> str:
     return f"{name} {form['batch']}{layout}"
 
 
+def turns(result: Mapping[str, Any]) -> str:
+    """Images to a turn, of the shortest and the longest."""
+    counts = sorted({row["images"] for row in result["systems"]})
+    return " to ".join(map(str, (counts[0], counts[-1])[: len(counts)]))
+
+
 def speed_report(result: Mapping[str, Any]) -> list[str]:
     """The whole of a speed measurement in Markdown."""
     setting, bound = result["setting"], result["bound"]
@@ -91,7 +97,7 @@ def speed_report(result: Mapping[str, Any]) -> list[str]:
         *speed_table(result),
         "",
         f"{setting['sampler']}, {setting['steps']} steps, guidance {setting['guidance_scale']:g}; "
-        f"{setting['images']} images a turn, {setting['rounds']} turns each, in one process. "
+        f"{turns(result)} images a turn, {setting['rounds']} turns each, in one process. "
         f"Batches: {', '.join(batches)}.",
         f"UNet: {result['unet_share']:.1%} of the engine's time.",
         *(f"{name}: {seconds:.0f} s to prepare." for name, seconds in result["prepare_s"].items()),

@@ -103,6 +103,8 @@ def agreement(name: str, output: Output, expected: Output) -> dict[str, float]:
 
     Raises ParityError if it made other images: in FP32 one of them, in a coarser precision on average.
     """
+    count = min(len(output.images), len(expected.images))  # of a shorter turn, the same first images
+    output, expected = (Output(one.images[:count], one.masks[:count]) for one in (output, expected))
     both, either = output.masks & expected.masks, output.masks | expected.masks
     each = np.where(either.sum((2, 3)), both.sum((2, 3)) / either.sum((2, 3)).clip(1), 1.0)
     apart = psnr(output.images, expected.images)
@@ -141,26 +143,30 @@ def measure_speed(
     rates = gpu_bound() if plan.device == "cuda" else cpu_bound(precision)
     bound = max(rates.values(), default=None)
     result["bound"] = {"rates": rates, "flops_per_s": bound}
-    work = lambda number: make_work(pipe.bundle.manifest, pipe.latent_shape(options), plan.images, number)
+    work = lambda name, number: make_work(pipe.bundle.manifest, pipe.latent_shape(options), plan.turn(name), number)
     report("measuring the stages")
     one_call = make_work(pipe.bundle.manifest, pipe.latent_shape(options), pipe.batch_size(options), 0)
     heads = plan.checkpoint if not missing_packages("eager") and plan.device == "cpu" else None
     stages = measure_stages(pipe, one_call, options, plan.repeats, heads)
     result["stages"] = [stage.record(bound) for stage in stages]
 
-    systems, warm, prepared, result["agreement"] = prepare(pipes, plan, work, result["omitted"], report)
-    rounds = plan.rounds or min(MOST, max(LEAST, int(BUDGET / sum(warm.values()))))
-    runs = {name: lambda number, system=system: system.run(work(number)) for name, system in systems.items()}
+    systems, prepared, result["agreement"] = prepare(pipes, plan, work, result["omitted"], report)
+    rounds = (lambda first: plan.rounds) if plan.rounds else (lambda first: min(MOST, max(LEAST, int(BUDGET / first))))
+    runs = {
+        name: lambda number, name=name, system=system: system.run(work(name, number))
+        for name, system in systems.items()
+    }
     timings, result["order"] = alternate(runs, rounds, report)
     fastest = {name: min(timings[name].seconds) for name in prepared}
     result["prepare_s"] = {name: max(0.0, spent - fastest[name]) for name, spent in prepared.items()}
-    result["unet_share"] = share_of_unet(pipe, plan, options, stages, work(rounds))
+    result["unet_share"] = share_of_unet(pipe, plan, options, stages, work(ENGINE, MOST))
     peaks = peak_memory(pipe, plan, list(systems), report) if plan.memory else {}
     result["systems"] = [
         {
             "name": name,
             "precision": precision_of(name),
-            "images_per_s": plan.images / timing.median,
+            "images": plan.turn(name),
+            "images_per_s": plan.turn(name) / timing.median,
             **timing.record(),
             "peak_memory": peaks.get(name),
         }
@@ -170,7 +176,7 @@ def measure_speed(
         **{name: getattr(plan.options, name) for name in ("sampler", "steps", "guidance_scale")},
         **{name: value for name, value in plan.dump().items() if name in ("images", "repeats", "engines")},
         "peer_forms": {name: asdict(plan.form(name)) for name in systems if not name.startswith(ENGINE)},
-        "rounds": rounds,
+        "rounds": max(len(timing.seconds) for timing in timings.values()),
     }
     return result
 
@@ -178,20 +184,18 @@ def measure_speed(
 def prepare(
     pipes: Mapping[str, GroundedPipeline],
     plan: Plan,
-    work: Callable[[int], Work],
+    work: Callable[[str, int], Work],
     omitted: dict[str, str],
     report: Report,
-) -> tuple[dict[str, System], dict[str, float], dict[str, float], dict[str, dict[str, float]]]:
-    """All systems, warm; seconds of the last turn; those from opening a peer to the end of its first; agreement.
+) -> tuple[dict[str, System], dict[str, float], dict[str, dict[str, float]]]:
+    """All systems, warm; seconds from opening a peer to the end of its first turn; agreement.
 
     A peer that cannot be opened is said to be left out and added to `omitted`.
     """
     systems = {name: open_named(name, pipes[precision_of(name)], plan) for name in engine_names(plan)}
-    for system in systems.values():
-        system.run(work(0))
-    expected = {name: systems[name].run(work(0)) for name in systems if FOLDER not in name}
+    made = {name: system.run(work(name, 0)) for name, system in systems.items()}
+    expected = {name: output for name, output in made.items() if FOLDER not in name}
     exact = list(expected.values())[-1]
-    warm = {name: clock(lambda system=system: system.run(work(0))) for name, system in systems.items()}
     agreed = {name: agreement(name, output, exact) for name, output in expected.items() if output is not exact}
     seconds = {}
     for name in (peer for peer in plan.peers if peer not in omitted):
@@ -203,11 +207,10 @@ def prepare(
             omitted[name] = str(error)
             report(f"LEFT OUT: {name} ({error})")
             continue
-        output = systems[name].run(work(0))
+        output = systems[name].run(work(name, 0))
         seconds[name] = time.perf_counter() - start
-        warm[name] = clock(lambda name=name: systems[name].run(work(0)))
         agreed[name] = agreement(name, output, exact)
-    return systems, warm, seconds, agreed
+    return systems, seconds, agreed
 
 
 def share_of_unet(pipe: GroundedPipeline, plan: Plan, options: Options, stages: Sequence[Stage], work: Any) -> float:

@@ -55,24 +55,28 @@ def repeat(run: Callable[[], Any], repeats: int) -> Timing:
 
 
 def alternate(
-    systems: Mapping[str, Callable[[int], Any]], rounds: int, report: Callable[[str], None] = lambda line: None
+    systems: Mapping[str, Callable[[int], Any]],
+    rounds: Callable[[float], int],
+    report: Callable[[str], None] = lambda line: None,
 ) -> tuple[dict[str, Timing], list[str]]:
     """Run every system once a round, in the same order, so that a machine that slows down slows all alike.
 
     Args:
         systems: by name, what runs one round, given the round's number.
-        rounds: timed rounds.
+        rounds: how many, given the seconds of the first.
         report: told a line after each round.
 
     Returns:
         timings by name; the names in the order in which they ran.
     """
     seconds: dict[str, list[float]] = {name: [] for name in systems}
-    order = []
-    for number in range(rounds):
+    order, number, most = [], 0, 1
+    while number < most:
         for name, run in systems.items():
             time.sleep(PAUSE)
             seconds[name].append(clock(lambda run=run: run(number)))  # noqa: B023
             order.append(name)
-        report(f"round {number + 1}/{rounds}: " + ", ".join(f"{name} {s[-1]:.2f} s" for name, s in seconds.items()))
+        number += 1
+        most = rounds(sum(s[0] for s in seconds.values()))
+        report(f"round {number}/{most}: " + ", ".join(f"{name} {s[-1]:.2f} s" for name, s in seconds.items()))
     return {name: Timing(tuple(values)) for name, values in seconds.items()}, order

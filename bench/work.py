@@ -68,7 +68,8 @@ class Plan:
         engines: the engine by precision, the most exact last; of the first the stages and the writer are measured.
         peers: names of the peers.
         peer_forms: by precision, the batch and layout at which torch is fastest.
-        images: to a turn, of every system.
+        images: to a turn of the engine and of OpenVINO, as many as their lanes need.
+        least: images to a turn of any system.
         rounds: timed turns of every system; None takes what fits into BUDGET.
         repeats: timed calls of every stage.
         checkpoint: directory of the torch model that the peers load; None where there is none.
@@ -82,6 +83,7 @@ class Plan:
     peers: tuple[str, ...]
     peer_forms: dict[str, PeerForm]
     images: int
+    least: int
     rounds: int | None
     repeats: int
     checkpoint: Path | None
@@ -102,6 +104,13 @@ class Plan:
         kind, precision = peer.split()
         ours = self.engines.get(precision)
         return PeerForm(ours.batch) if kind == "openvino" and ours else self.peer_forms[precision]
+
+    def turn(self, name: str) -> int:
+        """Images to a turn of a system. Those that run one call after the other take as few as fill their calls."""
+        if name.startswith(("engine", "openvino")):
+            return self.images
+        batch = self.form(name).batch
+        return -(-self.least // batch) * batch
 
     def dump(self) -> dict[str, Any]:
         """As JSON has it."""

@@ -30,6 +30,7 @@ COMMANDS = {  # command -> its module, its own commands
     ),
     "gd-export": ("export.cli", ()),
     "gd-train": ("training.cli", ("examples", "real", "head", "distill")),
+    "gd-eval": ("training.evaluation.cli", ("protocol1", "protocol2", "ablation", "report")),
     "gd-bench": ("bench.cli", ("speed", "quality", "grounding", "gpu-model")),
 }  # fmt: skip
 

@@ -40,7 +40,7 @@ def bench(*options) -> int:
 def test_systems_take_turns():
     ran = []
     runs = {name: lambda number, name=name: ran.append((name, number)) for name in "ABC"}
-    timings, order = alternate(runs, 3)
+    timings, order = alternate(runs, lambda first: 3)
     assert order == [*"ABCABCABC"] and ran == [(name, i // 3) for i, name in enumerate(order)]
     assert all(len(timing.seconds) == 3 and min(timing.seconds) >= 0 for timing in timings.values())
 
@@ -109,8 +109,8 @@ def test_peak_memory_is_that_of_a_process_with_one_system(tiny_bundle, tiny_chec
     pipe = GroundedPipeline.open(tiny_bundle, threads=1)
     plan = speed.Plan(
         options=Options(steps=1, batch=1, guidance_interval=work.EVERY_STEP), threads=1, peers=("eager fp32",),
-        engines={"fp32": EngineForm("onnxruntime", 1, 1)}, peer_forms={"fp32": work.PeerForm(1)}, images=1, rounds=1,
-        repeats=1, checkpoint=tiny_checkpoint, folder=tmp_path,
+        engines={"fp32": EngineForm("onnxruntime", 1, 1)}, peer_forms={"fp32": work.PeerForm(1)}, images=1, least=1,
+        rounds=1, repeats=1, checkpoint=tiny_checkpoint, folder=tmp_path,
     )  # fmt: skip
     assert speed.Plan.load(json.loads(json.dumps(plan.dump()))) == plan
     said = []
