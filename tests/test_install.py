@@ -60,10 +60,6 @@ def test_data_files_are_installed(file):
     assert (Path(engine.__file__).parents[1] / file).is_file()
 
 
-def test_a_model_whose_training_goes_on_is_not_installed():
-    assert not [file for file in metadata.files("grounded-diffusion") if "things-64" in str(file)]
-
-
 @pytest.mark.parametrize("folder", ["elsewhere", "checkout"])
 def test_the_engine_imports_light_and_fast(folder, tmp_path):
     """Also where a checkout's own folders come first on the path."""
