@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
 
 import msgspec
+
+from grounded_diffusion.errors import UsageError
 
 T = TypeVar("T")
 
@@ -43,6 +46,19 @@ class Misfit(ValueError):  # noqa: N818 - of a text to a type
     def at(self, file: object) -> str:
         """The text behind the file's name and the line: "run.json:3: format must be a text, not a list"."""
         return f"{file}{'' if self.line is None else f':{self.line}'}: {self}"
+
+
+@contextmanager
+def settings_errors(path: object, what: str) -> Iterator[None]:
+    """Errors of reading a file of settings, `what`, as UsageError with the file's name."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"cannot read {what} {path}: {error.strerror}") from None
+    except Misfit as error:
+        raise UsageError(error.at(path)) from None
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
 
 
 def read_file(path: str | Path) -> bytes:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -30,7 +30,7 @@ from grounded_diffusion.families import FAMILIES
 from grounded_diffusion.reading import Misfit, Number, decode, read_file
 from grounded_diffusion.training.generator.attention import GUIDANCE, NOUNS, attention_head
 from grounded_diffusion.training.generator.denoiser import Denoiser
-from grounded_diffusion.training.generator.model import PARTS, SAMPLING, first_line, load_base
+from grounded_diffusion.training.generator.model import PARTS, first_line, load_base, save_base
 from grounded_diffusion.training.generator.text import TextTower, template_states
 from grounded_diffusion.training.head.attention import CAPTURE_TIMESTEP, AttentionConfig, AttentionHead
 from grounded_diffusion.training.head.head import GroundingHead, HeadConfig, load_released, load_state
@@ -130,19 +130,8 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint, dtype: torch.dtype
     modules = {name: copy.deepcopy(getattr(checkpoint, name)) for name in PARTS[:3]}
     for parameter in (p for module in modules.values() for p in module.parameters()):
         parameter.data = parameter.data.to("cpu", dtype)
-    pipeline = StableDiffusionPipeline(
-        **modules,
-        tokenizer=checkpoint.tokenizer,
-        scheduler=checkpoint.scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.save_pretrained(path, safe_serialization=True)
-    for file in path.glob("*/*config.json"):  # both libraries note the folder a module was loaded from
-        config = json.loads(file.read_text(encoding="utf-8"))
-        config.pop("_name_or_path", None)
-        file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    rest = {name: getattr(checkpoint, name) for name in ("tokenizer", "scheduler", "sampling")}
+    save_base(path, modules | rest)
     (path / HEAD).mkdir(exist_ok=True)
     _save_weights(checkpoint.head, path / HEAD / "model.safetensors", dtype)
     about = dict(
@@ -155,8 +144,6 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint, dtype: torch.dtype
         about["presence"] = asdict(checkpoint.presence.config)
         _save_weights(checkpoint.presence, path / HEAD / PRESENCE, dtype)
     (path / HEAD / "config.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-    if checkpoint.sampling:
-        (path / SAMPLING).write_text(json.dumps(checkpoint.sampling, indent=1) + "\n", encoding="utf-8")
 
 
 def _save_weights(module: torch.nn.Module, file: Path, dtype: torch.dtype) -> None:

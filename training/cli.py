@@ -21,9 +21,6 @@ STAGES = {
     "judge": "another, for gd-eval --detector",
 }
 
-# Tables of [stages].
-NEEDED = {"base": ("vae", "unet"), "labeller": ("labeller",), "judge": ("judge",)}
-
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line, which has a `command` where it is on any model."""
@@ -81,8 +78,9 @@ def run(args: argparse.Namespace) -> None:
 
 def check_stages(config: TrainConfig, stage: str) -> None:
     """Raise UsageError where the configuration has no pace for what a stage trains."""
-    needed = [name for name in NEEDED[stage] if not (name == "vae" and "vae" in config.init)]
-    if missing := [name for name in needed if name not in config.stages]:
+    needed = ("vae", "unet") if stage == "base" else (stage,)
+    given = config.init.keys() & {"vae"}
+    if missing := [name for name in needed if name not in config.stages and name not in given]:
         raise UsageError(f"the configuration has no table [stages.{missing[0]}], which gd-train {stage} needs")
 
 

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from grounded_diffusion.bundle import SHIPPED
 from grounded_diffusion.engine.backends.open import BACKENDS, DEFAULT_BACKEND
 from grounded_diffusion.engine.checks import check_int, usable_cores
 from grounded_diffusion.engine.cli.common import Parser, run_command
@@ -23,7 +22,7 @@ from grounded_diffusion.training.evaluation.paper import ABLATIONS, METHODS, MET
 from grounded_diffusion.training.grounding.config import PRESETS, build
 from grounded_diffusion.training.grounding.splits import UNSEEN, Split, built_in_split, split_of
 
-TITLES = {"voc": "pascal", "coco": "coco", SHIPPED: "things"}
+TITLES = {"voc": "pascal", "coco": "coco", "things-64": "things"}
 EXAMPLES = """\
 examples:
   gd-eval protocol1 --vocabulary voc --rendered --preset quick --examples 2000 --out runs/pascal
@@ -303,8 +302,8 @@ def protocol2(args: argparse.Namespace, say: Say) -> None:
 def setting_of(args: argparse.Namespace, lab, splits: dict[str, Split]):
     """What an ablation varies, by a command line."""
     from grounded_diffusion.training.evaluation.ablations import Setting
-    from grounded_diffusion.training.evaluation.protocol1 import scenes_to_train_on
     from grounded_diffusion.training.grounding.annotations import CocoFile, VocFolder
+    from grounded_diffusion.training.things.scenes import scenes_of
 
     split = next(iter(splits.values()))
     given = {name: getattr(args, name) for name in ("timesteps", "missed", "counts") if getattr(args, name) is not None}
@@ -316,7 +315,7 @@ def setting_of(args: argparse.Namespace, lab, splits: dict[str, Split]):
     elif args.coco and args.ablation == "real":
         raise UsageError("this ablation trains on annotated images; give --train-coco and --train-images too")
     elif args.rendered:
-        training = lambda: scenes_to_train_on(lab, split, args.real_images)
+        training = lambda: scenes_of(split.seen, split.seen_pairs, args.real_images, lab.base.image_size[0])
     return Setting(split, **given, training=training, training_limit=None if args.rendered else args.real_images)
 
 

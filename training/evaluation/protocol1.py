@@ -22,7 +22,7 @@ from grounded_diffusion.training.grounding.prompts import mixed
 from grounded_diffusion.training.grounding.real import make_real
 from grounded_diffusion.training.grounding.splits import Split
 from grounded_diffusion.training.metrics import grid_ceiling
-from grounded_diffusion.training.things.scenes import Scenes, scenes_of
+from grounded_diffusion.training.things.scenes import Scenes
 
 CALL = 16  # images to one call of the network
 CEILING = 400  # masks that the ceiling is fitted to, at most
@@ -105,11 +105,6 @@ def rendered(lab: Lab, split: Split, size: TestSize) -> Scenes:
     """Rendered scenes, as many as there are generated images."""
     names = (*split.seen, *split.unseen)
     return Scenes(names, split.pairs, size.per_name, size.per_pair, lab.base.image_size[0], seed=SEED)
-
-
-def scenes_to_train_on(lab: Lab, split: Split, count: int) -> Scenes:
-    """About so many scenes of seen names in the place of an annotated data set."""
-    return scenes_of(split.seen, split.seen_pairs, count, lab.base.image_size[0])
 
 
 def measure(method: Method, images: TestImages, split: Split, absent: Sequence[str] = ()) -> Measured:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
 
 from grounded_diffusion.bundle import Sampling
@@ -140,6 +141,23 @@ def read_sampling(file: Path) -> dict[str, Any]:
     except Misfit as error:
         raise CheckpointError(f"{error.at(file)}; it must be an object of {', '.join(OWN)}") from None
     return said
+
+
+def save_base(path: Path, parts: Mapping[str, Any]) -> None:
+    """Write a model of one text encoder as `load_folder` gives it, in diffusers' format and the precision it has."""
+    pipeline = StableDiffusionPipeline(
+        **{part: parts[part] for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")},
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(path, safe_serialization=True)
+    for file in path.glob("*/*config.json"):  # both libraries note the folder a module was loaded from
+        config = json.loads(file.read_text(encoding="utf-8"))
+        config.pop("_name_or_path", None)
+        file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if parts["sampling"]:
+        (path / SAMPLING).write_text(json.dumps(parts["sampling"], indent=1) + "\n", encoding="utf-8")
 
 
 def load_base(

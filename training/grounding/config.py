@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from grounded_diffusion.errors import UsageError
-from grounded_diffusion.reading import Misfit, as_type, load_toml, read_file
+from grounded_diffusion.reading import as_type, load_toml, read_file, settings_errors
 from grounded_diffusion.training.grounding.loss import ZERO_MASKS
 
 OPTIMIZERS = ("adam", "muon")
@@ -114,17 +114,11 @@ def build(
 
 def read_settings(file: Path) -> dict[str, Any]:
     """Fields of HeadTraining from a TOML file; unknown ones fail by name. Raises UsageError."""
-    try:
+    with settings_errors(file, "the settings"):
         content = read_file(file)
         settings = load_toml(content)
         known = {field.name for field in fields(HeadTraining)}
         if unknown := sorted(settings.keys() - known):
             raise UsageError(f"unknown settings {', '.join(unknown)}; known: {', '.join(sorted(known))}")
         as_type(settings, HeadTraining, content)
-    except OSError as error:
-        raise UsageError(f"cannot read the settings {file}: {error.strerror}") from None
-    except Misfit as error:
-        raise UsageError(error.at(file)) from None
-    except UsageError as error:
-        raise UsageError(f"{file}: {error}") from None
     return settings

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from grounded_diffusion.engine.checks import first_line
 from grounded_diffusion.errors import GroundedDiffusionError, UsageError
-from grounded_diffusion.reading import Misfit, as_type, line_of, load_toml, read_file
+from grounded_diffusion.reading import Misfit, as_type, line_of, load_toml, read_file, settings_errors
 from grounded_diffusion.training.loop import StageConfig
 from grounded_diffusion.training.things.world import NAMES, WorldConfig
 
@@ -84,7 +84,7 @@ def _table(kind: type[T], table: Any, where: str, content: bytes) -> T:
 
 def load_config(path: str | Path) -> TrainConfig:
     """Read a TOML file. Raises UsageError with file, line and option: unknown, of another type, or out of range."""
-    try:
+    with settings_errors(path, "the configuration"):
         content = read_file(path)
         raw = load_toml(content)
         stages = as_type(raw.get("stages", {}), dict[str, Any], content, "stages")
@@ -93,9 +93,3 @@ def load_config(path: str | Path) -> TrainConfig:
         raw["world"] = _table(WorldConfig, raw.get("world", {}), "world", content)
         raw["stages"] = {name: _table(StageConfig, table, f"stages.{name}", content) for name, table in stages.items()}
         return _table(TrainConfig, raw, str(path), content)
-    except OSError as error:
-        raise UsageError(f"cannot read the configuration {path}: {error.strerror}") from None
-    except Misfit as error:
-        raise UsageError(error.at(path)) from None
-    except UsageError as error:
-        raise UsageError(f"{path}: {error}") from None

@@ -11,14 +11,14 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from grounded_diffusion.errors import UsageError
 from grounded_diffusion.training.devices import fast_autocast
-from grounded_diffusion.training.generator.model import SAMPLING
+from grounded_diffusion.training.generator.model import save_base
 from grounded_diffusion.training.generator.sampling import sample_images
 from grounded_diffusion.training.images import save_grid
 from grounded_diffusion.training.loop import step_generator, train
@@ -225,10 +225,8 @@ def train_base(config: TrainConfig, world: World, folder: Path) -> None:
         return f"wrote base-{step:06d}.png"
 
     def save(trained: TextToImage) -> None:
-        parts = dict(vae=vae, unet=trained.unet, text_encoder=trained.text_encoder)
-        parts |= dict(tokenizer=tokenizer, scheduler=scheduler, safety_checker=None, feature_extractor=None)
-        StableDiffusionPipeline(**parts, requires_safety_checker=False).save_pretrained(folder)
-        (folder / SAMPLING).write_text(json.dumps(RUN) + "\n", encoding="utf-8")
+        parts = dict(unet=trained.unet, vae=vae, text_encoder=trained.text_encoder, tokenizer=tokenizer)
+        save_base(folder, parts | dict(scheduler=scheduler, sampling=RUN))
 
     # On a CPU the backward pass of the fused attention costs twice that of the plain one at these sizes.
     with sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext():

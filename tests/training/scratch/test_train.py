@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.scratch import SIZES
 from torch.nn import functional as F
 
 from grounded_diffusion.errors import UsageError
@@ -15,21 +16,10 @@ from grounded_diffusion.training.scratch.config import load_config
 from grounded_diffusion.training.scratch.unet import build_tokenizer
 from grounded_diffusion.training.things.world import WORDS
 
-TINY = """
+TINY = f"""
 latents = 64
 names = ["dog", "cat", "bus", "cactus"]
-[world]
-size = 32
-[vae]
-block_out_channels = [8, 16, 16]
-[text]
-hidden_size = 64
-intermediate_size = 64
-num_hidden_layers = 1
-[unet]
-block_out_channels = [16, 32, 32]
-norm_num_groups = 8
-attention_head_dim = 2
+{SIZES}
 [stages.vae]
 steps = 2
 batch = 4

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from helpers.scratch import SIZES
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from grounded_diffusion.training import cli
@@ -19,21 +20,10 @@ from grounded_diffusion.training.scratch.unet import (
 from grounded_diffusion.training.things.meanings import read_meanings
 from grounded_diffusion.training.things.world import NAMES, World
 
-TINY = """
+TINY = f"""
 latents = 16
 names = ["dog", "car"]
-[text]
-hidden_size = 64
-intermediate_size = 64
-num_hidden_layers = 1
-[vae]
-block_out_channels = [8, 16, 16]
-[unet]
-block_out_channels = [16, 32, 32]
-norm_num_groups = 8
-attention_head_dim = 2
-[world]
-size = 32
+{SIZES}
 [stages.unet]
 steps = 1
 batch = 2
