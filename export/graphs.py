@@ -60,10 +60,10 @@ class GroundedUNet(nn.Module):
         with self.taps(self.denoiser.unet) as taps, contextlib.ExitStack() as stack:
             seen = self.presence and stack.enter_context(self.presence.taps(self.denoiser.unet))
             model_output = self.denoiser(latents, timestep, context)
-            mask_logits = self.head(taps.raw(), queries, query_valid)
             if seen is None:
-                return model_output, mask_logits
-            return model_output, mask_logits, self.presence(seen.raw(), mask_logits, queries)
+                return model_output, self.head(taps.raw(), queries, query_valid)
+            mask_logits, states = self.head.with_states(taps.raw(), queries, query_valid)
+            return model_output, mask_logits, self.presence(seen.raw(), mask_logits, queries, states)
 
 
 class PlainUNet(nn.Module):

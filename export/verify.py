@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from grounded_diffusion.training.checkpoint import Checkpoint
 
 GUIDANCE_SCALE = 7.5
 LARGE = 2048  # latent cells; models above are checked with one image and few steps, others with two and more
+MOST = 4096  # latent cells; models above are checked at a smaller size, as attention takes memory by the square of them
 FALLBACK_NAMES = ["dog", "cat"]
 
 
@@ -96,9 +97,16 @@ class FusedOnCpu(Frugal):
         return as_standard(onnx.load(path, load_external_data=False)).SerializeToString()
 
 
+def checked_size(size: Sequence[int], step: int) -> tuple[int, ...]:
+    """(h, w) of the latents that are compared: a model's own, or MOST cells of its shape, in multiples of `step`."""
+    shrink = min(1.0, math.sqrt(MOST / math.prod(size)))
+    return tuple(max(step, round(side * shrink) // step * step) for side in size)
+
+
 def check_graphs(checkpoint: Checkpoint, folder: Path) -> list[Parity]:
-    """Every graph's outputs against its module's, at the model's own size and, batched, at a small oblong one."""
-    (height, width), step = checkpoint.latent_size, latent_multiple(checkpoint)
+    """Every graph's outputs against its module's, at `checked_size` and, batched, at a small oblong one."""
+    step = latent_multiple(checkpoint)
+    height, width = checked_size(checkpoint.latent_size, step)
     shapes = [Sizes(1, 1, height, width), Sizes(3, 4, 2 * step, 3 * step)]
     manifest, rows = read_manifest(folder), []
     tolerance = TOLERANCES[manifest.precision]
@@ -131,7 +139,8 @@ def check_graphs(checkpoint: Checkpoint, folder: Path) -> list[Parity]:
 
 def check_loop(checkpoint: Checkpoint, folder: Path) -> list[Parity]:
     """Images and masks from the engine against diffusers' pipeline and the plain head, from the same noise."""
-    height, width = checkpoint.latent_size
+    height, width = checked_size(checkpoint.latent_size, latent_multiple(checkpoint))
+    scale = checkpoint.vae_scale_factor
     large = height * width > LARGE
     names = [*(name for group in checkpoint.names.values() for name in group), *FALLBACK_NAMES][:2]
     prompts = [f"a photograph of a {names[0]} and a {names[1]}", f"a photograph of a {names[0]}"][: 1 if large else 2]
@@ -151,6 +160,7 @@ def check_loop(checkpoint: Checkpoint, folder: Path) -> list[Parity]:
             guidance_scale=GUIDANCE_SCALE,
             guidance_interval=(0.0, 1.0),
             batch=len(prompts),
+            size=(height * scale, width * scale),
         )
     )
     del backend
@@ -159,7 +169,7 @@ def check_loop(checkpoint: Checkpoint, folder: Path) -> list[Parity]:
     expected = generate(checkpoint, prompts, names, noise, steps, GUIDANCE_SCALE, capture)
     images = [psnr(sample.image, image) for sample, image in zip(samples, expected.images.numpy(), strict=True)]
     masks = np.array([[sample.masks[name] for name in names] for sample in samples]), expected.masks.numpy()
-    apart = (part.reshape(-1, height * width * checkpoint.vae_scale_factor**2) for part in masks)  # one row a mask
+    apart = (part.reshape(-1, height * width * scale**2) for part in masks)  # one row a mask
     iou = min(map(mask_iou, *apart)) if tolerance.each else mask_iou(*masks)
     what = f"{steps} steps of DDIM against diffusers"
     return [

@@ -13,7 +13,7 @@ from helpers.original_layout import kohya_lora
 from grounded_diffusion.engine import GroundedPipeline, Options
 from grounded_diffusion.engine.sampling.noise import batch_normal
 from grounded_diffusion.export.bundle import export_bundle
-from grounded_diffusion.export.verify import check_graphs, check_loop, psnr, table
+from grounded_diffusion.export.verify import check_graphs, check_loop, checked_size, psnr, table
 from grounded_diffusion.training.checkpoint import load_checkpoint
 
 SIZE = 32  # pixels a side, of images
@@ -67,3 +67,17 @@ def test_the_attention_head_is_exported_as_it_is(attention_bundle):
     assert pipe.bundle.manifest.head["layers"] == dict(checkpoint.head.config.layers)
     sample = next(pipe.generate("a photograph of a [dog]", steps=3))
     assert sample.masks["dog"].any()
+
+
+@pytest.mark.parametrize(
+    ("size", "step", "compared"),
+    [
+        ((8, 8), 4, (8, 8)),
+        ((64, 64), 8, (64, 64)),
+        ((96, 96), 8, (64, 64)),
+        ((128, 128), 16, (64, 64)),
+        ((64, 256), 8, (32, 128)),
+    ],
+)
+def test_large_models_are_compared_at_a_size_whose_attention_fits(size, step, compared):
+    assert checked_size(size, step) == compared

@@ -37,9 +37,8 @@ def tiny_model():
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction",
         clip_sample=False, set_alpha_to_one=False, steps_offset=1, timestep_spacing="leading",
     )  # fmt: skip
-    head = GroundingHead(
-        HeadConfig.for_unet(unet.config, reduced_channels=(8, 16, 16), embed_dim=32, ffn_dim=64, patch=2, image_scale=4)
-    )
+    sizes = dict(reduced_channels=(8, 16, 16), embed_dim=32, ffn_dim=64, patch=2, image_scale=4, detail=2)
+    head = GroundingHead(HeadConfig.for_unet(unet.config, **sizes))
     return Checkpoint(
         unet.eval(), vae.eval(), CLIPTextModel(text_config).eval(), tokenizer, scheduler, head.eval(),
         names=dict(seen=["dog", "cat"], unseen=["unicorn"]),
@@ -62,6 +61,6 @@ def smaller(checkpoint):
         norm_num_groups=8, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
     )  # fmt: skip
-    sizes = dict(reduced_channels=(8, 16), embed_dim=32, ffn_dim=64, patch=2, image_scale=4)
+    sizes = dict(reduced_channels=(8, 16), embed_dim=32, ffn_dim=64, patch=2, image_scale=4, detail=2)
     head = GroundingHead(HeadConfig.for_unet(unet.config, **sizes))
     return replace(checkpoint, unet=unet.eval(), head=head.eval())

@@ -8,21 +8,15 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from grounded_diffusion.engine.backends.open import BACKENDS, DEFAULT_BACKEND
 from grounded_diffusion.engine.checks import check_int, usable_cores
 from grounded_diffusion.engine.cli.common import Parser, run_command
-from grounded_diffusion.engine.pipeline.shipped import shipped_checkpoint
-from grounded_diffusion.engine.prompts.vocabulary import Vocabulary, built_in, read_names, read_pairs
-from grounded_diffusion.engine.sampling.options import Options
 from grounded_diffusion.errors import UsageError
 from grounded_diffusion.files import local_path
-from grounded_diffusion.training.evaluation.paper import ABLATIONS, METHODS, METHODS_2
-from grounded_diffusion.training.grounding.config import PRESETS, build
-from grounded_diffusion.training.grounding.splits import UNSEEN, Split, built_in_split, split_of
+from grounded_diffusion.training.evaluation.paper import ABLATIONS, METHODS, METHODS_2, TITLES
+from grounded_diffusion.training.grounding.config import PRESETS
 
-TITLES = {"voc": "pascal", "coco": "coco", "things-64": "things"}
 EXAMPLES = """\
 examples:
   gd-eval protocol1 --vocabulary voc --rendered --preset quick --examples 2000 --out runs/pascal
@@ -122,6 +116,10 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
     source.add_argument("--base", metavar="MODEL", help="Stable Diffusion without a head: a directory or a hub name")
     group.add_argument(
+        "--heads", type=local_path, nargs="+", default=[], metavar="DIR",
+        help="with --ckpt: checkpoints of the same model, whose heads are taken for the splits they were kept from",
+    )  # fmt: skip
+    group.add_argument(
         "--model", type=local_path, metavar="BUNDLE", help="its bundle (default: it is exported into --out)"
     )
     about = "a segmentation model of transformers, in a directory or on the hub; or mask-rcnn, torchvision's"
@@ -176,91 +174,11 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--out", type=local_path, required=True, metavar="DIR", help="folder for all that is made")
 
 
-def read_splits(args: argparse.Namespace, known: dict[str, Any]) -> tuple[str, dict[str, Split]]:
-    """(title, splits by name) that a command line asks for; `known` are the names of the checkpoint."""
-    if args.vocabulary and not args.unseen and not args.pairs:
-        numbers = args.split or range(1, len(UNSEEN[args.vocabulary]) + 1)
-        return TITLES[args.vocabulary], {f"split{n}": built_in_split(args.vocabulary, n) for n in numbers}
-    if args.split:
-        raise UsageError("--split is of a --vocabulary, without --unseen and --pairs")
-    if args.vocabulary or args.names:
-        words = built_in(args.vocabulary) if args.vocabulary else Vocabulary(read_names(args.names))
-        unseen = read_names(args.unseen) if args.unseen else ()
-    else:
-        unseen = tuple(known.get("unseen", ()))
-        words = Vocabulary((*known.get("seen", ()), *unseen))
-    if args.pairs:
-        words = Vocabulary(words.names, read_pairs(args.pairs, words.names))
-    elif not args.vocabulary:
-        words = Vocabulary(words.names, tuple((a, b) for i, a in enumerate(words.names) for b in words.names[i + 1 :]))
-    return TITLES.get(args.vocabulary, "own"), {"split1": split_of(words, unseen)}
-
-
-def open_lab(args: argparse.Namespace, say: Say):
-    """The workplace that a command line describes, and the trained head, if there is one."""
-    from grounded_diffusion.training.checkpoint import load_checkpoint
-    from grounded_diffusion.training.detectors.labels import read_aliases
-    from grounded_diffusion.training.evaluation.lab import Detectors, Lab
-    from grounded_diffusion.training.evaluation.table import Trained
-
-    trained = None
-    if not args.base:
-        checkpoint = load_checkpoint(args.ckpt or shipped_checkpoint())
-        trained = Trained(checkpoint.head, checkpoint.names, checkpoint.presence)
-    options = Options(
-        sampler="ddim", steps=args.steps, guidance_scale=args.guidance_scale, guidance_interval=(0.0, 1.0),
-        batch=args.batch,
-    )  # fmt: skip
-    aliases = read_aliases(args.aliases) if args.aliases else {}
-    detectors = Detectors(*detectors_of(args), args.score, aliases)
-    run = dict(backend=args.backend, threads=args.threads, lanes=args.lanes)
-    base = args.base or args.ckpt or shipped_checkpoint()
-    return Lab(
-        base, args.out, detectors, model=args.model, options=options, run=run, device=args.device, say=say
-    ), trained
-
-
-def detectors_of(args: argparse.Namespace) -> tuple[str, str | None, str | None]:
-    """(judge, second judge, labeller): those of the command line, else those that a checkpoint brings."""
-    if args.detector:
-        return args.detector, args.second, args.labeller
-    checkpoint = None if args.base else Path(args.ckpt or shipped_checkpoint())
-    if checkpoint is None or not (checkpoint / "judge").is_dir():
-        place = args.base or checkpoint
-        raise UsageError(f"{place} brings no judge; give --detector a segmentation model that knows its names")
-    labeller = str(checkpoint / "labeller") if (checkpoint / "labeller").is_dir() else None
-    return str(checkpoint / "judge"), args.second or labeller, args.labeller or labeller
-
-
-def plan_of(args: argparse.Namespace, lab, trained):
-    """The plan that a command line describes."""
-    from grounded_diffusion.training.evaluation.protocol1 import TestSize, fewer_pairs, rendered
-    from grounded_diffusion.training.evaluation.table import Plan
-    from grounded_diffusion.training.grounding.annotations import CocoFile, VocFolder
-
-    if args.coco and not args.images:
-        raise UsageError("--coco needs --images, the folder of its images")
-    title, splits = read_splits(args, trained.names if trained else {})
-    splits = fewer_pairs(splits, args.most_pairs)
-    size = TestSize(args.per_name, args.per_pair, args.agreement)
-    given = {"iterations": args.iterations} if args.iterations else {}
-    annotations = None
-    if args.voc:
-        annotations = lambda: VocFolder.open(args.voc, args.part)
-    elif args.coco:
-        annotations = lambda: CocoFile.open(args.coco, args.images)
-    elif args.rendered:
-        annotations = lambda: rendered(lab, next(iter(splits.values())), size)
-    return Plan(
-        title, splits, size, build(args.preset, args.config, given), args.examples, trained=trained,
-        annotations=annotations, limit=args.limit,
-    )  # fmt: skip
-
-
 def protocol1(args: argparse.Namespace, say: Say) -> None:
     """gd-eval protocol1."""
     from dataclasses import replace
 
+    from grounded_diffusion.training.evaluation.asked import open_lab, plan_of
     from grounded_diffusion.training.evaluation.table import run_table
 
     lab, trained = open_lab(args, say)
@@ -274,6 +192,7 @@ def protocol2(args: argparse.Namespace, say: Say) -> None:
     from dataclasses import replace
 
     from grounded_diffusion.training.detectors.network import Network
+    from grounded_diffusion.training.evaluation.asked import open_lab, plan_of
     from grounded_diffusion.training.evaluation.protocol2 import KINDS, Study, run_protocol2, scenes
     from grounded_diffusion.training.grounding.annotations import CocoFile, VocFolder
 
@@ -299,29 +218,10 @@ def protocol2(args: argparse.Namespace, say: Say) -> None:
     print(f"{len(figures)} figures in {args.out / 'figures.json'}")
 
 
-def setting_of(args: argparse.Namespace, lab, splits: dict[str, Split]):
-    """What an ablation varies, by a command line."""
-    from grounded_diffusion.training.evaluation.ablations import Setting
-    from grounded_diffusion.training.grounding.annotations import CocoFile, VocFolder
-    from grounded_diffusion.training.things.scenes import scenes_of
-
-    split = next(iter(splits.values()))
-    given = {name: getattr(args, name) for name in ("timesteps", "missed", "counts") if getattr(args, name) is not None}
-    training = None
-    if args.voc:
-        training = lambda: VocFolder.open(args.voc, args.train_part)
-    elif args.coco and args.train_coco and args.train_images:
-        training = lambda: CocoFile.open(args.train_coco, args.train_images)
-    elif args.coco and args.ablation == "real":
-        raise UsageError("this ablation trains on annotated images; give --train-coco and --train-images too")
-    elif args.rendered:
-        training = lambda: scenes_of(split.seen, split.seen_pairs, args.real_images, lab.base.image_size[0])
-    return Setting(split, **given, training=training, training_limit=None if args.rendered else args.real_images)
-
-
 def ablation(args: argparse.Namespace, say: Say) -> None:
     """gd-eval ablation."""
     from grounded_diffusion.training.evaluation.ablations import run_ablation
+    from grounded_diffusion.training.evaluation.asked import open_lab, plan_of, setting_of
 
     lab, trained = open_lab(args, say)
     plan = plan_of(args, lab, trained)

@@ -91,10 +91,12 @@ class HeadMethod:
         @torch.no_grad()
         def ask(names: Rows) -> list[torch.Tensor]:
             queries, valid = self.queries.rows(names)
-            logits = self.head(features, queries, valid).float()
-            masks = upsample_logits(logits, size) > 0
-            if more is not None:
-                masks = masks & (self.presence(more.raw(), logits, queries) > 0)[..., None, None]
+            if more is None:
+                masks = upsample_logits(self.head(features, queries, valid).float(), size) > 0
+            else:
+                logits, states = self.head.with_states(features, queries, valid)
+                there = self.presence(more.raw(), logits, queries, states) > 0
+                masks = (upsample_logits(logits.float(), size) > 0) & there[..., None, None]
             masks = masks.cpu()
             return [mask[: len(row)] for mask, row in zip(masks, names, strict=True)]
 

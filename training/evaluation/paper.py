@@ -9,6 +9,7 @@ from __future__ import annotations
 from grounded_diffusion.training.evaluation.tally import GROUPS
 
 Rows = dict[str, str]
+TITLES = {"voc": "pascal", "coco": "coco", "things-64": "things"}  # what figures call a vocabulary
 METHODS = ("head", "presence", "paper_form", "attention", "daam")
 METHODS_2 = ("head", "exact", "judge", "daam", "presence", "paper_form", "attention")
 COLUMNS_2 = ("seen", "unseen", "harmonic")

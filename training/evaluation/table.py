@@ -66,7 +66,7 @@ class Plan:
         methods: of METHODS.
         size: of the test images.
         training, examples: of the heads that are trained here.
-        trained: taken for the split whose unseen names it was kept from; None trains all heads.
+        trained: each taken for the split whose unseen names it was kept from; for other splits heads are trained here.
         annotations: gives the images of the exact track; None for no such track.
         limit: of annotated images; None for all.
     """
@@ -77,9 +77,13 @@ class Plan:
     training: HeadTraining
     examples: int
     methods: tuple[str, ...] = METHODS
-    trained: Trained | None = None
+    trained: tuple[Trained, ...] = ()
     annotations: Callable[[], Annotations] | None = None
     limit: int | None = None
+
+    def trained_for(self, split: Split) -> Trained | None:
+        """The head that was kept from a split's unseen names, if there is one."""
+        return next((one for one in self.trained if one.fits(split)), None)
 
 
 @dataclass(slots=True)
@@ -111,8 +115,8 @@ class Bench:
         if method == "attention":
             names = {"all": list(self.words)}
             return Entry(["attention", lab.base.digest, names], lambda: attention_method(lab.base, names))
-        if method == "head" and plan.trained is not None and plan.trained.fits(split):
-            head = plan.trained.head.to(lab.base.device)
+        if method == "head" and (trained := plan.trained_for(split)):
+            head = trained.head.to(lab.base.device)
             return Entry(["head", weights_digest(head), list(split.seen)], lambda: HeadMethod(lab.base, head))
         if method == "presence":
             return self.with_presence(split)
@@ -123,11 +127,13 @@ class Bench:
     def with_presence(self, split: Split) -> Entry:
         """The head of a split with what came with it, or else calibrated on images that such a head is trained on."""
         lab, recipe, plain = self.lab, Recipe(split, self.plan.training, self.plan.examples), self.entry("head", split)
-        trained = self.plan.trained
-        if trained is not None and trained.presence is not None and trained.fits(split):
+        trained = self.plan.trained_for(split)
+        if trained is not None and trained.presence is not None:
             own = trained.presence.to(lab.base.device)
-            key = ["presence", plain.key, weights_digest(own), own.weight.tolist(), own.bias.item()]
-            return Entry(key, lambda: HeadMethod(lab.base, plain.open().head, presence=own))
+            return Entry(
+                ["presence", plain.key, weights_digest(own)],
+                lambda: HeadMethod(lab.base, plain.open().head, presence=own),
+            )
 
         def opened() -> Method:
             head = plain.open().head
@@ -187,7 +193,7 @@ def described(lab: Lab, plan: Plan, split: Split) -> Figures:
     )
     if lab.detectors.second:
         told += f" and a second detector, at an IoU of at least {size.agreement:g}"
-    if plan.trained is None or not all(map(plan.trained.fits, plan.splits.values())):
+    if not all(map(plan.trained_for, plan.splits.values())):
         told += f"; heads of {training.iterations} steps of {training.batch}, on {plan.examples:,} images"
     return {f"about.{plan.name}": f"{told}.", f"about.{plan.name}.unseen": ", ".join(split.unseen)}
 

@@ -85,10 +85,15 @@ class FrozenBase:
             timesteps: [B].
             taps: entered on this UNet.
         """
-        context = self.contexts(prompts)
-        context = torch.cat([self._empty.expand_as(context), context])  # [unconditional x B; conditional x B]
-        self.unet(torch.cat([latents, latents]), torch.cat([timesteps, timesteps]), context)
+        self.call(latents, prompts, timesteps)
         return taps.features()
+
+    @torch.no_grad()
+    def call(self, latents: torch.Tensor, prompts: Sequence[str], timesteps: torch.Tensor) -> torch.Tensor:
+        """The UNet's output for [unconditional x B; conditional x B]; the arguments are those of `features`."""
+        context = self.contexts(prompts)
+        context = torch.cat([self._empty.expand_as(context), context])
+        return self.unet(torch.cat([latents, latents]), torch.cat([timesteps, timesteps]), context).sample
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor) -> torch.Tensor:

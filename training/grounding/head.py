@@ -24,7 +24,7 @@ from grounded_diffusion.training.grounding.train import HeadTrainer
 from grounded_diffusion.training.grounding.validate import Validation
 from grounded_diffusion.training.head.taps import Taps
 
-CALIBRATION = 1024  # examples that presence is calibrated on, at most
+CALIBRATION = 2048  # examples that presence is calibrated on, at most
 WORK = "training"  # folder of a checkpoint with the state of its training
 
 

@@ -18,9 +18,9 @@ from grounded_diffusion.training.grounding.prompts import mixed
 from grounded_diffusion.training.grounding.store import Example
 from grounded_diffusion.training.head.attention import cross_attentions
 from grounded_diffusion.training.head.head import GroundingHead
-from grounded_diffusion.training.head.presence import Presence, calibrate
+from grounded_diffusion.training.head.presence import CELLS, Presence, calibrate
 
-NEGATIVES = 2  # to an image
+NEGATIVES = 4  # to an image
 LEAST = 0.4  # of the best layer's gap; weaker layers are not read
 CALL = 16  # images to one call of the network
 
@@ -76,16 +76,41 @@ def gather(
     return torch.stack([row for row, _ in rows]).cpu(), torch.tensor([there for _, there in rows])
 
 
+def inputs_of(examples: Sequence[Example], base: FrozenBase) -> tuple[torch.Tensor, torch.Tensor]:
+    """(latents [B,4,h,w], timesteps [B]) of examples."""
+    latents = torch.stack([torch.from_numpy(example.latents) for example in examples])
+    return latents.to(base.device), torch.tensor([e.timestep for e in examples], device=base.device)
+
+
 def read(
     base: FrozenBase, head: GroundingHead, presence: Presence, examples: Sequence[Example], queries: torch.Tensor
 ) -> torch.Tensor:
     """Evidence [B,O,K] of queries [B,O,D] in some examples."""
-    latents = torch.stack([torch.from_numpy(example.latents) for example in examples]).to(base.device)
-    timesteps = torch.tensor([example.timestep for example in examples], device=base.device)
+    latents, timesteps = inputs_of(examples, base)
     with head.taps(base.unet) as taps, presence.taps(base.unet) as more:
         features = base.features(latents, [example.prompt for example in examples], timesteps, taps)
-    logits = head(features, queries, torch.ones(queries.shape[:2], dtype=torch.bool, device=base.device))
-    return presence.evidence(more.raw(), logits, queries)
+    valid = torch.ones(queries.shape[:2], dtype=torch.bool, device=base.device)
+    logits, states = head.with_states(features, queries, valid)
+    return presence.evidence(more.raw(), logits, queries, states)
+
+
+@torch.no_grad()
+def fill_bank(base: FrozenBase, presence: Presence, examples: Sequence[Example]) -> None:
+    """Fill the bank of cells with random ones of these examples, of each as many."""
+    examples = examples[:CELLS]
+    each, generator = -(-CELLS // len(examples)), torch.Generator().manual_seed(0)
+    found: list[list[torch.Tensor]] = [[] for _ in presence.bank]
+    for start in range(0, len(examples), CALL):
+        part = examples[start : start + CALL]
+        latents, timesteps = inputs_of(part, base)
+        with presence.taps(base.unet) as taps:
+            base.call(latents, [example.prompt for example in part], timesteps)
+        for layer, cells in enumerate(found):
+            rows = presence.image_queries(layer, taps.raw()).flatten(2).transpose(1, 2)  # [B,n,C]
+            chosen = torch.randint(rows.shape[1], (len(part), each), generator=generator).to(rows.device)
+            cells.append(rows.gather(1, chosen[..., None].expand(-1, -1, rows.shape[2])).flatten(0, 1))
+    for bank, cells in zip(presence.bank, found, strict=True):
+        bank.copy_(torch.cat(cells)[:CELLS])
 
 
 def fit_presence(
@@ -98,15 +123,21 @@ def fit_presence(
     """
     checkpoint = base.with_head(head)
     template = template_states(checkpoint.tower, base.tokenizer, base.template)
-    every = Presence.of(base.unet, template).to(base.device)
+    every = Presence.of(base.unet, template, head.config.embed_dim).to(base.device)
+    fill_bank(base, every, examples)
     evidence, present = gather(base, head, every, examples, seen)
     spread = evidence.std(0).clamp(min=1e-6)
-    gaps = ((evidence[present].mean(0) - evidence[~present].mean(0)) / spread)[::2]  # inside the mask, of each layer
+    gaps = (evidence[present].mean(0) - evidence[~present].mean(0)) / spread
+    gaps = gaps[: every.config.shares : 3]  # inside the mask, of each layer
     kept = [k for k, gap in enumerate(gaps.tolist()) if gap >= LEAST * gaps.max()]
-    chosen = Presence.of(base.unet, template, [cross_attentions(base.unet)[k] for k in kept])
-    columns = [column for k in kept for column in (2 * k, 2 * k + 1)]
-    calibrate(chosen, evidence[:, columns], present)
-    said = evidence[:, columns] @ chosen.weight + chosen.bias > 0
+    layers = [cross_attentions(base.unet)[k] for k in kept]
+    chosen = Presence.of(base.unet, template, head.config.embed_dim, layers)
+    for bank, k in zip(chosen.bank, kept, strict=True):
+        bank.copy_(every.bank[k])
+    columns = [column for k in kept for column in range(3 * k, 3 * k + 3)]
+    evidence = evidence[:, [*columns, *range(every.config.shares, evidence.shape[1])]]
+    calibrate(chosen, evidence, present)
+    said = chosen.classify(evidence) > 0
     return chosen.to(base.device), Calibration(
         len(present), said[present].float().mean().item(), said[~present].float().mean().item()
     )

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from grounded_diffusion.engine.checks import listing
 from grounded_diffusion.errors import CheckpointError, UsageError
-from grounded_diffusion.training.head.layers import Decoder, MixConv, Mlp
+from grounded_diffusion.training.head.layers import Decoder, Detail, MixConv, Mlp
 from grounded_diffusion.training.head.taps import Taps, level_taps
 
 MASKED = -3e4  # added to the score of a padded key: its weight underflows to exactly 0, and FP16 can hold it
@@ -48,6 +48,7 @@ class HeadConfig:
         statistics: "per_image" normalises by each image's own statistics, as the released program does;
             "stored" by running averages once the head is in evaluation mode.
         image_scale: pixels per latent cell; only the paper's variant uses it.
+        detail: mask logits have this many times as many cells along each side as the fused map; 1 is the paper's.
     """
 
     tap_channels: tuple[tuple[int, ...], ...]
@@ -61,6 +62,7 @@ class HeadConfig:
     text_dim: int = 768
     statistics: str = "per_image"
     image_scale: int = 8
+    detail: int = 1
 
     def __post_init__(self):
         levels = len(self.tap_channels)
@@ -73,7 +75,7 @@ class HeadConfig:
             raise UsageError(f"head variant {self.variant!r} is unknown; choose released or paper")
         if self.statistics not in ("per_image", "stored"):
             raise UsageError(f"head statistics {self.statistics!r} are unknown; choose per_image or stored")
-        for name in ("embed_dim", "heads", "layers", "ffn_dim", "patch", "text_dim", "image_scale"):
+        for name in ("embed_dim", "heads", "layers", "ffn_dim", "patch", "text_dim", "image_scale", "detail"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise UsageError(f"head {name} is {getattr(self, name)!r}; it must be a whole number of at least 1")
         if self.embed_dim % self.heads:
@@ -143,6 +145,7 @@ class GroundingHead(nn.Module):
             config.embed_dim, config.heads, config.layers, config.ffn_dim
         )  # the released spelling
         self.mlp = Mlp(config.embed_dim, config.fused_channels)
+        self.detail = Detail(config.embed_dim, config.fused_channels, config.detail) if config.detail > 1 else None
         self.to_k = nn.Linear(config.fused_channels * config.patch**2, config.embed_dim, bias=False)
         self.to_q = nn.Linear(config.text_dim, config.embed_dim, bias=False)
 
@@ -159,7 +162,7 @@ class GroundingHead(nn.Module):
         """What a bundle's manifest says of the head."""
         cfg = self.config
         sizes = dict(reduced_channels=list(cfg.reduced_channels), embed_dim=cfg.embed_dim, layers=cfg.layers)
-        return dict(variant=cfg.variant, statistics=cfg.statistics, **sizes, patch=cfg.patch)
+        return dict(variant=cfg.variant, statistics=cfg.statistics, **sizes, patch=cfg.patch, detail=cfg.detail)
 
     def encode(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
         """The visual encoder: features [B,2 sum(C),h,w] a level, lowest first -> fused map F [B,D,h',w'].
@@ -188,16 +191,29 @@ class GroundingHead(nn.Module):
         kernel = self.to_k.weight.unflatten(1, (cfg.fused_channels, cfg.patch, cfg.patch))
         return F.conv2d(fused, kernel, stride=cfg.patch).flatten(2).transpose(1, 2)
 
-    def embed(self, tokens: torch.Tensor, queries: torch.Tensor, query_valid: torch.Tensor) -> torch.Tensor:
-        """Mask embeddings [B,O,D] of queries [B,O,text_dim] among visual tokens [B,T,E]."""
+    def answer(
+        self, fused: torch.Tensor, queries: torch.Tensor, query_valid: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mask logits, and states [B,O,E], of queries [B,O,text_dim] on a fused map [B,D,h',w']."""
         queries = queries.masked_fill(~query_valid[..., None], 0)
         mask = torch.where(query_valid, 0.0, MASKED)[:, None, None]  # [B,1,1,O]
-        return self.mlp(self.transfromer_decoder(self.to_q(queries), tokens, mask))
+        states = self.transfromer_decoder(self.to_q(queries), self.tokens(fused), mask)  # [B,O,E]
+        logits = (self.mlp(states) @ fused.flatten(2)).unflatten(2, fused.shape[2:])
+        if self.detail is not None:
+            fine = self.detail(fused, states)
+            logits = resize(logits, fine.shape[2:]) + fine
+        return logits, states
+
+    def with_states(
+        self, features: Sequence[torch.Tensor], queries: torch.Tensor, query_valid: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `forward` gives, and the decoder's states of the objects [B,O,E], which presence reads."""
+        return self.answer(self.encode(features), queries, query_valid)
 
     def forward(
         self, features: Sequence[torch.Tensor], queries: torch.Tensor, query_valid: torch.Tensor
     ) -> torch.Tensor:
-        """Mask logits at the fused map's resolution; `upsample_logits` brings them to the image's.
+        """Mask logits at `detail` times the fused map's resolution; `upsample_logits` brings them to the image's.
 
         Args:
             features: one tensor [B,2 sum(C),h,w] a level, lowest resolution first, as `Taps.features` gives them.
@@ -207,9 +223,7 @@ class GroundingHead(nn.Module):
         Returns:
             [B,O,h',w'] logits (Eq. 6); those of padded rows mean nothing.
         """
-        fused = self.encode(features)
-        embeddings = self.embed(self.tokens(fused), queries, query_valid)
-        return torch.einsum("bod,bdhw->bohw", embeddings, fused)
+        return self.with_states(features, queries, query_valid)[0]
 
 
 def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 BATCH_NORM_EPS = 1e-4  # the released program's, as is the next
 SPECTRAL_NORM_EPS = 1e-4
 BATCH_NORM_MOMENTUM = 0.1
+DETAIL_CHANNELS = 32
 
 
 class SpectralConv(nn.Module):
@@ -121,6 +122,31 @@ class Decoder(nn.Module):
         for layer in self.layers:
             x = layer(x, memory, mask)
         return x
+
+
+class Detail(nn.Module):
+    """Mask logits on a finer grid than the fused map's: what is thinner than a cell.
+
+    Every cell of the fused map says what its scale x scale parts are; objects meet those parts as they meet the cells.
+
+    Args:
+        dim: width E of the objects.
+        fused: channels D of the fused map.
+        scale: parts of a cell along each side.
+    """
+
+    def __init__(self, dim: int, fused: int, scale: int):
+        super().__init__()
+        self.scale = scale
+        self.parts = nn.Conv2d(fused, DETAIL_CHANNELS * scale**2, 3, padding=1)
+        self.blend = nn.Conv2d(DETAIL_CHANNELS, DETAIL_CHANNELS, 3, padding=1)
+        self.mlp = Mlp(dim, DETAIL_CHANNELS)
+
+    def forward(self, fused: torch.Tensor, objects: torch.Tensor) -> torch.Tensor:
+        """fused [B,D,h',w'], objects [B,O,E] -> [B,O,scale h',scale w']."""
+        parts = F.pixel_shuffle(self.parts(F.relu(fused)), self.scale)
+        parts = self.blend(F.relu(parts)) + parts
+        return (self.mlp(objects) @ parts.flatten(2)).unflatten(2, parts.shape[2:])
 
 
 class Mlp(nn.Module):

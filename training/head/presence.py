@@ -1,4 +1,4 @@
-"""Whether an object is in an image at all: what the UNet's own cross-attention says of it, inside its mask.
+"""Whether an object is in an image at all: what the UNet's own cross-attention says of it, and the head's own state.
 
 The head draws a mask for every query, also for an object that is not there, and draws it with confidence. What gives
 such a mask away is the attention that its query gets: an object's query k_o against the words that stand before a name
@@ -6,9 +6,11 @@ in the query's template ("a photograph of a"), at every cell of the image, avera
 
     s_o = exp(Q k_o / sqrt d) / (sum over template words w of exp(Q k_w / sqrt d) + exp(Q k_o / sqrt d)).
 
-A layer gives two numbers: the mean of s_o weighted by the mask's probability, and weighted by the rest. Their log-odds
-go through a logistic regression, calibrated on queries of names that are in an image and of others that are not. No
-name has a weight of its own in it, so it holds for names that it was not calibrated on.
+A layer gives three numbers: the mean of s_o weighted by the mask's probability, weighted by the rest, and over cells
+of other images, since some names get more of it than others wherever they are asked. Their log-odds, and the state that
+the head's decoder has of the object, go through a small network, calibrated on queries of names that are in an image
+and of others that are not. The state is often left out there, so that the attention still counts for a name that it was
+not calibrated on, of which the state says less.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from grounded_diffusion.errors import UsageError
 from grounded_diffusion.training.head.attention import conditional, cross_attentions, place_of
@@ -25,6 +28,10 @@ from grounded_diffusion.training.head.head import resize
 from grounded_diffusion.training.head.taps import ModuleOutputs
 
 EPS = 1e-4  # of shares, before their log-odds
+CELLS = 256  # of other images, which every name is compared with
+HIDDEN = 64  # width of the network
+STEPS, BATCH, RATE, DECAY, DROPOUT = 1000, 256, 2e-3, 0.05, 0.2  # of its training
+STATE_LEFT_OUT = 0.3  # share of queries of which only the attention is seen
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +42,13 @@ class PresenceConfig:
         layers: (cross-attention module, heads, channels of its queries) of each layer.
         words: of the template, with the begin token.
         text_dim: width of a query.
+        object_dim: width of the decoder's state of an object.
     """
 
     layers: tuple[tuple[str, int, int], ...]
     words: int
     text_dim: int
+    object_dim: int
 
     def __post_init__(self):
         object.__setattr__(self, "layers", tuple((str(name), int(h), int(c)) for name, h, c in self.layers))
@@ -47,11 +56,16 @@ class PresenceConfig:
             raise UsageError("presence needs a cross-attention layer to read; this UNet has none")
 
     @classmethod
-    def for_unet(cls, unet: nn.Module, words: int, layers: Iterable[str] = ()) -> PresenceConfig:
+    def for_unet(cls, unet: nn.Module, words: int, object_dim: int, layers: Iterable[str] = ()) -> PresenceConfig:
         """Of these cross-attention modules of a UNet, or of all that it has."""
         chosen = [(name, unet.get_submodule(name)) for name in layers or cross_attentions(unet)]
         sizes = tuple((name, one.heads, one.to_k.weight.shape[0]) for name, one in chosen)
-        return cls(sizes, words, unet.config.cross_attention_dim)
+        return cls(sizes, words, unet.config.cross_attention_dim, object_dim)
+
+    @property
+    def shares(self) -> int:
+        """Numbers that the layers give of an object; the decoder's state stands behind them in the evidence."""
+        return 3 * len(self.layers)
 
 
 class PresenceTaps(ModuleOutputs):
@@ -67,7 +81,7 @@ class PresenceTaps(ModuleOutputs):
 
 
 class Presence(nn.Module):
-    """Image queries, mask logits and object queries -> a logit for each object: above 0 it is there.
+    """Image queries, mask logits, object queries and states -> a logit for each object: above 0 it is there.
 
     Args:
         config: sizes.
@@ -79,14 +93,18 @@ class Presence(nn.Module):
         super().__init__()
         self.config = config
         self.to_k = nn.ModuleList(nn.Linear(config.text_dim, size, bias=False) for _, _, size in config.layers)
+        self.bank = nn.ParameterList(nn.Parameter(torch.zeros(CELLS, size)) for _, _, size in config.layers)
         self.register_buffer("template", torch.zeros(config.words, config.text_dim))
-        self.register_buffer("weight", torch.zeros(2 * len(config.layers)))
-        self.register_buffer("bias", torch.zeros(()))
+        evidence = config.shares + config.object_dim
+        self.register_buffer("mean", torch.zeros(evidence))
+        self.register_buffer("spread", torch.ones(evidence))
+        self.hidden, self.out = nn.Linear(evidence, HIDDEN), nn.Linear(HIDDEN, 1)
 
     @classmethod
-    def of(cls, unet: nn.Module, template: torch.Tensor, layers: Iterable[str] = ()) -> Presence:
-        """Not calibrated yet. `template` are the states [T,D] of the words before a name, with the begin token."""
-        presence = cls(PresenceConfig.for_unet(unet, len(template), layers))
+    def of(cls, unet: nn.Module, template: torch.Tensor, object_dim: int, layers: Iterable[str] = ()) -> Presence:
+        """Not calibrated yet, its bank empty. `template` are the states [T,D] of the words before a name, with the
+        begin token."""
+        presence = cls(PresenceConfig.for_unet(unet, len(template), object_dim, layers))
         presence.template.copy_(template)
         for to_k, (name, _, _) in zip(presence.to_k, presence.config.layers, strict=True):
             to_k.weight.data.copy_(unet.get_submodule(name).to_k.weight)
@@ -96,35 +114,46 @@ class Presence(nn.Module):
         """What captures its inputs."""
         return PresenceTaps(unet, self.config)
 
-    def shares(self, layer: int, tapped: Mapping[str, torch.Tensor], queries: torch.Tensor) -> torch.Tensor:
-        """What the cells of a layer give each object, alone against the template's words: [B,O,h,w]."""
-        name, heads, channels = self.config.layers[layer]
-        place = tapped[place_of(name)]
-        rows, _, height, width = place.shape
+    def image_queries(self, layer: int, tapped: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The conditional half's image queries [B,C,h,w] of a layer."""
+        name, _, channels = self.config.layers[layer]
+        rows, _, height, width = tapped[place_of(name)].shape
         # Written with the sizes of the place, which the exporter can tell from the batch; those of to_q it cannot.
         image = conditional(tapped[f"{name}.to_q"].reshape(rows, height * width, channels)).float()
+        return image.transpose(1, 2).unflatten(2, (height, width))
+
+    def shares(self, layer: int, cells: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+        """What cells [B or 1,n,C] of a layer give each object, alone against the template's words: [B,O,n]."""
+        _, heads, channels = self.config.layers[layer]
         split = lambda x: x.unflatten(-1, (heads, -1)).transpose(-3, -2)  # [...,heads,n,d]
-        q = split(image) * (channels // heads) ** -0.5
+        q = split(cells) * (channels // heads) ** -0.5
         words = split(self.to_k[layer](self.template))  # [heads,T,d]
         asked = split(self.to_k[layer](queries))  # [B,heads,O,d]
         odds = q @ asked.transpose(-1, -2) - (q @ words.transpose(-1, -2)).logsumexp(-1, keepdim=True)
-        return odds.sigmoid().mean(1).transpose(1, 2).unflatten(2, (height, width))
+        return odds.sigmoid().mean(1).transpose(1, 2)
 
     def evidence(
-        self, tapped: Mapping[str, torch.Tensor], mask_logits: torch.Tensor, queries: torch.Tensor
+        self, tapped: Mapping[str, torch.Tensor], mask_logits: torch.Tensor, queries: torch.Tensor, states: torch.Tensor
     ) -> torch.Tensor:
-        """Log-odds [B,O,2 layers] of the attention inside the mask and outside, layer by layer."""
+        """Log-odds of the attention inside the mask, outside, and elsewhere, layer by layer, and the object's state:
+        [B,O,3 layers + E]; the arguments are forward's."""
         inside = mask_logits.float().sigmoid()  # [B,O,h',w']
-        weights = (inside, 1 - inside)
         found = []
         for layer in range(len(self.config.layers)):
-            share = resize(self.shares(layer, tapped, queries), mask_logits.shape[2:])
-            found += [(share * weight).sum((2, 3)) / weight.sum((2, 3)).clamp(min=EPS) for weight in weights]
+            cells = self.image_queries(layer, tapped)
+            share = self.shares(layer, cells.flatten(2).transpose(1, 2), queries).unflatten(2, cells.shape[2:])
+            share = resize(share, mask_logits.shape[2:])
+            found += [(share * part).sum((2, 3)) / part.sum((2, 3)).clamp(min=EPS) for part in (inside, 1 - inside)]
+            found.append(self.shares(layer, self.bank[layer][None], queries).mean(-1))
         means = torch.stack(found, -1).clamp(EPS, 1 - EPS)
-        return means.log() - (1 - means).log()
+        return torch.cat([means.log() - (1 - means).log(), states.float()], -1)
+
+    def classify(self, evidence: torch.Tensor) -> torch.Tensor:
+        """Presence logits [...] of evidence [...,K]."""
+        return self.out(F.relu(self.hidden((evidence - self.mean) / self.spread))).squeeze(-1)
 
     def forward(
-        self, tapped: Mapping[str, torch.Tensor], mask_logits: torch.Tensor, queries: torch.Tensor
+        self, tapped: Mapping[str, torch.Tensor], mask_logits: torch.Tensor, queries: torch.Tensor, states: torch.Tensor
     ) -> torch.Tensor:
         """Presence logits.
 
@@ -132,15 +161,16 @@ class Presence(nn.Module):
             tapped: as PresenceTaps gives it, of [unconditional x B; conditional x B].
             mask_logits: [B,O,h',w'], of the head.
             queries: [B,O,D].
+            states: [B,O,E], of the head's decoder.
 
         Returns:
             [B,O], above 0 where the object is rather there than not; those of padded rows mean nothing.
         """
-        return (self.evidence(tapped, mask_logits, queries) * self.weight).sum(-1) + self.bias
+        return self.classify(self.evidence(tapped, mask_logits, queries, states))
 
 
-def calibrate(presence: Presence, evidence: torch.Tensor, present: torch.Tensor, decay: float = 1e-3) -> None:
-    """Fit the regression, by Newton's method, to evidence [N,K] of queries that are `present` [N] or not.
+def calibrate(presence: Presence, evidence: torch.Tensor, present: torch.Tensor, seed: int = 0) -> None:
+    """Train the network on evidence [N,K] of queries that are `present` [N] or not.
 
     Both kinds count the same, however many there are of each: the logit is that of even odds.
 
@@ -149,17 +179,24 @@ def calibrate(presence: Presence, evidence: torch.Tensor, present: torch.Tensor,
     """
     if not present.any() or present.all():
         raise UsageError("presence is calibrated on names that are in an image and on names that are not; give both")
-    x, y = evidence.double(), present.double()
-    mean, spread = x.mean(0), x.std(0).clamp(min=1e-6)
-    z = torch.cat([(x - mean) / spread, torch.ones(len(x), 1, dtype=x.dtype)], 1)  # [N,K+1]
-    count = torch.where(present, 0.5 / y.mean(), 0.5 / (1 - y.mean())) / len(y)
-    penalty = torch.full((z.shape[1],), decay, dtype=x.dtype)
-    penalty[-1] = 0
-    w = torch.zeros(z.shape[1], dtype=x.dtype)
-    for _ in range(50):
-        p = (z @ w).sigmoid()
-        slope = z.T @ (count * (p - y)) + penalty * w
-        curve = (z * (count * p * (1 - p))[:, None]).T @ z + penalty.diag() + 1e-9 * torch.eye(len(w), dtype=x.dtype)
-        w = w - torch.linalg.solve(curve, slope)
-    presence.weight.copy_((w[:-1] / spread).float())
-    presence.bias.copy_((w[-1] - (w[:-1] * mean / spread).sum()).float())
+    presence.mean.copy_(evidence.mean(0))
+    presence.spread.copy_(evidence.std(0).clamp(min=1e-2))
+    counts = torch.where(present, 0.5 / present.float().mean(), 0.5 / (~present).float().mean())
+    shares = torch.arange(evidence.shape[1]) < presence.config.shares
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(seed)
+        for layer in (presence.hidden, presence.out):
+            layer.reset_parameters()
+        weights = [*presence.hidden.parameters(), *presence.out.parameters()]
+        optimizer = torch.optim.AdamW([weight.requires_grad_() for weight in weights], RATE, weight_decay=DECAY)
+        for step in range(STEPS):
+            optimizer.param_groups[0]["lr"] = RATE * (1 - step / STEPS)
+            rows = torch.randint(len(evidence), (BATCH,))
+            x = (evidence[rows] - presence.mean) / presence.spread
+            x = x * (shares | (torch.rand(BATCH, 1) > STATE_LEFT_OUT))
+            logits = presence.out(F.dropout(F.relu(presence.hidden(x)), DROPOUT)).squeeze(-1)
+            loss = F.binary_cross_entropy_with_logits(logits, present[rows].float(), counts[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    presence.requires_grad_(False)

@@ -2,8 +2,12 @@
 
 import pytest
 
-from grounded_diffusion.training.checkpoint import untrained_checkpoint
-from grounded_diffusion.training.evaluation.table import Trained, line, seen_score
+from grounded_diffusion.errors import UsageError
+from grounded_diffusion.training.checkpoint import save_checkpoint, untrained_checkpoint
+from grounded_diffusion.training.evaluation.asked import trained_heads
+from grounded_diffusion.training.evaluation.protocol1 import TestSize
+from grounded_diffusion.training.evaluation.table import Plan, Trained, line, seen_score
+from grounded_diffusion.training.grounding.config import PRESETS
 from grounded_diffusion.training.grounding.splits import Split, built_in_split
 
 
@@ -20,6 +24,27 @@ def test_a_head_belongs_to_the_split_with_its_unseen_names(head):
     assert not trained.fits(built_in_split("voc", 2))
     assert not trained.fits(Split(("dog",), ("cat",)))
     assert not Trained(head, {}).fits(things)  # nobody knows what it was trained on
+
+
+def test_every_split_has_the_head_that_was_kept_from_its_names(head):
+    splits = {f"split{n}": built_in_split("voc", n) for n in (1, 2, 3)}
+    of = lambda split: Trained(head, {"seen": split.seen, "unseen": split.unseen})
+    plan = Plan(
+        "pascal", splits, TestSize(), PRESETS["quick"], 10, trained=(of(splits["split3"]), of(splits["split1"]))
+    )
+    assert plan.trained_for(splits["split1"]) is plan.trained[1]
+    assert plan.trained_for(splits["split2"]) is None
+    assert plan.trained_for(splits["split3"]) is plan.trained[0]
+
+
+def test_heads_of_another_model_are_refused(base, tmp_path):
+    one = untrained_checkpoint(base)
+    save_checkpoint(tmp_path / "one", one)
+    assert len(trained_heads([tmp_path / "one", tmp_path / "one"])) == 2
+    one.unet.conv_in.weight.data += 1
+    save_checkpoint(tmp_path / "other", one)
+    with pytest.raises(UsageError, match="other was trained on another model than"):
+        trained_heads([tmp_path / "one", tmp_path / "other"])
 
 
 def test_thresholds_are_chosen_by_seen_names_alone():

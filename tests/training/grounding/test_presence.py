@@ -8,9 +8,16 @@ from grounded_diffusion.training import cli
 from grounded_diffusion.training.checkpoint import load_checkpoint, untrained_checkpoint
 from grounded_diffusion.training.generator.base import FrozenBase
 from grounded_diffusion.training.generator.text import template_states
-from grounded_diffusion.training.grounding.presence import NEGATIVES, fit_presence, gather, strangers
+from grounded_diffusion.training.grounding.presence import (
+    NEGATIVES,
+    fill_bank,
+    fit_presence,
+    gather,
+    inputs_of,
+    strangers,
+)
 from grounded_diffusion.training.grounding.store import ExampleSet
-from grounded_diffusion.training.head.presence import Presence
+from grounded_diffusion.training.head.presence import CELLS, Presence
 
 SEEN = ("dog", "cat", "tv monitor")
 HEAD = "[head]\nembed_dim = 32\nheads = 2\nffn_dim = 32\npatch = 2\nreduced_channels = [8, 16]\n"
@@ -40,9 +47,9 @@ def test_strangers_are_not_in_the_image():
 def test_every_image_gives_its_names_and_others(model, found):
     head = untrained_checkpoint(model.source).head
     template = template_states(model.with_head(head).tower, model.tokenizer, model.template)
-    presence = Presence.of(model.unet, template)
+    presence = Presence.of(model.unet, template, head.config.embed_dim)
     evidence, present = gather(model, head, presence, found, SEEN)
-    assert evidence.shape == (len(present), 2 * len(presence.config.layers))
+    assert evidence.shape == (len(present), 3 * len(presence.config.layers) + head.config.embed_dim)
     assert present.sum() == sum(mask.any() for example in found for mask in example.masks)
     assert (~present).sum() == sum(min(NEGATIVES, 3 - len(example.names)) for example in found)
     assert torch.isfinite(evidence).all()
@@ -56,10 +63,25 @@ def test_fitting_changes_neither_head_nor_model(model, found):
     presence, told = fit_presence(model, head, found, SEEN)
     assert all(torch.equal(value, before[name]) for name, value in head.state_dict().items())
     assert 0 <= told.passed <= 1
-    assert told.kept >= told.passed  # a regression on its own data is no worse than chance
+    assert told.kept >= told.passed  # on its own data it is no worse than chance
     assert "are kept" in told.line()
     again, _ = fit_presence(model, head, found, SEEN)
-    assert torch.equal(again.weight, presence.weight)
+    assert all(map(torch.equal, again.state_dict().values(), presence.state_dict().values()))
+
+
+def test_the_bank_has_cells_of_all_images(model, found):
+    head = untrained_checkpoint(model.source).head
+    template = template_states(model.with_head(head).tower, model.tokenizer, model.template)
+    presence = Presence.of(model.unet, template, head.config.embed_dim)
+    fill_bank(model, presence, found)
+    for layer, cells in enumerate(presence.bank):
+        assert len(torch.unique(cells, dim=0)) > CELLS / 3  # of few images some are taken twice
+        latents, timesteps = inputs_of(found[:1], model)
+        with presence.taps(model.unet) as taps:
+            model.call(latents, [found[0].prompt], timesteps)
+        image = presence.image_queries(layer, taps.raw()).flatten(2)[0].T
+        each = -(-CELLS // len(found))
+        assert (torch.cdist(cells[:each], image).amin(1) < 1e-2).all()
 
 
 def test_gd_train_head_presence_writes_it(base, examples, tmp_path, capsys):

@@ -216,6 +216,32 @@ def test_folding_keeps_the_tokens_of_any_patch(variant, patch, scale):
         assert relative_l2(fold(head)(raw, queries, valid), head(arranged, queries, valid)) < 1e-5
 
 
+@pytest.mark.parametrize("detail", [2, 4])
+def test_detail_draws_what_is_thinner_than_a_cell(detail):
+    """Stripes of one fine cell: a grid of whole cells can do no better than to say half everywhere."""
+    losses = {}
+    for scale in (1, detail):
+        config = HeadConfig(
+            tap_channels=((8,), (4,)), embed_dim=32, heads=4, ffn_dim=64, patch=2, text_dim=16, detail=scale
+        )
+        head, (raw, arranged, queries, valid) = randomised(config).train(), random_inputs(config, low=4)
+        target = (torch.arange(8 * detail) % 2).float().expand(2, 3, 8 * detail, 8 * detail)
+        optimiser = torch.optim.AdamW(head.parameters(), lr=3e-3)
+        for _ in range(40):
+            logits = head(arranged, queries, valid)
+            assert logits.shape == (2, 3, 8 * scale, 8 * scale)
+            loss = F.binary_cross_entropy_with_logits(upsample_logits(logits, target.shape[2:]), target)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        losses[scale] = loss.item()
+        head.eval()
+        with torch.no_grad():
+            assert relative_l2(fold(head)(raw, queries, valid), head(arranged, queries, valid)) < 1e-5
+    assert losses[1] > 0.68
+    assert losses[detail] < 0.2
+
+
 @pytest.mark.parametrize("statistics", ["per_image", "stored"])
 def test_folded_head_equals_the_plain_one(statistics):
     """Identities 1 and 3 alone, against the module with the same statistics."""
