@@ -6,7 +6,7 @@ absent, it would learn to leave them out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ from grounded_diffusion.training.head.attention import cross_attentions
 from grounded_diffusion.training.head.head import GroundingHead
 from grounded_diffusion.training.head.presence import CELLS, Presence, calibrate
 
-NEGATIVES = 4  # to an image
+NEGATIVES = (0, 1, 4)  # asked for beside an image's names, in turn: the decoder's states hang on what else is asked
 LEAST = 0.4  # of the best layer's gap; weaker layers are not read
 CALL = 16  # images to one call of the network
 
@@ -63,14 +63,15 @@ def gather(
     for group in by_count.values():
         for start in range(0, len(group), CALL):
             part = group[start : start + CALL]
-            asked = [[*e.names, *strangers(e.names, seen, place, NEGATIVES)] for place, e in part]
-            queries = states[torch.tensor([[index[name] for name in names] for names in asked])]
-            evidence = read(base, head, presence, [e for _, e in part], queries)
-            for b, (_, example) in enumerate(part):
-                for o in range(len(asked[b])):
-                    there = o < len(example.names)
-                    if not there or example.masks[o].any():
-                        rows.append((evidence[b, o], there))
+            read = reader(base, head, presence, [e for _, e in part])
+            for count in NEGATIVES:
+                asked = [[*e.names, *strangers(e.names, seen, place, count)] for place, e in part]
+                evidence = read(states[torch.tensor([[index[name] for name in names] for names in asked])])
+                for b, (_, example) in enumerate(part):
+                    for o in range(len(asked[b])):
+                        there = o < len(example.names)
+                        if not there or example.masks[o].any():
+                            rows.append((evidence[b, o], there))
     if not rows:
         raise UsageError("presence is calibrated on examples of seen names, and there are none")
     return torch.stack([row for row, _ in rows]).cpu(), torch.tensor([there for _, there in rows])
@@ -82,16 +83,22 @@ def inputs_of(examples: Sequence[Example], base: FrozenBase) -> tuple[torch.Tens
     return latents.to(base.device), torch.tensor([e.timestep for e in examples], device=base.device)
 
 
-def read(
-    base: FrozenBase, head: GroundingHead, presence: Presence, examples: Sequence[Example], queries: torch.Tensor
-) -> torch.Tensor:
-    """Evidence [B,O,K] of queries [B,O,D] in some examples."""
+@torch.no_grad()
+def reader(
+    base: FrozenBase, head: GroundingHead, presence: Presence, examples: Sequence[Example]
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Takes queries [B,O,D], asked of these examples, and gives their evidence [B,O,K]."""
     latents, timesteps = inputs_of(examples, base)
     with head.taps(base.unet) as taps, presence.taps(base.unet) as more:
         features = base.features(latents, [example.prompt for example in examples], timesteps, taps)
-    valid = torch.ones(queries.shape[:2], dtype=torch.bool, device=base.device)
-    logits, states = head.with_states(features, queries, valid)
-    return presence.evidence(more.raw(), logits, queries, states)
+
+    @torch.no_grad()
+    def read(queries: torch.Tensor) -> torch.Tensor:
+        valid = torch.ones(queries.shape[:2], dtype=torch.bool, device=base.device)
+        logits, states = head.with_states(features, queries, valid)
+        return presence.evidence(more.raw(), logits, queries, states)
+
+    return read
 
 
 @torch.no_grad()

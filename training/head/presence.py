@@ -31,6 +31,7 @@ EPS = 1e-4  # of shares, before their log-odds
 CELLS = 256  # of other images, which every name is compared with
 HIDDEN = 64  # width of the network
 STEPS, BATCH, RATE, DECAY, DROPOUT = 1000, 256, 2e-3, 0.05, 0.2  # of its training
+LOST = 2.0  # a data set's price of an object that is there and is left out, in strangers that are not
 STATE_LEFT_OUT = 0.3  # share of queries of which only the attention is seen
 
 
@@ -172,7 +173,8 @@ class Presence(nn.Module):
 def calibrate(presence: Presence, evidence: torch.Tensor, present: torch.Tensor, seed: int = 0) -> None:
     """Train the network on evidence [N,K] of queries that are `present` [N] or not.
 
-    Both kinds count the same, however many there are of each: the logit is that of even odds.
+    Both kinds count the same, however many there are of each, but that it is LOST times as bad to lose an object as to
+    pass a stranger.
 
     Raises:
         UsageError: there are none of one kind.
@@ -181,7 +183,7 @@ def calibrate(presence: Presence, evidence: torch.Tensor, present: torch.Tensor,
         raise UsageError("presence is calibrated on names that are in an image and on names that are not; give both")
     presence.mean.copy_(evidence.mean(0))
     presence.spread.copy_(evidence.std(0).clamp(min=1e-2))
-    counts = torch.where(present, 0.5 / present.float().mean(), 0.5 / (~present).float().mean())
+    counts = torch.where(present, LOST / present.float().mean(), 1 / (~present).float().mean()) / (LOST + 1)
     shares = torch.arange(evidence.shape[1]) < presence.config.shares
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)

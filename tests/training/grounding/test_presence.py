@@ -50,8 +50,8 @@ def test_every_image_gives_its_names_and_others(model, found):
     presence = Presence.of(model.unet, template, head.config.embed_dim)
     evidence, present = gather(model, head, presence, found, SEEN)
     assert evidence.shape == (len(present), 3 * len(presence.config.layers) + head.config.embed_dim)
-    assert present.sum() == sum(mask.any() for example in found for mask in example.masks)
-    assert (~present).sum() == sum(min(NEGATIVES, 3 - len(example.names)) for example in found)
+    assert present.sum() == len(NEGATIVES) * sum(mask.any() for example in found for mask in example.masks)
+    assert (~present).sum() == sum(min(count, 3 - len(example.names)) for example in found for count in NEGATIVES)
     assert torch.isfinite(evidence).all()
     with pytest.raises(UsageError, match="there are none"):
         gather(model, head, presence, found, ["deer"])

@@ -107,9 +107,9 @@ def test_what_is_certain_is_learnt():
     first = [weight.clone() for weight in presence.parameters()]
     calibrate(presence, evidence, present)
     assert all(torch.equal(one, other) for one, other in zip(first, presence.parameters(), strict=True))
-    # At even odds: as often wrong about the present as about the absent.
-    kept, left_out = (said[present] > 0).float().mean().item(), (said[~present] < 0).float().mean().item()
-    assert kept == pytest.approx(left_out, abs=0.06)
+    # Objects are lost less often than strangers pass.
+    lost, passed = (said[present] < 0).float().mean().item(), (said[~present] > 0).float().mean().item()
+    assert lost <= passed < 0.05
 
 
 def test_one_kind_alone_cannot_be_calibrated_on():
