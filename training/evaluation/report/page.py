@@ -88,7 +88,7 @@ def shortcomings(figures: Figures, name: str) -> list[str]:
     """What one mIoU hides: exchanged masks, masks of absent names, images that did not count, the grid's ceiling."""
     columns = {
         "found": "found, one object", "both_found": "both found", "found_least": "worst name found",
-        "accepted": "images that count", "ceiling": "ceiling of the grid", "swap_rate": "masks exchanged",
+        "accepted": "images that count", "ceiling": "ceiling of the latents' grid", "swap_rate": "masks exchanged",
         "absent_area": "area of an absent name",
     }  # fmt: skip
     tracks = [t for t in ("oracle", "exact") if any(f"{name}.{t}.{key}" in figures for key in columns)]
@@ -96,6 +96,11 @@ def shortcomings(figures: Figures, name: str) -> list[str]:
     for key, title in columns.items():
         if any(f"{name}.{track}.{key}" in figures for track in tracks):
             lines.append(f"| {title} | {' | '.join(cell(figures, f'{name}.{track}.{key}') for track in tracks)} |")
+    told = [f"presence.{name}.{track}.absent_area" for track in tracks]
+    if any(place in figures for place in told):
+        lines.append(
+            f"| the same, without what presence says is absent | {' | '.join(cell(figures, p) for p in told)} |"
+        )
     return [*lines, ""] if len(lines) > 2 else []
 
 
