@@ -7,14 +7,17 @@ from statistics import harmonic_mean
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from grounded_diffusion.training.evaluation import cli
+from grounded_diffusion.training.evaluation.images import TestImages
 from grounded_diffusion.training.evaluation.paper import COLUMNS_2, PAPER
 from grounded_diffusion.training.evaluation.report.charts import bars, curves
 from grounded_diffusion.training.evaluation.report.page import cell, page, write_charts
-from grounded_diffusion.training.evaluation.report.pictures import EACH, places
+from grounded_diffusion.training.evaluation.report.pictures import EACH, places, write_page
 from grounded_diffusion.training.evaluation.tally import GROUPS
+from grounded_diffusion.training.grounding.store import ExampleSet
 
 ROOT = Path(__file__).parents[3]
 FIGURES = {
@@ -163,3 +166,27 @@ def test_pictures_are_the_best_the_middling_and_the_worst():
 def test_the_checked_in_page_is_that_of_the_checked_in_figures():
     figures = json.loads((ROOT / "bench/results/truth.json").read_text(encoding="utf-8"))
     assert (ROOT / "docs/results.md").read_text(encoding="utf-8") == page(figures)
+
+
+class Truth:
+    """Masks what is true. See Method."""
+
+    any_name = True
+
+    def look(self, batch):
+        return lambda names: [torch.from_numpy(example.masks) for _, example in batch]
+
+
+def test_a_page_is_written_once_a_set_of_scores(examples, tmp_path):
+    found = ExampleSet(examples)
+    images, file = TestImages("exact", found, tuple(range(len(found)))), tmp_path / "pages/own-exact.webp"
+    opened = []
+    method = lambda: opened.append(1) or Truth()
+    scores = [(place, "one_seen", place / 24) for place in range(24)]
+    write_page(file, images, scores, method)
+    first = file.read_bytes()
+    write_page(file, images, scores, method)
+    assert len(opened) == 1
+    write_page(file, images, [(place, group, 1 - score) for place, group, score in scores], method)
+    assert len(opened) == 2
+    assert file.read_bytes() != first

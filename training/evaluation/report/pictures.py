@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from grounded_diffusion.files import replace_file
 from grounded_diffusion.training.evaluation.images import TestImages
+from grounded_diffusion.training.evaluation.lab import key_of
 from grounded_diffusion.training.evaluation.methods import Method
 from grounded_diffusion.training.evaluation.tally import GROUPS
 
@@ -42,9 +44,10 @@ def tile(image: np.ndarray, masks: np.ndarray | None = None) -> np.ndarray:
 def write_page(
     file: Path, images: TestImages, scores: Sequence[tuple[int, str, float]], method: Callable[[], Method]
 ) -> None:
-    """A page with three rows a group: the image, what the method masks, what is true. Written once."""
+    """A page with three rows a group: the image, what the method masks, what is true. Written once a set of scores."""
     rows = [found for group in GROUPS if (found := places(scores, group))]
-    if file.is_file() or not rows:
+    of, known = file.with_suffix(".of"), key_of([images.examples.folder.name, scores])  # whose page it is
+    if not rows or (file.is_file() and of.is_file() and of.read_text(encoding="utf-8") == known):
         return
     looking, step = method(), SIDE + GAP
     page = np.full((len(rows) * (3 * step + 2 * GAP), 3 * EACH * step + 4 * GAP, 3), 255, np.uint8)
@@ -59,6 +62,7 @@ def write_page(
                 page[top : top + SIDE, left : left + SIDE] = picture
     file.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(page).save(file, quality=QUALITY, method=6)
+    replace_file(of, known.encode())
 
 
 def as_bool(masks: torch.Tensor) -> np.ndarray:
