@@ -37,10 +37,13 @@ def tiny_model():
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction",
         clip_sample=False, set_alpha_to_one=False, steps_offset=1, timestep_spacing="leading",
     )  # fmt: skip
-    sizes = dict(reduced_channels=(8, 16, 16), embed_dim=32, ffn_dim=64, patch=2, image_scale=4, detail=2)
-    head = GroundingHead(HeadConfig.for_unet(unet.config, **sizes))
+    sizes = dict(reduced_channels=(8, 16, 16), embed_dim=32, ffn_dim=64, patch=2, image_scale=4)
+    coarse = GroundingHead(HeadConfig.for_unet(unet.config, **sizes))
+    text_encoder = CLIPTextModel(text_config)
+    head = GroundingHead(HeadConfig.for_unet(unet.config, **sizes, detail=2))  # last: no other weight hangs on it
+    head.load_state_dict(coarse.state_dict(), strict=False)
     return Checkpoint(
-        unet.eval(), vae.eval(), CLIPTextModel(text_config).eval(), tokenizer, scheduler, head.eval(),
+        unet.eval(), vae.eval(), text_encoder.eval(), tokenizer, scheduler, head.eval(),
         names=dict(seen=["dog", "cat"], unseen=["unicorn"]),
         sampling=dict(sampler="dpmpp-2m", steps=20, guidance_scale=7.5, guidance_interval=[0.0, 0.6]),
     )  # fmt: skip
