@@ -10,6 +10,7 @@ import torch
 
 from grounded_diffusion.training.checkpoint import with_attention
 from grounded_diffusion.training.generator.base import FrozenBase
+from grounded_diffusion.training.grounding.batches import inputs_of
 from grounded_diffusion.training.grounding.store import Example
 from grounded_diffusion.training.head.attention import AttentionHead
 from grounded_diffusion.training.head.head import GroundingHead, upsample_logits
@@ -79,8 +80,7 @@ class HeadMethod:
     def look(self, batch: Batch) -> Ask:
         examples = [example for _, example in batch]
         device, size = self.base.device, examples[0].masks.shape[1:]
-        latents = torch.stack([torch.from_numpy(example.latents) for example in examples])
-        timesteps = torch.tensor([example.timestep for example in examples])
+        latents, timesteps = inputs_of(examples)
         if self.timestep is not None:
             latents, timesteps = noised(latents, self.base.parts["scheduler"], self.timestep)
         with self.head.taps(self.base.unet) as taps, contextlib.ExitStack() as stack:

@@ -62,6 +62,12 @@ class Pool:
         return one.names(index)
 
 
+def inputs_of(examples: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the network is called with for these examples: latents [B,4,h,w] and timesteps [B], float32."""
+    latents = torch.stack([torch.from_numpy(example.latents) for example in examples])
+    return latents, torch.tensor([example.timestep for example in examples])
+
+
 def collate(examples: Sequence[Example], index: dict[str, int]) -> Batch:
     """Examples as a batch, padded to the most objects; `index` numbers the names."""
     most = max(len(example.names) for example in examples)
@@ -72,14 +78,8 @@ def collate(examples: Sequence[Example], index: dict[str, int]) -> Batch:
         for o, name in enumerate(example.names):
             names[b, o], valid[b, o] = index[name], True
             masks[b, o] = torch.from_numpy(example.masks[o])
-    return Batch(
-        latents=torch.stack([torch.from_numpy(example.latents) for example in examples]),
-        timesteps=torch.tensor([example.timestep for example in examples]),
-        prompts=[example.prompt for example in examples],
-        names=names,
-        valid=valid,
-        masks=masks,
-    )
+    latents, timesteps = inputs_of(examples)
+    return Batch(latents, timesteps, [example.prompt for example in examples], names, valid, masks)
 
 
 def renoise(batch: Batch, scheduler, noise_range: int, generator: torch.Generator) -> Batch:

@@ -14,6 +14,7 @@ import torch
 from grounded_diffusion.errors import UsageError
 from grounded_diffusion.training.generator.base import FrozenBase
 from grounded_diffusion.training.generator.text import template_states
+from grounded_diffusion.training.grounding.batches import inputs_of
 from grounded_diffusion.training.grounding.prompts import mixed
 from grounded_diffusion.training.grounding.store import Example
 from grounded_diffusion.training.head.attention import cross_attentions
@@ -77,18 +78,12 @@ def gather(
     return torch.stack([row for row, _ in rows]).cpu(), torch.tensor([there for _, there in rows])
 
 
-def inputs_of(examples: Sequence[Example], base: FrozenBase) -> tuple[torch.Tensor, torch.Tensor]:
-    """(latents [B,4,h,w], timesteps [B]) of examples."""
-    latents = torch.stack([torch.from_numpy(example.latents) for example in examples])
-    return latents.to(base.device), torch.tensor([e.timestep for e in examples], device=base.device)
-
-
 @torch.no_grad()
 def reader(
     base: FrozenBase, head: GroundingHead, presence: Presence, examples: Sequence[Example]
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """Takes queries [B,O,D], asked of these examples, and gives their evidence [B,O,K]."""
-    latents, timesteps = inputs_of(examples, base)
+    latents, timesteps = (value.to(base.device) for value in inputs_of(examples))
     with head.taps(base.unet) as taps, presence.taps(base.unet) as more:
         features = base.features(latents, [example.prompt for example in examples], timesteps, taps)
 
@@ -109,11 +104,11 @@ def fill_bank(base: FrozenBase, presence: Presence, examples: Sequence[Example])
     found: list[list[torch.Tensor]] = [[] for _ in presence.bank]
     for start in range(0, len(examples), CALL):
         part = examples[start : start + CALL]
-        latents, timesteps = inputs_of(part, base)
+        latents, timesteps = (value.to(base.device) for value in inputs_of(part))
         with presence.taps(base.unet) as taps:
             base.call(latents, [example.prompt for example in part], timesteps)
         for layer, cells in enumerate(found):
-            rows = presence.image_queries(layer, taps.raw()).flatten(2).transpose(1, 2)  # [B,n,C]
+            rows = presence.image_queries(layer, taps.raw())  # [B,n,C]
             chosen = torch.randint(rows.shape[1], (len(part), each), generator=generator).to(rows.device)
             cells.append(rows.gather(1, chosen[..., None].expand(-1, -1, rows.shape[2])).flatten(0, 1))
     for bank, cells in zip(presence.bank, found, strict=True):

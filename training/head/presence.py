@@ -116,22 +116,23 @@ class Presence(nn.Module):
         return PresenceTaps(unet, self.config)
 
     def image_queries(self, layer: int, tapped: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The conditional half's image queries [B,C,h,w] of a layer."""
+        """The conditional half's image queries [B,hw,C] of a layer."""
         name, _, channels = self.config.layers[layer]
         rows, _, height, width = tapped[place_of(name)].shape
         # Written with the sizes of the place, which the exporter can tell from the batch; those of to_q it cannot.
-        image = conditional(tapped[f"{name}.to_q"].reshape(rows, height * width, channels)).float()
-        return image.transpose(1, 2).unflatten(2, (height, width))
+        return conditional(tapped[f"{name}.to_q"].reshape(rows, height * width, channels)).float()
 
-    def shares(self, layer: int, cells: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
-        """What cells [B or 1,n,C] of a layer give each object, alone against the template's words: [B,O,n]."""
+    def shares(self, layer: int, queries: torch.Tensor, *cells: torch.Tensor) -> list[torch.Tensor]:
+        """What cells [B or 1,n,C] of a layer give each object, alone against the template's words: [B,O,n] each."""
         _, heads, channels = self.config.layers[layer]
         split = lambda x: x.unflatten(-1, (heads, -1)).transpose(-3, -2)  # [...,heads,n,d]
-        q = split(cells) * (channels // heads) ** -0.5
-        words = split(self.to_k[layer](self.template))  # [heads,T,d]
-        asked = split(self.to_k[layer](queries))  # [B,heads,O,d]
-        odds = q @ asked.transpose(-1, -2) - (q @ words.transpose(-1, -2)).logsumexp(-1, keepdim=True)
-        return odds.sigmoid().mean(1).transpose(1, 2)
+        words = split(self.to_k[layer](self.template)).transpose(-1, -2)  # [heads,d,T]
+        asked = split(self.to_k[layer](queries)).transpose(-1, -2)  # [B,heads,d,O]
+        found = []
+        for q in (split(some) * (channels // heads) ** -0.5 for some in cells):
+            odds = q @ asked - (q @ words).logsumexp(-1, keepdim=True)
+            found.append(odds.sigmoid().mean(1).transpose(1, 2))
+        return found
 
     def evidence(
         self, tapped: Mapping[str, torch.Tensor], mask_logits: torch.Tensor, queries: torch.Tensor, states: torch.Tensor
@@ -141,11 +142,11 @@ class Presence(nn.Module):
         inside = mask_logits.float().sigmoid()  # [B,O,h',w']
         found = []
         for layer in range(len(self.config.layers)):
-            cells = self.image_queries(layer, tapped)
-            share = self.shares(layer, cells.flatten(2).transpose(1, 2), queries).unflatten(2, cells.shape[2:])
-            share = resize(share, mask_logits.shape[2:])
+            here, elsewhere = self.shares(layer, queries, self.image_queries(layer, tapped), self.bank[layer][None])
+            place = tapped[place_of(self.config.layers[layer][0])].shape[2:]
+            share = resize(here.unflatten(2, place), mask_logits.shape[2:])
             found += [(share * part).sum((2, 3)) / part.sum((2, 3)).clamp(min=EPS) for part in (inside, 1 - inside)]
-            found.append(self.shares(layer, self.bank[layer][None], queries).mean(-1))
+            found.append(elsewhere.mean(-1))
         means = torch.stack(found, -1).clamp(EPS, 1 - EPS)
         return torch.cat([means.log() - (1 - means).log(), states.float()], -1)
 

@@ -8,12 +8,12 @@ from grounded_diffusion.training import cli
 from grounded_diffusion.training.checkpoint import load_checkpoint, untrained_checkpoint
 from grounded_diffusion.training.generator.base import FrozenBase
 from grounded_diffusion.training.generator.text import template_states
+from grounded_diffusion.training.grounding.batches import inputs_of
 from grounded_diffusion.training.grounding.presence import (
     NEGATIVES,
     fill_bank,
     fit_presence,
     gather,
-    inputs_of,
     strangers,
 )
 from grounded_diffusion.training.grounding.store import ExampleSet
@@ -76,10 +76,10 @@ def test_the_bank_has_cells_of_all_images(model, found):
     fill_bank(model, presence, found)
     for layer, cells in enumerate(presence.bank):
         assert len(torch.unique(cells, dim=0)) > CELLS / 3  # of few images some are taken twice
-        latents, timesteps = inputs_of(found[:1], model)
+        latents, timesteps = inputs_of(found[:1])
         with presence.taps(model.unet) as taps:
             model.call(latents, [found[0].prompt], timesteps)
-        image = presence.image_queries(layer, taps.raw()).flatten(2)[0].T
+        image = presence.image_queries(layer, taps.raw())[0]
         each = -(-CELLS // len(found))
         assert (torch.cdist(cells[:each], image).amin(1) < 1e-2).all()
 

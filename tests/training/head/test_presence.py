@@ -58,7 +58,7 @@ def by_hand(model, layer, image, template, query):
 def test_a_share_is_that_of_attention_to_the_template_and_the_name(model, presence):
     tapped, _, queries, _ = call(model, presence)
     for k, (layer, _, _) in enumerate(presence.config.layers):
-        found = presence.shares(k, presence.image_queries(k, tapped).flatten(2).transpose(1, 2), queries)
+        (found,) = presence.shares(k, queries, presence.image_queries(k, tapped))
         image = tapped[f"{layer}.to_q"][2:]  # the conditional half
         expected = by_hand(model, layer, image[1], presence.template, queries[1, 2])
         assert torch.allclose(found[1, 2], expected, atol=1e-6)
