@@ -8,6 +8,7 @@ import pytest
 from helpers.families import SD1, SD2, SDXL, tiny_parts
 from helpers.original_layout import original
 from safetensors.torch import save_file
+from torch import nn
 
 from grounded_diffusion.bundle import open_bundle
 from grounded_diffusion.families import FAMILIES
@@ -25,7 +26,10 @@ def export_file(folder, family, size):
     """(peak memory in bytes, what was said) of an export, in a process of its own, of a file in FP16."""
     parts = tiny_parts(family, size)
     parts["tokenizer"].save_pretrained(folder / "tokenizer")
-    tensors = {name: tensor.half() for name, tensor in original(parts, FAMILIES[family]).items()}
+    for part in parts.values():
+        if isinstance(part, nn.Module):
+            part.half()
+    tensors = original(parts, FAMILIES[family])
     save_file(tensors, folder / "model.safetensors")
     del parts, tensors
     given = ["--base", folder / "model.safetensors", "--tokenizer", folder / "tokenizer", "--out", folder / "bundle"]
@@ -44,4 +48,5 @@ def test_a_file_of_real_size_becomes_a_bundle(family, size, most, tmp_path):
     manifest = open_bundle(tmp_path / "bundle").manifest
     assert manifest.head["variant"] == "attention"
     assert manifest.image_size == (FAMILIES[family].image_size,) * 2
-    assert peak < most, f"peak memory {peak / 1e9:.1f} GB"
+    print(f"{family}: peak memory {peak / 1e9:.1f} GB")
+    assert peak < most

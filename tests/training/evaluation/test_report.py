@@ -32,6 +32,7 @@ FIGURES = {
     "daam.pascal.oracle.one_seen": 55.0,
     "about.pascal": "Twenty names.",
     "note.pascal": "Bicycles are thin.",
+    "note.limits": "What is thin.",
     "about.pascal.unseen": "dog",
     "ablation.timestep.t1.oracle.one_seen": 90.0,
     "ablation.timestep.t401.oracle.one_seen": 70.0,
@@ -72,6 +73,7 @@ def test_the_page_has_what_was_measured_and_nothing_else():
     assert "| masks exchanged | 1.5 |" in text
     assert "| one seen | 92 | 90.0, missed | 93.0 |" in text
     assert "Twenty names.\n\nBicycles are thin.\n" in text
+    assert text.endswith("## What does not work\n\nWhat is thin.\n")
     assert "(Fig. 7)" in text
     assert "(Table 6)" not in text
     assert "COCO" not in text
