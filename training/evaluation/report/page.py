@@ -196,6 +196,12 @@ def targets(figures: Figures) -> list[str]:
     return [*lines, ""]
 
 
+def limits(figures: Figures) -> list[str]:
+    """What does not work, and what was tried in vain: a remark of the figures."""
+    told = about(figures, "limits")
+    return ["## What does not work", "", *told] if told else []
+
+
 def page(figures: Figures) -> str:
     """The whole page."""
     lines = [HEAD]
@@ -208,6 +214,7 @@ def page(figures: Figures) -> str:
         lines += ["## Ablations", ""]
     for name in measured:
         lines += ablation_section(figures, name)
+    lines += limits(figures)
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
