@@ -127,7 +127,8 @@ class Decoder(nn.Module):
 class Detail(nn.Module):
     """Mask logits on a finer grid than the fused map's: what is thinner than a cell.
 
-    Every cell of the fused map says what its scale x scale parts are; objects meet those parts as they meet the cells.
+    Every cell of the fused map says what its scale x scale parts are (it has seen its neighbours already); objects meet
+    those parts as they meet the cells.
 
     Args:
         dim: width E of the objects.
@@ -138,7 +139,7 @@ class Detail(nn.Module):
     def __init__(self, dim: int, fused: int, scale: int):
         super().__init__()
         self.scale = scale
-        self.parts = nn.Conv2d(fused, DETAIL_CHANNELS * scale**2, 3, padding=1)
+        self.parts = nn.Conv2d(fused, DETAIL_CHANNELS * scale**2, 1)
         self.blend = nn.Conv2d(DETAIL_CHANNELS, DETAIL_CHANNELS, 3, padding=1)
         self.mlp = Mlp(dim, DETAIL_CHANNELS)
 
