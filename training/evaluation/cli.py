@@ -14,7 +14,7 @@ from grounded_diffusion.engine.checks import check_int, usable_cores
 from grounded_diffusion.engine.cli.common import Parser, run_command
 from grounded_diffusion.errors import UsageError
 from grounded_diffusion.files import local_path
-from grounded_diffusion.training.evaluation.paper import ABLATIONS, METHODS, METHODS_2, TITLES
+from grounded_diffusion.training.evaluation.paper import ABLATIONS, KINDS, METHODS, METHODS_2, TITLES
 from grounded_diffusion.training.grounding.config import PRESETS
 
 EXAMPLES = """\
@@ -80,6 +80,10 @@ def add_protocol2(parser: argparse.ArgumentParser) -> None:
         "--methods", nargs="+", choices=METHODS_2, default=list(METHODS_2[:4]),
         help="whose masks it learns: head (trained), exact (of rendered or annotated images: the bound), judge (the "
         "detector's), daam, presence, paper_form, attention (default: the first four)",
+    )  # fmt: skip
+    group.add_argument(
+        "--kinds", nargs="+", choices=KINDS, default=list(KINDS),
+        help="images of one object, of two, or both, for the trained head; others have the last (default: all three)",
     )  # fmt: skip
     about = "checkpoint of transformers to start from: MaskFormer, Mask2Former or a semantic one"
     group.add_argument("--network", metavar="MODEL", help=f"{about} (default: a small UPerNet from scratch)")
@@ -193,7 +197,7 @@ def protocol2(args: argparse.Namespace, say: Say) -> None:
 
     from grounded_diffusion.training.detectors.network import Network
     from grounded_diffusion.training.evaluation.asked import open_lab, plan_of
-    from grounded_diffusion.training.evaluation.protocol2 import KINDS, Study, run_protocol2, scenes
+    from grounded_diffusion.training.evaluation.protocol2 import Study, run_protocol2, scenes
     from grounded_diffusion.training.grounding.annotations import CocoFile, VocFolder
 
     check_int(args.test_images, "test_images", 1, 10**6)
@@ -212,8 +216,10 @@ def protocol2(args: argparse.Namespace, say: Say) -> None:
         test, exact = scenes(lab, plan, args.test_images)
     else:
         raise UsageError("networks are tested on images with known masks; give --rendered, --voc or --coco")
-    pairs = next(iter(plan.splits.values())).pairs
-    kinds = KINDS if pairs and plan.size.per_pair else KINDS[:1]
+    pairs = plan.size.per_pair and next(iter(plan.splits.values())).pairs
+    kinds = tuple(kind for kind in KINDS if kind in args.kinds and (pairs or kind == "one"))
+    if not kinds:
+        raise UsageError("there are no pairs to make images of two objects of; give --kinds one")
     figures = run_protocol2(lab, Study(plan, network, test, exact, kinds))
     print(f"{len(figures)} figures in {args.out / 'figures.json'}")
 

@@ -12,6 +12,7 @@ Rows = dict[str, str]
 TITLES = {"voc": "pascal", "coco": "coco", "things-64": "things"}  # what figures call a vocabulary
 METHODS = ("head", "presence", "paper_form", "attention", "daam")
 METHODS_2 = ("head", "exact", "judge", "daam", "presence", "paper_form", "attention")
+KINDS = ("one", "two", "mixture")  # how many objects the images of Table 2 have
 COLUMNS_2 = ("seen", "unseen", "harmonic")
 ABLATIONS = {
     "timestep": "Where the head reads (Fig. 7)",

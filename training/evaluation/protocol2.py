@@ -26,6 +26,7 @@ from grounded_diffusion.training.evaluation.daam import TAUS, Daam
 from grounded_diffusion.training.evaluation.images import TestImages, oracle_images
 from grounded_diffusion.training.evaluation.lab import Figures, Lab, key_of
 from grounded_diffusion.training.evaluation.methods import Ask, Batch, Method, Rows
+from grounded_diffusion.training.evaluation.paper import KINDS
 from grounded_diffusion.training.evaluation.protocol1 import CALL, average, measure
 from grounded_diffusion.training.evaluation.table import Bench, Plan, seen_score
 from grounded_diffusion.training.evaluation.tally import percent
@@ -36,7 +37,6 @@ from grounded_diffusion.training.metrics import confusion, confusion_iou
 from grounded_diffusion.training.things.scenes import Scenes
 
 SEED = 30_000  # of images to train networks on; heads are trained on others, and measured on others
-KINDS = ("one", "two", "mixture")  # how many objects the images have
 
 
 class Labelled(Protocol):
@@ -122,7 +122,7 @@ class Study:
         network: what is trained on them.
         test: the images that networks are tested on.
         exact: gives as many images with known masks, to train on; None leaves the bound out.
-        kinds: of KINDS, for the plan's head; the other methods have the last of them.
+        kinds: of paper.KINDS and in its order, for the plan's head; the other methods have the last of them.
     """
 
     plan: Plan

@@ -1,6 +1,7 @@
 """gd-eval protocol2: a network that learns from generated images, on a tiny model; and that such a network learns."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -68,6 +69,16 @@ def test_the_same_command_measures_nothing_twice(run, capsys):
     assert gd_eval(*options) == 0
     after = {file: file.stat().st_mtime_ns for file in out.rglob("*") if file.is_file() and file.name != "figures.json"}
     assert after == before and "training a" not in capsys.readouterr().out
+
+
+def test_kinds_choose_the_images(run, tmp_path, capsys):
+    out, options = run
+    shutil.copytree(out, tmp_path / "out")
+    chosen = ["--methods", "head", "--kinds", "two", "--out", tmp_path / "out"]
+    assert gd_eval(*options, *chosen) == 0
+    said = capsys.readouterr().out
+    assert "head, two, split1" in said and "training a" not in said
+    assert "head, one" not in said and "head, mixture" not in said
 
 
 def test_the_page_shows_the_papers_table_beside_it(run, tmp_path):
