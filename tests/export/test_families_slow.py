@@ -29,7 +29,7 @@ def export_file(folder, family, size):
     for part in parts.values():
         if isinstance(part, nn.Module):
             part.half()
-    tensors = original(parts, FAMILIES[family])
+    tensors = {name: tensor.half() for name, tensor in original(parts, FAMILIES[family]).items()}
     save_file(tensors, folder / "model.safetensors")
     del parts, tensors
     given = ["--base", folder / "model.safetensors", "--tokenizer", folder / "tokenizer", "--out", folder / "bundle"]
