@@ -79,14 +79,14 @@ class HeadMethod:
     @torch.no_grad()
     def look(self, batch: Batch) -> Ask:
         examples = [example for _, example in batch]
-        device, size = self.base.device, examples[0].masks.shape[1:]
+        size = examples[0].masks.shape[1:]
         latents, timesteps = inputs_of(examples)
         if self.timestep is not None:
             latents, timesteps = noised(latents, self.base.parts["scheduler"], self.timestep)
         with self.head.taps(self.base.unet) as taps, contextlib.ExitStack() as stack:
             more = self.presence and stack.enter_context(self.presence.taps(self.base.unet))
             prompts = [example.prompt for example in examples]
-            features = self.base.features(latents.to(device), prompts, timesteps.to(device), taps)
+            features = self.base.features(latents, prompts, timesteps, taps)
 
         @torch.no_grad()
         def ask(names: Rows) -> list[torch.Tensor]:

@@ -80,9 +80,9 @@ class FrozenBase:
         """What the head reads: one UNet call on both halves of guidance.
 
         Args:
-            latents: [B,4,h,w] as the UNet takes them.
+            latents: [B,4,h,w] as the UNet takes them, on any device.
             prompts: B texts.
-            timesteps: [B].
+            timesteps: [B], on any device.
             taps: entered on this UNet.
         """
         self.call(latents, prompts, timesteps)
@@ -93,6 +93,7 @@ class FrozenBase:
         """The UNet's output for [unconditional x B; conditional x B]; the arguments are those of `features`."""
         context = self.contexts(prompts)
         context = torch.cat([self._empty.expand_as(context), context])
+        latents, timesteps = latents.to(self.device), timesteps.to(self.device)
         return self.unet(torch.cat([latents, latents]), torch.cat([timesteps, timesteps]), context).sample
 
     @torch.no_grad()

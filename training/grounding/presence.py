@@ -83,7 +83,7 @@ def reader(
     base: FrozenBase, head: GroundingHead, presence: Presence, examples: Sequence[Example]
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """Takes queries [B,O,D], asked of these examples, and gives their evidence [B,O,K]."""
-    latents, timesteps = (value.to(base.device) for value in inputs_of(examples))
+    latents, timesteps = inputs_of(examples)
     with head.taps(base.unet) as taps, presence.taps(base.unet) as more:
         features = base.features(latents, [example.prompt for example in examples], timesteps, taps)
 
@@ -104,7 +104,7 @@ def fill_bank(base: FrozenBase, presence: Presence, examples: Sequence[Example])
     found: list[list[torch.Tensor]] = [[] for _ in presence.bank]
     for start in range(0, len(examples), CALL):
         part = examples[start : start + CALL]
-        latents, timesteps = (value.to(base.device) for value in inputs_of(part))
+        latents, timesteps = inputs_of(part)
         with presence.taps(base.unet) as taps:
             base.call(latents, [example.prompt for example in part], timesteps)
         for layer, cells in enumerate(found):

@@ -133,7 +133,7 @@ class HeadTrainer:
         mine = share(batch, accelerator.process_index, accelerator.num_processes)
         masks, valid = mine.masks.to(device), mine.valid.to(device)
         with self._autocast():
-            features = self.base.features(mine.latents.to(device), mine.prompts, mine.timesteps.to(device), taps)
+            features = self.base.features(mine.latents, mine.prompts, mine.timesteps, taps)
             logits = self.model(features, self.queries[mine.names.to(device)], valid)
         losses = object_losses(upsample_logits(logits.float(), masks.shape[-2:]), masks)
         total = (losses * term_weights(masks, valid, config.zero_masks)).sum()

@@ -60,7 +60,7 @@ class Validation:
     def predict(self, head: GroundingHead, taps: Taps, examples: Sequence[Example]) -> torch.Tensor:
         """The head's masks, bool [B,O,H,W]."""
         batch, device = collate(examples, self.index), self.base.device
-        features = self.base.features(batch.latents.to(device), batch.prompts, batch.timesteps.to(device), taps)
+        features = self.base.features(batch.latents, batch.prompts, batch.timesteps, taps)
         logits = head(features, self.queries[batch.names.to(device)], batch.valid.to(device))
         return (upsample_logits(logits.float(), batch.masks.shape[-2:]) > 0).cpu()
 
