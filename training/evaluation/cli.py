@@ -41,7 +41,8 @@ def build_parser() -> argparse.ArgumentParser:
     table = kinds.add_parser("protocol1", parents=[common()], formatter_class=shape, help="Table 1: heads, and DAAM")
     table.add_argument(
         "--methods", nargs="+", choices=METHODS, default=list(METHODS),
-        help="head (trained), presence (the same without absent names), paper_form, attention, daam (default: all)",
+        help="head (trained), presence (the same without absent names), paper_form, attention, daam, second (the "
+        "second detector, on the same images) (default: all)",
     )  # fmt: skip
     learnt = kinds.add_parser(
         "protocol2", parents=[common()], formatter_class=shape, help="Table 2: a network trained on generated images"

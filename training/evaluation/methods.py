@@ -1,4 +1,4 @@
-"""What draws the masks that are measured: a trained head, or the head that needs no training."""
+"""What draws the masks that are measured: a trained head, the head that needs no training, or a detector."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from typing import Protocol
 import torch
 
 from grounded_diffusion.training.checkpoint import with_attention
+from grounded_diffusion.training.detectors.base import Detector
 from grounded_diffusion.training.generator.base import FrozenBase
 from grounded_diffusion.training.grounding.batches import inputs_of
 from grounded_diffusion.training.grounding.store import Example
 from grounded_diffusion.training.head.attention import AttentionHead
 from grounded_diffusion.training.head.head import GroundingHead, upsample_logits
 from grounded_diffusion.training.head.presence import Presence
+from grounded_diffusion.training.images import to_uint8
 
 Batch = Sequence[tuple[int, Example]]  # with their places in the set
 Rows = Sequence[Sequence[str]]
@@ -99,6 +101,28 @@ class HeadMethod:
                 masks = (upsample_logits(logits.float(), size) > 0) & there[..., None, None]
             masks = masks.cpu()
             return [mask[: len(row)] for mask, row in zip(masks, names, strict=True)]
+
+        return ask
+
+
+class DetectorMethod:
+    """A detector on the image that the latents hold. See Method.
+
+    It has learnt all names, and sees what a head sees: an image whose finest lines the autoencoder has lost. What it
+    misses, a head can hardly find.
+    """
+
+    any_name = True
+
+    def __init__(self, base: FrozenBase, detector: Detector):
+        self.base, self.detector = base, detector
+
+    def look(self, batch: Batch) -> Ask:
+        latents, _ = inputs_of([example for _, example in batch])
+        images = to_uint8(self.base.decode(latents)).numpy()
+
+        def ask(names: Rows) -> list[torch.Tensor]:
+            return [torch.from_numpy(found.masks) for found in self.detector.detect(images, names)]
 
         return ask
 

@@ -10,7 +10,7 @@ from grounded_diffusion.training.evaluation.tally import GROUPS
 
 Rows = dict[str, str]
 TITLES = {"voc": "pascal", "coco": "coco", "things-64": "things"}  # what figures call a vocabulary
-METHODS = ("head", "presence", "paper_form", "attention", "daam")
+METHODS = ("head", "presence", "paper_form", "attention", "daam", "second")
 METHODS_2 = ("head", "exact", "judge", "daam", "presence", "paper_form", "attention")
 KINDS = ("one", "two", "mixture")  # how many objects the images of Table 2 have
 COLUMNS_2 = ("seen", "unseen", "harmonic")

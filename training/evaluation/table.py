@@ -2,7 +2,7 @@
 
 pascal.oracle.one_seen          the trained head, mean over the splits
 pascal.split2.exact.two_unseen  the same of one split
-daam.pascal.oracle.one_unseen   another method: daam, daam_best, attention, paper_form
+daam.pascal.oracle.one_unseen   another method: daam, daam_best, attention, second, paper_form
 pascal.oracle.found             of the images themselves
 """
 
@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from grounded_diffusion.training.evaluation.daam import TAU, TAUS, Daam
 from grounded_diffusion.training.evaluation.heads import Recipe, describe, train_head, train_presence
 from grounded_diffusion.training.evaluation.images import TestImages
 from grounded_diffusion.training.evaluation.lab import Figures, Lab, key_of
-from grounded_diffusion.training.evaluation.methods import HeadMethod, Method, attention_method
+from grounded_diffusion.training.evaluation.methods import DetectorMethod, HeadMethod, Method, attention_method
 from grounded_diffusion.training.evaluation.paper import METHODS
 from grounded_diffusion.training.evaluation.protocol1 import (
     CALL,
@@ -110,8 +110,11 @@ class Bench:
         return (*split.seen, *split.unseen)
 
     def entry(self, method: str, split: Split) -> Entry:
-        """A head, trained or not, of a split."""
+        """A head, trained or not, of a split; or the second detector, whatever the split."""
         lab, plan = self.lab, self.plan
+        if method == "second":
+            second = lab.detector(cast(str, lab.detectors.second), tuple(sorted(self.words)))
+            return Entry(["second", lab.base.digest, second.about], lambda: DetectorMethod(lab.base, second))
         if method == "attention":
             names = {"all": list(self.words)}
             return Entry(["attention", lab.base.digest, names], lambda: attention_method(lab.base, names))
@@ -177,6 +180,8 @@ def run_table(lab: Lab, plan: Plan) -> Figures:
         best = lab.measured(["ceiling", images.examples.folder.name, key_of(images.kept)], lambda i=images: ceiling(i))
         bench.figures[f"{place}.ceiling"] = best
     for method in plan.methods:
+        if method == "second" and lab.detectors.second is None:
+            continue
         compare_daam(bench) if method == "daam" else compare(bench, method)
         lab.publish(bench.figures)
     return bench.figures

@@ -103,6 +103,13 @@ class FrozenBase:
         mode = self.vae.encode(images.to(self.device)).latent_dist.mode()
         return (mode - (self.vae.config.get("shift_factor") or 0.0)) * self.vae.config.scaling_factor
 
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Clean latents [B,4,h,w], as the UNet takes them -> images [B,3,H,W] in [-1,1]; the inverse of `encode`."""
+        self.vae.to(self.device)
+        latents = latents.to(self.device) / self.vae.config.scaling_factor
+        return self.vae.decode(latents + (self.vae.config.get("shift_factor") or 0.0)).sample.clamp(-1, 1)
+
     def with_head(self, head: GroundingHead, **about: Any) -> Checkpoint:
         """The model with a head, as a checkpoint."""
         return Checkpoint(**self.parts, head=head, query_template=self.template, **about)

@@ -1,20 +1,23 @@
 """gd-eval protocol1 on a tiny model: what is measured, that it is measured once, and what it says of bad options."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
 from grounded_diffusion.engine.sampling.options import Options
+from grounded_diffusion.training.detectors.base import Detection
 from grounded_diffusion.training.evaluation import cli
 from grounded_diffusion.training.evaluation.daam import Daam, heat_maps, recording, word_tokens
 from grounded_diffusion.training.evaluation.images import TestImages, exact_images, oracle_images
-from grounded_diffusion.training.evaluation.methods import noised
+from grounded_diffusion.training.evaluation.methods import DetectorMethod, noised
 from grounded_diffusion.training.evaluation.protocol1 import measure
 from grounded_diffusion.training.generator.base import FrozenBase
 from grounded_diffusion.training.grounding.splits import Split
 from grounded_diffusion.training.grounding.store import ExampleSet
+from grounded_diffusion.training.images import to_uint8
 from grounded_diffusion.training.things.scenes import Scenes
 
 
@@ -37,7 +40,7 @@ def figures(out):
 
 def test_every_method_has_every_group(run):
     found = figures(run[0])
-    for prefix in ("", "presence.", "paper_form.", "attention.", "daam.", "daam_best."):
+    for prefix in ("", "presence.", "paper_form.", "attention.", "daam.", "daam_best.", "second."):
         assert 0 <= found[f"{prefix}own.oracle.one_seen"] <= 100
         assert f"{prefix}own.split1.oracle.one_seen" in found
     for group in ("one_seen", "one_unseen", "two_seen", "two_mixed"):
@@ -53,6 +56,32 @@ def test_figures_of_the_images_themselves(run):
     assert 0 < found["own.oracle.found"] <= 100
     assert found["own.oracle.found_least"] <= found["own.oracle.found"]
     assert found["own.exact.ceiling"] > 80
+
+
+def test_the_second_detector_sees_what_the_latents_hold(run, model, held_out):
+    """Not the image that was rendered, of which the autoencoder has lost the finest lines."""
+    example, seen = ExampleSet(held_out)[0], []
+
+    class Watching:
+        def detect(self, images, names):
+            seen.append(images)
+            return [Detection(np.ones((len(row), *images.shape[1:3]), np.bool_), np.ones(len(row))) for row in names]
+
+    (masks,) = DetectorMethod(model, Watching()).look([(0, example)])([example.names])
+    latents = torch.from_numpy(example.latents)[None] / model.vae.config.scaling_factor
+    with torch.no_grad():
+        held = model.vae.decode(latents).sample
+    assert np.array_equal(seen[0], to_uint8(held).numpy())
+    assert masks.shape == example.masks.shape
+    assert "second.own.exact.one_seen" in figures(run[0])
+
+
+def test_without_a_second_detector_there_is_no_row_of_it(run, small, tmp_path):
+    out = shutil.copytree(run[0], tmp_path / "out")
+    (out / "figures.json").unlink()
+    assert gd_eval("protocol1", *small, "--methods", "attention", "second", "--out", out) == 0
+    assert "attention.own.oracle.one_seen" in figures(out)
+    assert not any(name.startswith("second.") for name in figures(out))
 
 
 def test_absent_names_and_exchanged_masks_are_measured(run):
@@ -121,8 +150,6 @@ def test_what_is_true_scores_full_marks(held_out):
 
 
 def test_detectors_that_disagree_leave_an_image_out(held_out, detector, tmp_path, small):
-    import shutil
-
     from grounded_diffusion.training.detectors.base import Detector
     from grounded_diffusion.training.detectors.open import open_segmenter
 
