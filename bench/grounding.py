@@ -38,7 +38,6 @@ def calls(size: str) -> dict[str, Callable[[], Any]]:
 
     from grounded_diffusion.training.head.folded import fold
     from grounded_diffusion.training.head.head import GroundingHead, HeadConfig
-    from grounded_diffusion.training.head.taps import Taps
 
     torch.manual_seed(0)
     unet = UNet2DConditionModel(**SIZES[size]).eval().requires_grad_(False)
@@ -47,7 +46,7 @@ def calls(size: str) -> dict[str, Callable[[], Any]]:
     latents, timestep = torch.randn(2, 4, side, side), torch.ones(2)
     context, queries = torch.randn(2, CONTEXT, width), torch.randn(1, OBJECTS, width)
     valid = torch.ones(1, OBJECTS, dtype=torch.bool)
-    taps, folded = Taps(unet), fold(head)
+    taps, folded = head.taps(unet), fold(head)
     plain = lambda: unet(latents, timestep, context)
 
     def grounded() -> Any:

@@ -35,6 +35,7 @@ from grounded_diffusion.training.generator.text import TextTower, template_state
 from grounded_diffusion.training.head.attention import CAPTURE_TIMESTEP, AttentionConfig, AttentionHead
 from grounded_diffusion.training.head.head import GroundingHead, HeadConfig, load_released, load_state
 from grounded_diffusion.training.head.presence import Presence, PresenceConfig
+from grounded_diffusion.training.head.queried import layers_of
 
 HEAD = "grounding_head"
 PRESENCE = "presence.safetensors"
@@ -228,8 +229,9 @@ def load_checkpoint(
             )
         parts = load_base(path, **model)
         trained, about = _load_head(path / HEAD)
-        expected = HeadConfig.for_unet(parts["unet"].config).tap_channels
-        if trained.config.tap_channels != expected or trained.config.text_dim != context_width(parts):
+        expected, own = HeadConfig.for_unet(parts["unet"].config).tap_channels, trained.config
+        fits = own.tap_channels == expected and own.text_dim == context_width(parts)
+        if not fits or not set(own.attention) <= set(layers_of(parts["unet"])):
             raise CheckpointError(f"the grounding head of {path} was made for another UNet than the one beside it")
         if head == "attention":
             return with_attention(parts, report=report, names=about["names"], query_template=about["query_template"])

@@ -21,8 +21,8 @@ from grounded_diffusion.training.head.attention import (
     AttentionConfig,
     AttentionHead,
     affinity_features,
-    cross_attentions,
 )
+from grounded_diffusion.training.head.queried import cross_attentions
 
 SIDE, SIZE, SEED = 16, 32, 7  # latents, pixels
 PROMPT = "a photograph of a dog"

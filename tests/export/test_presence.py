@@ -20,8 +20,8 @@ from grounded_diffusion.export.graphs import trace
 from grounded_diffusion.export.verify import check_graphs
 from grounded_diffusion.training.checkpoint import load_checkpoint
 from grounded_diffusion.training.generator.text import template_states
-from grounded_diffusion.training.head.attention import cross_attentions
 from grounded_diffusion.training.head.presence import Presence
+from grounded_diffusion.training.head.queried import cross_attentions
 
 PROMPTS = ["a photograph of a [dog] and a [cat]", "a [unicorn]"]
 QUICK = Options(steps=3, sampler="ddim", batch=2)

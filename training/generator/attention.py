@@ -21,8 +21,8 @@ from grounded_diffusion.training.head.attention import (
     AttentionHead,
     AttentionTaps,
     affinity_features,
-    cross_attentions,
 )
+from grounded_diffusion.training.head.queried import cross_attentions
 
 NOUNS = ("dog", "car", "chair", "bird", "boat", "cat", "bottle", "tree")  # drawn where the model names no objects
 STEPS = 8  # of DDIM; the step before the last is near CAPTURE_TIMESTEP

@@ -13,6 +13,7 @@ from grounded_diffusion.families import FAMILIES
 from grounded_diffusion.training.checkpoint import RELEASED_TEMPLATE, Checkpoint, load_base
 from grounded_diffusion.training.devices import check_device
 from grounded_diffusion.training.fingerprint import weights_digest
+from grounded_diffusion.training.generator.text import TextTower, template_states
 from grounded_diffusion.training.head.head import GroundingHead
 from grounded_diffusion.training.head.taps import Taps
 
@@ -72,6 +73,10 @@ class FrozenBase:
             inside = [i for i, (a, b) in enumerate(spans) if b > a and a < start + len(name) and b > start]
             rows.append(self.contexts([text])[0, inside].mean(0))
         return torch.stack(rows)
+
+    def template_states(self) -> torch.Tensor:
+        """States [T,D] of the query template's words before a name, with the begin token."""
+        return template_states(TextTower(self.text_encoder), self.tokenizer, self.template)
 
     @torch.no_grad()
     def features(

@@ -75,4 +75,5 @@ def object_queries(tower: TextTower, tokenizer: CLIPTokenizer, template: str, na
 def template_states(tower: TextTower, tokenizer: CLIPTokenizer, template: str) -> torch.Tensor:
     """[T,D]: states of the begin token and of the template's words before the name; text encoders are causal."""
     words = tokenizer(template.split("{}")[0].strip()).input_ids
-    return tower(tokenize(tokenizer, [template.format("dog")]))[0, : len(words) - 1]
+    ids = tokenize(tokenizer, [template.format("dog")]).to(tower.text_encoder.device)
+    return tower(ids)[0, : len(words) - 1]

@@ -22,7 +22,6 @@ from grounded_diffusion.training.grounding.presence import fit_presence
 from grounded_diffusion.training.grounding.store import Example, ExampleSet, yields
 from grounded_diffusion.training.grounding.train import HeadTrainer
 from grounded_diffusion.training.grounding.validate import Validation
-from grounded_diffusion.training.head.taps import Taps
 
 CALIBRATION = 2048  # examples that presence is calibrated on, at most
 WORK = "training"  # folder of a checkpoint with the state of its training
@@ -181,7 +180,7 @@ def write_picture(out: Path, base: FrozenBase, head, sets: Sequence[ExampleSet],
                     places[name] = (one, k, o)
     names = sorted(places, key=lambda name: (name not in seen, name))
     tiles = []
-    with Taps(base.unet) as taps:
+    with head.taps(base.unet) as taps:
         for one, k, o in (places[name] for name in names):
             example, judge = one[k], Validation(base, [one[k]], seen)
             predicted = judge.predict(head, taps, [example])[0, o].numpy()

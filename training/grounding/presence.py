@@ -13,13 +13,12 @@ import torch
 
 from grounded_diffusion.errors import UsageError
 from grounded_diffusion.training.generator.base import FrozenBase
-from grounded_diffusion.training.generator.text import template_states
 from grounded_diffusion.training.grounding.batches import inputs_of
 from grounded_diffusion.training.grounding.prompts import mixed
 from grounded_diffusion.training.grounding.store import Example
-from grounded_diffusion.training.head.attention import cross_attentions
 from grounded_diffusion.training.head.head import GroundingHead
 from grounded_diffusion.training.head.presence import CELLS, Presence, calibrate
+from grounded_diffusion.training.head.queried import cross_attentions
 
 NEGATIVES = (0, 1, 4)  # asked for beside an image's names, in turn: the decoder's states hang on what else is asked
 LEAST = 0.4  # of the best layer's gap; weaker layers are not read
@@ -123,8 +122,7 @@ def fit_presence(
     Raises:
         UsageError: the UNet has no cross-attention, or no example has a seen name that was found.
     """
-    checkpoint = base.with_head(head)
-    template = template_states(checkpoint.tower, base.tokenizer, base.template)
+    template = base.template_states()
     every = Presence.of(base.unet, template, head.config.embed_dim).to(base.device)
     fill_bank(base, every, examples)
     evidence, present = gather(base, head, every, examples, seen)

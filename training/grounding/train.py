@@ -25,6 +25,7 @@ from grounded_diffusion.training.grounding.config import HeadTraining
 from grounded_diffusion.training.grounding.loss import object_losses, term_weights
 from grounded_diffusion.training.grounding.validate import Validation
 from grounded_diffusion.training.head.head import GroundingHead, HeadConfig, upsample_logits
+from grounded_diffusion.training.head.queried import layers_of
 from grounded_diffusion.training.head.taps import Taps
 from grounded_diffusion.training.optim import Muon
 
@@ -37,15 +38,22 @@ def make_head(base: FrozenBase, config: HeadTraining) -> GroundingHead:
     """A fresh head that fits the base model. Raises UsageError for unknown options."""
     scale = 2 ** (len(base.vae.config.block_out_channels) - 1)
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in config.head.items()}
+    words = base.template_states() if options.pop("attention", False) else None
+    if words is not None:
+        options |= dict(attention=layers_of(base.unet), words=len(words))
     torch.manual_seed(config.seed)
-    return GroundingHead(HeadConfig.for_unet(base.unet.config, **{"image_scale": scale, **options}))
+    head = GroundingHead(HeadConfig.for_unet(base.unet.config, **{"image_scale": scale, **options}))
+    if words is not None:
+        head.evidence.read(base.unet, words)
+    return head
 
 
 def make_optimizer(head: torch.nn.Module, config: HeadTraining) -> torch.optim.Optimizer:
     """The optimiser; each group has its full rate as `peak`."""
     if config.optimizer == "muon":
         return Muon(head, config.lr, config.muon_lr, config.weight_decay)
-    groups = [dict(params=list(head.parameters()), lr=config.lr, peak=config.lr)]
+    params = [parameter for parameter in head.parameters() if parameter.requires_grad]
+    groups = [dict(params=params, lr=config.lr, peak=config.lr)]
     return torch.optim.Adam(groups, betas=(0.9, 0.999), weight_decay=config.weight_decay)
 
 
@@ -100,7 +108,7 @@ class HeadTrainer:
         """Train to the end; returns the best head where there is a validation, else the last one."""
         began, first = time.monotonic(), self.step
         running: float | None = None
-        with Taps(self.base.unet) as taps:
+        with self.head.taps(self.base.unet) as taps:
             while self.step < self.config.iterations:
                 value = self._step(taps)
                 self.step += 1

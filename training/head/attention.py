@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from grounded_diffusion.errors import UsageError
 from grounded_diffusion.training.head.folded import fold
 from grounded_diffusion.training.head.head import resize
+from grounded_diffusion.training.head.queried import conditional, place_of
 from grounded_diffusion.training.head.taps import ModuleOutputs
 
 CAPTURE_TIMESTEP = 121  # of 9 timesteps from 1 to 721 on the shipped model those from 41 to 321 are within two points
@@ -70,25 +71,10 @@ class AttentionConfig:
             raise UsageError("the attention head needs a cross-attention layer to read; this UNet has none")
 
 
-def cross_attentions(unet: nn.Module) -> list[str]:
-    """Names of a UNet's cross-attention modules."""
-    return [name for name, _ in unet.named_modules() if name.endswith(".attn2")]
-
-
 def affinity_features(unet: nn.Module) -> tuple[str, ...]:
     """The last two up blocks: with its upsampler the one before the last ends at the latents' resolution as well."""
     count = len(unet.up_blocks)
     return tuple(f"up_blocks.{i}" for i in range(max(0, count - 2), count))
-
-
-def conditional(rows: torch.Tensor) -> torch.Tensor:
-    """The conditional half of [unconditional x B; conditional x B]."""
-    return rows[rows.shape[0] // 2 :]  # not len(), which the exporter takes for a constant
-
-
-def place_of(layer: str) -> str:
-    """The module around a cross-attention whose output [2B,C,h,w] tells its resolution."""
-    return layer.split(".transformer_blocks.")[0]
 
 
 class AttentionTaps(ModuleOutputs):

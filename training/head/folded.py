@@ -129,29 +129,31 @@ class FoldedHead(nn.Module):
         self.mix = nn.ModuleList(FoldedMix(getattr(head, f"{name}_feature_mix_conv")) for name in names[1:])
         self.tokens = FoldedTokens(head)
         self.to_q, self.transfromer_decoder, self.mlp = head.to_q, head.transfromer_decoder, head.mlp
-        self.detail = head.detail
+        self.detail, self.evidence = head.detail, head.evidence
 
     answer = GroundingHead.answer  # on the same modules, under the same names
 
     def forward(
         self, taps: Sequence[Sequence[torch.Tensor]], queries: torch.Tensor, query_valid: torch.Tensor
     ) -> torch.Tensor:
-        """`taps`: features [2B,C,h,w] of every level, as `Taps.raw` gives them; the rest as GroundingHead's."""
+        """`taps`: what `raw` of the head's taps gives: features [2B,C,h,w] of every level, and attention where it is
+        read; the rest as GroundingHead's."""
         return self.with_states(taps, queries, query_valid)[0]
 
     def with_states(
         self, taps: Sequence[Sequence[torch.Tensor]], queries: torch.Tensor, query_valid: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The same, and the decoder's states of the objects."""
-        top, fused = len(taps) - 1, None
-        for i, level in enumerate(taps):
+        levels, attention = taps[: len(self.reduce)], taps[len(self.reduce) :]
+        top, fused = len(levels) - 1, None
+        for i, level in enumerate(levels):
             reduced = self.reduce[i](level)
             if i < top:
-                reduced = resize(reduced, taps[i + 1][0].shape[2:])
+                reduced = resize(reduced, levels[i + 1][0].shape[2:])
             fused = reduced if fused is None else self.mix[i - 1](torch.cat([fused, reduced], dim=1))
             if i < top - 1:
-                fused = resize(fused, taps[i + 2][0].shape[2:])
-        return self.answer(fused, queries, query_valid)
+                fused = resize(fused, levels[i + 2][0].shape[2:])
+        return self.answer(fused, queries, query_valid, *attention)
 
 
 @singledispatch

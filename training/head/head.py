@@ -25,9 +25,11 @@ from torch.nn import functional as F
 from grounded_diffusion.engine.checks import listing
 from grounded_diffusion.errors import CheckpointError, UsageError
 from grounded_diffusion.training.head.layers import Decoder, Detail, MixConv, Mlp
+from grounded_diffusion.training.head.queried import Evidence, Layers, QueriedTaps
 from grounded_diffusion.training.head.taps import Taps, level_taps
 
 MASKED = -3e4  # added to the score of a padded key: its weight underflows to exactly 0, and FP16 can hold it
+Attention = Mapping[str, torch.Tensor]  # image queries and what tells their resolution, by module
 HIGHEST_CHANNELS = 128  # reduced channels at the highest level; each lower level has half (16, 32, 64, 128)
 
 
@@ -49,6 +51,9 @@ class HeadConfig:
             "stored" by running averages once the head is in evaluation mode.
         image_scale: pixels per latent cell; only the paper's variant uses it.
         detail: mask logits have this many times as many cells along each side as the fused map; 1 is the paper's.
+        attention: layers of the UNet's cross-attention that objects' queries are asked for in, see head/queried.py;
+            () reads none, as the paper.
+        words: of the query's template before the name, with the begin token; where attention is read.
     """
 
     tap_channels: tuple[tuple[int, ...], ...]
@@ -63,6 +68,8 @@ class HeadConfig:
     statistics: str = "per_image"
     image_scale: int = 8
     detail: int = 1
+    attention: Layers = ()
+    words: int = 0
 
     def __post_init__(self):
         levels = len(self.tap_channels)
@@ -78,6 +85,9 @@ class HeadConfig:
         for name in ("embed_dim", "heads", "layers", "ffn_dim", "patch", "text_dim", "image_scale", "detail"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise UsageError(f"head {name} is {getattr(self, name)!r}; it must be a whole number of at least 1")
+        object.__setattr__(self, "attention", tuple((str(name), int(h), int(c)) for name, h, c in self.attention))
+        if bool(self.attention) != (self.words > 0):
+            raise UsageError("a head that reads attention has words of a template to compare names with, others none")
         if self.embed_dim % self.heads:
             raise UsageError(f"head embed_dim {self.embed_dim} is not divisible by {self.heads} heads")
 
@@ -146,6 +156,10 @@ class GroundingHead(nn.Module):
         )  # the released spelling
         self.mlp = Mlp(config.embed_dim, config.fused_channels)
         self.detail = Detail(config.embed_dim, config.fused_channels, config.detail) if config.detail > 1 else None
+        self.evidence = (
+            Evidence(config.attention, config.words, config.text_dim, config.embed_dim, config.fused_channels)
+            if config.attention else None
+        )  # fmt: skip
         self.to_k = nn.Linear(config.fused_channels * config.patch**2, config.embed_dim, bias=False)
         self.to_q = nn.Linear(config.text_dim, config.embed_dim, bias=False)
 
@@ -156,13 +170,14 @@ class GroundingHead(nn.Module):
 
     def taps(self, unet: nn.Module) -> Taps:
         """What captures this head's inputs."""
-        return Taps(unet)
+        return QueriedTaps(unet, self.config.attention) if self.config.attention else Taps(unet)
 
     def about(self) -> dict[str, Any]:
         """What a bundle's manifest says of the head."""
         cfg = self.config
         sizes = dict(reduced_channels=list(cfg.reduced_channels), embed_dim=cfg.embed_dim, layers=cfg.layers)
-        return dict(variant=cfg.variant, statistics=cfg.statistics, **sizes, patch=cfg.patch, detail=cfg.detail)
+        grid = dict(patch=cfg.patch, detail=cfg.detail, attention=[name for name, _, _ in cfg.attention])
+        return dict(variant=cfg.variant, statistics=cfg.statistics, **sizes, **grid)
 
     def encode(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
         """The visual encoder: features [B,2 sum(C),h,w] a level, lowest first -> fused map F [B,D,h',w'].
@@ -192,13 +207,19 @@ class GroundingHead(nn.Module):
         return F.conv2d(fused, kernel, stride=cfg.patch).flatten(2).transpose(1, 2)
 
     def answer(
-        self, fused: torch.Tensor, queries: torch.Tensor, query_valid: torch.Tensor
+        self, fused: torch.Tensor, queries: torch.Tensor, query_valid: torch.Tensor, *attention: Attention
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Mask logits, and states [B,O,E], of queries [B,O,text_dim] on a fused map [B,D,h',w']."""
         queries = queries.masked_fill(~query_valid[..., None], 0)
         mask = torch.where(query_valid, 0.0, MASKED)[:, None, None]  # [B,1,1,O]
-        states = self.transfromer_decoder(self.to_q(queries), self.tokens(fused), mask)  # [B,O,E]
+        objects = self.to_q(queries)  # [B,O,E]
+        if self.evidence is not None:
+            told, looks = self.evidence(*attention, queries, fused)
+            objects = objects + looks
+        states = self.transfromer_decoder(objects, self.tokens(fused), mask)
         logits = (self.mlp(states) @ fused.flatten(2)).unflatten(2, fused.shape[2:])
+        if self.evidence is not None:
+            logits = logits + told
         if self.detail is not None:
             fine = self.detail(fused, states)
             logits = resize(logits, fine.shape[2:]) + fine
@@ -208,7 +229,8 @@ class GroundingHead(nn.Module):
         self, features: Sequence[torch.Tensor], queries: torch.Tensor, query_valid: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What `forward` gives, and the decoder's states of the objects [B,O,E], which presence reads."""
-        return self.answer(self.encode(features), queries, query_valid)
+        levels = len(self.config.tap_channels)
+        return self.answer(self.encode(features[:levels]), queries, query_valid, *features[levels:])
 
     def forward(
         self, features: Sequence[torch.Tensor], queries: torch.Tensor, query_valid: torch.Tensor
@@ -216,7 +238,8 @@ class GroundingHead(nn.Module):
         """Mask logits at `detail` times the fused map's resolution; `upsample_logits` brings them to the image's.
 
         Args:
-            features: one tensor [B,2 sum(C),h,w] a level, lowest resolution first, as `Taps.features` gives them.
+            features: one tensor [B,2 sum(C),h,w] a level, lowest resolution first, and last a mapping of attention
+                where it is read: as `features` of the head's taps gives them.
             queries: [B,O,text_dim], one row an object.
             query_valid: [B,O] bool; rows that are False are padding, and influence no other row.
 

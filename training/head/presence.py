@@ -23,8 +23,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from grounded_diffusion.errors import UsageError
-from grounded_diffusion.training.head.attention import conditional, cross_attentions, place_of
 from grounded_diffusion.training.head.head import resize
+from grounded_diffusion.training.head.queried import Layers, Queried, layers_of, tapped_modules
 from grounded_diffusion.training.head.taps import ModuleOutputs
 
 EPS = 1e-4  # of shares, before their log-odds
@@ -46,7 +46,7 @@ class PresenceConfig:
         object_dim: width of the decoder's state of an object.
     """
 
-    layers: tuple[tuple[str, int, int], ...]
+    layers: Layers
     words: int
     text_dim: int
     object_dim: int
@@ -59,9 +59,7 @@ class PresenceConfig:
     @classmethod
     def for_unet(cls, unet: nn.Module, words: int, object_dim: int, layers: Iterable[str] = ()) -> PresenceConfig:
         """Of these cross-attention modules of a UNet, or of all that it has."""
-        chosen = [(name, unet.get_submodule(name)) for name in layers or cross_attentions(unet)]
-        sizes = tuple((name, one.heads, one.to_k.weight.shape[0]) for name, one in chosen)
-        return cls(sizes, words, unet.config.cross_attention_dim, object_dim)
+        return cls(layers_of(unet, layers), words, unet.config.cross_attention_dim, object_dim)
 
     @property
     def shares(self) -> int:
@@ -73,29 +71,24 @@ class PresenceTaps(ModuleOutputs):
     """Captures image queries and their layers' resolution while it is entered; see Taps."""
 
     def __init__(self, unet: nn.Module, config: PresenceConfig):
-        layers = [name for name, _, _ in config.layers]
-        super().__init__(unet, (*(f"{name}.to_q" for name in layers), *map(place_of, layers)))
+        super().__init__(unet, tapped_modules(config.layers))
 
     def raw(self) -> Mapping[str, torch.Tensor]:
         """Outputs of the tapped modules by name."""
         return dict(self._outputs)
 
 
-class Presence(nn.Module):
+class Presence(Queried):
     """Image queries, mask logits, object queries and states -> a logit for each object: above 0 it is there.
 
     Args:
         config: sizes.
-
-    Its keys are the UNet's own, of which it keeps a copy, so that a head's file has all that belongs to it.
     """
 
     def __init__(self, config: PresenceConfig):
-        super().__init__()
+        super().__init__(config.layers, config.words, config.text_dim)
         self.config = config
-        self.to_k = nn.ModuleList(nn.Linear(config.text_dim, size, bias=False) for _, _, size in config.layers)
         self.bank = nn.ParameterList(nn.Parameter(torch.zeros(CELLS, size)) for _, _, size in config.layers)
-        self.register_buffer("template", torch.zeros(config.words, config.text_dim))
         evidence = config.shares + config.object_dim
         self.register_buffer("mean", torch.zeros(evidence))
         self.register_buffer("spread", torch.ones(evidence))
@@ -106,33 +99,16 @@ class Presence(nn.Module):
         """Not calibrated yet, its bank empty. `template` are the states [T,D] of the words before a name, with the
         begin token."""
         presence = cls(PresenceConfig.for_unet(unet, len(template), object_dim, layers))
-        presence.template.copy_(template)
-        for to_k, (name, _, _) in zip(presence.to_k, presence.config.layers, strict=True):
-            to_k.weight.data.copy_(unet.get_submodule(name).to_k.weight)
+        presence.read(unet, template)
         return presence.eval().requires_grad_(False)
 
     def taps(self, unet: nn.Module) -> PresenceTaps:
         """What captures its inputs."""
         return PresenceTaps(unet, self.config)
 
-    def image_queries(self, layer: int, tapped: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The conditional half's image queries [B,hw,C] of a layer."""
-        name, _, channels = self.config.layers[layer]
-        rows, _, height, width = tapped[place_of(name)].shape
-        # Written with the sizes of the place, which the exporter can tell from the batch; those of to_q it cannot.
-        return conditional(tapped[f"{name}.to_q"].reshape(rows, height * width, channels)).float()
-
     def shares(self, layer: int, queries: torch.Tensor, *cells: torch.Tensor) -> list[torch.Tensor]:
         """What cells [B or 1,n,C] of a layer give each object, alone against the template's words: [B,O,n] each."""
-        _, heads, channels = self.config.layers[layer]
-        split = lambda x: x.unflatten(-1, (heads, -1)).transpose(-3, -2)  # [...,heads,n,d]
-        words = split(self.to_k[layer](self.template)).transpose(-1, -2)  # [heads,d,T]
-        asked = split(self.to_k[layer](queries)).transpose(-1, -2)  # [B,heads,d,O]
-        found = []
-        for q in (split(some) * (channels // heads) ** -0.5 for some in cells):
-            odds = q @ asked - (q @ words).logsumexp(-1, keepdim=True)
-            found.append(odds.sigmoid().mean(1).transpose(1, 2))
-        return found
+        return [odds.sigmoid().mean(1).transpose(1, 2) for odds in self.odds(layer, queries, *cells)]
 
     def evidence(
         self, tapped: Mapping[str, torch.Tensor], mask_logits: torch.Tensor, queries: torch.Tensor, states: torch.Tensor
@@ -143,8 +119,7 @@ class Presence(nn.Module):
         found = []
         for layer in range(len(self.config.layers)):
             here, elsewhere = self.shares(layer, queries, self.image_queries(layer, tapped), self.bank[layer][None])
-            place = tapped[place_of(self.config.layers[layer][0])].shape[2:]
-            share = resize(here.unflatten(2, place), mask_logits.shape[2:])
+            share = resize(here.unflatten(2, self.place(layer, tapped)), mask_logits.shape[2:])
             found += [(share * part).sum((2, 3)) / part.sum((2, 3)).clamp(min=EPS) for part in (inside, 1 - inside)]
             found.append(elsewhere.mean(-1))
         means = torch.stack(found, -1).clamp(EPS, 1 - EPS)

@@ -7,7 +7,7 @@ with any number of levels and of layers a block; for Stable Diffusion 1.5 the ch
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -74,6 +74,11 @@ def pair_guidance(feature: torch.Tensor) -> torch.Tensor:
     return torch.cat(feature.chunk(2), dim=1)
 
 
+def paired(levels: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
+    """Features [2B,C,h,w] of every level's taps -> one tensor [B,2 sum(C),h,w] a level, in float32."""
+    return [torch.cat([pair_guidance(tap) for tap in level], dim=1).float() for level in levels]
+
+
 class ModuleOutputs:
     """Keeps what some modules gave in a network's latest forward pass, while it is entered.
 
@@ -130,4 +135,4 @@ class Taps(ModuleOutputs):
 
     def features(self) -> list[torch.Tensor]:
         """One tensor [B,2 sum(C),h,w] a level, lowest resolution first, in float32; what GroundingHead takes."""
-        return [torch.cat([pair_guidance(tap) for tap in level], dim=1).float() for level in self.raw()]
+        return paired(self.raw())

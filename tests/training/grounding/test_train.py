@@ -51,7 +51,10 @@ def train(model, examples, folder, iterations, most=None, **changes):
     return trainer, losses
 
 
-@pytest.mark.parametrize("changes", [{}, {"optimizer": "muon", "noise_range": 100, "clip": 1.0}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"optimizer": "muon", "noise_range": 100, "clip": 1.0}, {"head": {**SIZES, "attention": True}}],
+)
 def test_a_resumed_training_equals_an_uninterrupted_one(model, examples, tmp_path, changes):
     whole, losses = train(model, examples, tmp_path / "whole", 5, **changes)
     first, before = train(model, examples, tmp_path / "parts", 2, **changes)
@@ -74,6 +77,18 @@ def test_it_learns_and_moves_nothing_but_the_head(model, examples, tmp_path, var
     assert torch.equal(model.unet.conv_in.weight, before)
     assert all(p.grad is None for p in model.unet.parameters())
     assert trainer.head.config.variant == variant
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_a_head_that_reads_attention_keeps_the_models_keys(model, examples, tmp_path, optimizer):
+    trainer, _ = train(
+        model, examples, tmp_path, 4, optimizer=optimizer, weight_decay=0.1, head={**SIZES, "attention": True}
+    )
+    evidence = trainer.head.evidence
+    for to_k, (name, _, _) in zip(evidence.to_k, evidence.layers, strict=True):
+        assert torch.equal(to_k.weight, model.unet.get_submodule(name).to_k.weight)
+    assert torch.equal(evidence.template, model.template_states())
+    assert evidence.looks.weight.abs().max() > 0  # it starts at zero
 
 
 def test_other_settings_are_refused_by_name(model, examples, tmp_path):

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from grounded_diffusion.errors import CheckpointError, UsageError
 from grounded_diffusion.training.checkpoint import HEAD, PRESENCE, load_checkpoint, save_checkpoint
 from grounded_diffusion.training.generator.text import object_queries, template_states
-from grounded_diffusion.training.head.attention import cross_attentions
 from grounded_diffusion.training.head.presence import Presence, PresenceConfig, calibrate
+from grounded_diffusion.training.head.queried import cross_attentions
 
 STATE = 6  # width of an object's state
 
