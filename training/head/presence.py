@@ -115,12 +115,15 @@ class Presence(Queried):
     ) -> torch.Tensor:
         """Log-odds of the attention inside the mask, outside, and elsewhere, layer by layer, and the object's state:
         [B,O,3 layers + E]; the arguments are forward's."""
-        inside = mask_logits.float().sigmoid()  # [B,O,h',w']
+        logits = mask_logits.float()
+        # Probabilities inside and outside, [B,O,h'w'] each, that add up to 1. From their logarithms: those of a nearly
+        # empty mask are so small that runtimes' sigmoids have no digit of them right.
+        parts = [(-F.softplus(-side)).flatten(2).softmax(-1) for side in (logits, -logits)]
         found = []
         for layer in range(len(self.config.layers)):
             here, elsewhere = self.shares(layer, queries, self.image_queries(layer, tapped), self.bank[layer][None])
-            share = resize(here.unflatten(2, self.place(layer, tapped)), mask_logits.shape[2:])
-            found += [(share * part).sum((2, 3)) / part.sum((2, 3)).clamp(min=EPS) for part in (inside, 1 - inside)]
+            share = resize(here.unflatten(2, self.place(layer, tapped)), mask_logits.shape[2:]).flatten(2)
+            found += [(share * part).sum(-1) for part in parts]
             found.append(elsewhere.mean(-1))
         means = torch.stack(found, -1).clamp(EPS, 1 - EPS)
         return torch.cat([means.log() - (1 - means).log(), states.float()], -1)

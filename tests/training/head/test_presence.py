@@ -64,8 +64,10 @@ def test_a_share_is_that_of_attention_to_the_template_and_the_name(model, presen
         assert torch.allclose(found[1, 2], expected, atol=1e-6)
 
 
-def test_evidence_is_the_share_inside_outside_and_elsewhere_and_the_state(model, presence):
+@pytest.mark.parametrize("shift", [0, -16], ids=["a mask", "a nearly empty one"])
+def test_evidence_is_the_share_inside_outside_and_elsewhere_and_the_state(model, presence, shift):
     tapped, logits, queries, states = call(model, presence)
+    logits = logits + shift
     evidence = presence.evidence(tapped, logits, queries, states)[1, 2]
     assert torch.equal(evidence[-STATE:], states[1, 2])
     layer = presence.config.layers[0][0]
