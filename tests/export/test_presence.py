@@ -6,12 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers.fake_gpu import HostDevice, HostRuntime
+from helpers.quick import PROMPTS, QUICK, drawn, drawn_by_device
 from helpers.tiny import smaller
 
 from grounded_diffusion.bundle import GRAPH_IO, PRESENCE, TELLS_PRESENCE, UNET_GROUNDED, open_bundle
-from grounded_diffusion.engine import Filters, GroundedPipeline, Options, RunConfig, make_dataset
-from grounded_diffusion.engine.backends.gpu.backend import DeviceBackend
+from grounded_diffusion.engine import Filters, GroundedPipeline, RunConfig, make_dataset
 from grounded_diffusion.engine.cli import infer
 from grounded_diffusion.engine.dataset.reader import FolderDataset
 from grounded_diffusion.errors import UsageError
@@ -22,9 +21,6 @@ from grounded_diffusion.training.checkpoint import load_checkpoint
 from grounded_diffusion.training.generator.text import template_states
 from grounded_diffusion.training.head.presence import Presence
 from grounded_diffusion.training.head.queried import cross_attentions
-
-PROMPTS = ["a photograph of a [dog] and a [cat]", "a [unicorn]"]
-QUICK = Options(steps=3, sampler="ddim", batch=2)
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +44,7 @@ def bundle(checkpoint, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def samples(bundle):
-    with GroundedPipeline.open(bundle, threads=1) as pipe:
-        return list(pipe.generate(PROMPTS, QUICK))
+    return drawn(bundle)
 
 
 def test_every_graph_equals_its_module(checkpoint, bundle):
@@ -88,8 +83,7 @@ def test_every_object_has_a_probability(samples):
 
 def test_it_hangs_on_the_object_alone(bundle, samples):
     """Not on the images of its batch, nor on how many objects are padded beside it."""
-    with GroundedPipeline.open(bundle, threads=1) as pipe:
-        alone = list(pipe.generate(PROMPTS, QUICK, batch=1))
+    alone = drawn(bundle, batch=1)
     for one, other in zip(alone, samples, strict=True):
         assert [thing.presence for thing in one.objects] == pytest.approx(
             [thing.presence for thing in other.objects], abs=1e-5
@@ -97,10 +91,7 @@ def test_it_hangs_on_the_object_alone(bundle, samples):
 
 
 def test_the_device_loop_tells_the_same(bundle, samples):
-    opened = open_bundle(bundle)
-    device = HostDevice()
-    with GroundedPipeline(opened, DeviceBackend(opened, device, HostRuntime(opened, device), "step")) as pipe:
-        found = list(pipe.generate(PROMPTS, QUICK))
+    found = drawn_by_device(bundle)
     for one, other in zip(found, samples, strict=True):
         assert [thing.presence for thing in one.objects] == pytest.approx(
             [thing.presence for thing in other.objects], abs=1e-5
@@ -109,8 +100,7 @@ def test_the_device_loop_tells_the_same(bundle, samples):
 
 def test_openvino_tells_the_same(bundle, samples):
     pytest.importorskip("openvino")
-    with GroundedPipeline.open(bundle, backend="openvino", threads=1) as pipe:
-        found = list(pipe.generate(PROMPTS, QUICK))
+    found = drawn(bundle, "openvino")
     for one, other in zip(found, samples, strict=True):
         assert [thing.presence for thing in one.objects] == pytest.approx(
             [thing.presence for thing in other.objects], abs=1e-3

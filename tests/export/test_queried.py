@@ -2,20 +2,15 @@
 
 import numpy as np
 import pytest
-from helpers.fake_gpu import HostDevice, HostRuntime
 from helpers.queried import with_attention_read
+from helpers.quick import drawn, drawn_by_device
 from helpers.tiny import smaller
 
 from grounded_diffusion.bundle import UNET_GROUNDED, open_bundle
-from grounded_diffusion.engine import GroundedPipeline, Options
-from grounded_diffusion.engine.backends.gpu.backend import DeviceBackend
 from grounded_diffusion.export.bundle import export_bundle
 from grounded_diffusion.export.verify import check_graphs, check_loop
 from grounded_diffusion.training.checkpoint import load_checkpoint
 from grounded_diffusion.training.head.queried import cross_attentions
-
-PROMPTS = ["a photograph of a [dog] and a [cat]", "a [unicorn]"]
-QUICK = Options(steps=3, sampler="ddim", batch=2)
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +27,7 @@ def bundle(checkpoint, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def samples(bundle):
-    with GroundedPipeline.open(bundle, threads=1) as pipe:
-        return list(pipe.generate(PROMPTS, QUICK))
+    return drawn(bundle)
 
 
 def same_logits(found, expected, tolerance):
@@ -61,12 +55,9 @@ def test_the_manifest_says_so(checkpoint, bundle):
 
 
 def test_the_device_loop_draws_the_same(bundle, samples):
-    opened, device = open_bundle(bundle), HostDevice()
-    with GroundedPipeline(opened, DeviceBackend(opened, device, HostRuntime(opened, device), "step")) as pipe:
-        same_logits(pipe.generate(PROMPTS, QUICK), samples, 1e-4)
+    same_logits(drawn_by_device(bundle), samples, 1e-4)
 
 
 def test_openvino_draws_the_same(bundle, samples):
     pytest.importorskip("openvino")
-    with GroundedPipeline.open(bundle, backend="openvino", threads=1) as pipe:
-        same_logits(pipe.generate(PROMPTS, QUICK), samples, 1e-3)
+    same_logits(drawn(bundle, "openvino"), samples, 1e-3)

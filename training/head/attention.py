@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from grounded_diffusion.errors import UsageError
 from grounded_diffusion.training.head.folded import fold
-from grounded_diffusion.training.head.head import resize
+from grounded_diffusion.training.head.layers import resize
 from grounded_diffusion.training.head.queried import conditional, place_of
 from grounded_diffusion.training.head.taps import ModuleOutputs
 

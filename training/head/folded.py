@@ -19,8 +19,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from grounded_diffusion.errors import UsageError
-from grounded_diffusion.training.head.head import GroundingHead, resize
-from grounded_diffusion.training.head.layers import BATCH_NORM_EPS, MixConv
+from grounded_diffusion.training.head.head import GroundingHead
+from grounded_diffusion.training.head.layers import BATCH_NORM_EPS, MixConv, resize
 
 
 class FoldedReduce(nn.Module):

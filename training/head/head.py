@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from grounded_diffusion.engine.checks import listing
 from grounded_diffusion.errors import CheckpointError, UsageError
-from grounded_diffusion.training.head.layers import Decoder, Detail, MixConv, Mlp
+from grounded_diffusion.training.head.layers import Decoder, Detail, MixConv, Mlp, resize
 from grounded_diffusion.training.head.queried import Evidence, Layers, QueriedTaps
 from grounded_diffusion.training.head.taps import Taps, level_taps
 
@@ -117,11 +117,6 @@ class HeadConfig:
         levels = len(self.tap_channels)
         middle = [f"mid{i}" for i in range(levels - 3, 1, -1)] + ["mid"] * (levels > 3) + ["high"] * (levels > 2)
         return ("low", *middle, "highest")
-
-
-def resize(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """Bilinear resampling of [B,C,h,w], corners not aligned."""
-    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 
 
 def upsample_logits(mask_logits: torch.Tensor, size: Sequence[int]) -> torch.Tensor:

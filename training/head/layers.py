@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -10,6 +12,11 @@ BATCH_NORM_EPS = 1e-4  # the released program's, as is the next
 SPECTRAL_NORM_EPS = 1e-4
 BATCH_NORM_MOMENTUM = 0.1
 DETAIL_CHANNELS = 32
+
+
+def resize(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """Bilinear resampling of [B,C,h,w], corners not aligned."""
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 
 
 class SpectralConv(nn.Module):

@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from grounded_diffusion.errors import UsageError
-from grounded_diffusion.training.head.head import resize
+from grounded_diffusion.training.head.layers import resize
 from grounded_diffusion.training.head.queried import Layers, Queried, layers_of, tapped_modules
 from grounded_diffusion.training.head.taps import ModuleOutputs
 

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from grounded_diffusion.training.head.layers import resize
 from grounded_diffusion.training.head.taps import Taps, paired
 
 Layers = tuple[tuple[str, int, int], ...]  # (cross-attention module, heads, channels of its queries) of each
@@ -146,7 +147,7 @@ class Evidence(Queried):
         for layer in range(len(self.layers)):
             (odds,) = self.odds(layer, queries, self.image_queries(layer, tapped))
             odds = odds.mean(1).transpose(1, 2).unflatten(2, self.place(layer, tapped)) / TAME  # [B,O,h,w]
-            maps.append(F.interpolate(odds, size, mode="bilinear", align_corners=False))
+            maps.append(resize(odds, size))
         stacked = torch.stack(maps, 2)  # [B,O,layers,h',w']
         stacked = torch.cat([stacked, stacked - stacked.mean((3, 4), keepdim=True)], 2)
         pair = self.pair(F.relu(self.maps(stacked.flatten(0, 1)))).unflatten(0, queries.shape[:2])
