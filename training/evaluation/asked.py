@@ -23,13 +23,21 @@ from grounded_diffusion.training.grounding.annotations import CocoFile, VocFolde
 from grounded_diffusion.training.grounding.config import build
 from grounded_diffusion.training.grounding.splits import UNSEEN, Split, built_in_split, split_of
 from grounded_diffusion.training.things.scenes import scenes_of
+from grounded_diffusion.training.things.world import NAMES
 
 
 def read_splits(args: argparse.Namespace, known: dict[str, Any]) -> tuple[str, dict[str, Split]]:
-    """(title, splits by name) that a command line asks for; `known` are the names of the checkpoint."""
+    """(title, splits by name) that a command line asks for; `known` are the names of the checkpoint.
+
+    Of a built-in vocabulary, --rendered takes the names that the checkpoint knows, or else that scenes can show.
+    """
     if args.vocabulary and not args.unseen and not args.pairs:
         numbers = args.split or range(1, len(UNSEEN[args.vocabulary]) + 1)
-        return TITLES[args.vocabulary], {f"split{n}": built_in_split(args.vocabulary, n) for n in numbers}
+        splits = {f"split{n}": built_in_split(args.vocabulary, n) for n in numbers}
+        if args.rendered:
+            drawn = [name for part in ("seen", "unseen") for name in known.get(part, ())] or NAMES
+            splits = {label: split.among(drawn) for label, split in splits.items()}
+        return TITLES[args.vocabulary], splits
     if args.split:
         raise UsageError("--split is of a --vocabulary, without --unseen and --pairs")
     if args.vocabulary or args.names:

@@ -142,10 +142,12 @@ def ceiling(images: TestImages) -> float:
 
 
 def average(tables: Sequence[Figures]) -> Figures:
-    """The mean of each figure over several splits; counts are added up."""
-    shared = [name for name in tables[0] if all(name in table for table in tables)]
-    total = lambda name: sum(table[name] for table in tables)
-    return {n: total(n) if n.endswith("images") else round(mean(t[n] for t in tables), 2) for n in shared}
+    """The mean of each figure over the splits that have it; counts are added up."""
+    figures: dict[str, list[float]] = {}
+    for table in tables:
+        for name, value in table.items():
+            figures.setdefault(name, []).append(value)
+    return {n: sum(all_) if n.endswith("images") else round(mean(all_), 2) for n, all_ in figures.items()}
 
 
 def real_folder(lab: Lab, annotations: Annotations, split: Split, limit: int | None) -> Path:

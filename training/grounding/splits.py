@@ -6,10 +6,12 @@ as in the paper: what is drawn for it is the animal. The second "bench" of Table
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from grounded_diffusion.engine.prompts.vocabulary import Vocabulary, built_in
 from grounded_diffusion.errors import UsageError
+from grounded_diffusion.training.detectors.labels import meaning
 
 _COCO = (
     "airplane, train, parking meter, cat, bear, suitcase, frisbee, snowboard, fork, sandwich, hot dog, toilet, "
@@ -52,6 +54,19 @@ class Split:
     def seen_pairs(self) -> tuple[tuple[str, str], ...]:
         """Pairs of seen names."""
         return tuple(pair for pair in self.pairs if set(pair) <= set(self.seen))
+
+    def among(self, known: Iterable[str]) -> Split:
+        """The part of it that is known, spelt as it is there: who knows a "sofa" knows COCO's "couch".
+
+        Raises:
+            UsageError: no seen name is known.
+        """
+        spelt = {meaning(name): name for name in known}
+        seen, unseen, *pairs = (
+            tuple(spelt[meaning(name)] for name in names if meaning(name) in spelt)
+            for names in (self.seen, self.unseen, *self.pairs)
+        )
+        return Split(seen, unseen, tuple(pair for pair in pairs if len(pair) == 2))
 
 
 def built_in_split(vocabulary: str, number: int) -> Split:

@@ -4,11 +4,13 @@ import pytest
 
 from grounded_diffusion.errors import UsageError
 from grounded_diffusion.training.checkpoint import save_checkpoint, untrained_checkpoint
-from grounded_diffusion.training.evaluation.asked import trained_heads
+from grounded_diffusion.training.evaluation import cli
+from grounded_diffusion.training.evaluation.asked import read_splits, trained_heads
 from grounded_diffusion.training.evaluation.protocol1 import TestSize
 from grounded_diffusion.training.evaluation.table import Plan, Trained, line, seen_score
 from grounded_diffusion.training.grounding.config import PRESETS
 from grounded_diffusion.training.grounding.splits import Split, built_in_split
+from grounded_diffusion.training.things.world import NAMES
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +37,20 @@ def test_every_split_has_the_head_that_was_kept_from_its_names(head):
     assert plan.trained_for(splits["split1"]) is plan.trained[1]
     assert plan.trained_for(splits["split2"]) is None
     assert plan.trained_for(splits["split3"]) is plan.trained[0]
+
+
+def test_a_vocabulary_on_renders_is_of_the_names_that_the_checkpoint_knows():
+    asked = lambda *more: cli.build_parser().parse_args(["protocol1", "--vocabulary", "coco", *more, "--out", "x"])
+    known = {"seen": ["aeroplane", "sofa", "dragon"], "unseen": ["cat"]}
+    title, splits = read_splits(asked("--rendered"), known)
+    assert title == "coco"
+    assert (splits["split1"].seen, splits["split1"].unseen) == (("sofa",), ("aeroplane", "cat"))
+    assert (splits["split3"].seen, splits["split3"].unseen) == (("aeroplane", "cat"), ("sofa",))
+    _, splits = read_splits(asked("--rendered"), {})  # of no checkpoint: what scenes can show
+    assert "backpack" in splits["split1"].seen
+    assert "backpack" in NAMES
+    _, splits = read_splits(asked(), known)
+    assert len(splits["split1"].seen) == 65
 
 
 def test_heads_of_another_model_are_refused(base, tmp_path):

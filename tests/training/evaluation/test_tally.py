@@ -73,7 +73,7 @@ def test_an_absent_name_is_never_in_the_image():
 
 def test_splits_are_averaged_and_images_added():
     tables = [{"one_seen": 90.0, "one_seen.images": 10, "two_seen": 1.0}, {"one_seen": 80.0, "one_seen.images": 5}]
-    assert average(tables) == {"one_seen": 85.0, "one_seen.images": 15}
+    assert average(tables) == {"one_seen": 85.0, "one_seen.images": 15, "two_seen": 1.0}  # of the split that has it
 
 
 def test_fewer_pairs_are_the_same_for_all_splits():

@@ -73,6 +73,15 @@ def test_no_split_of_that_number():
         built_in_split("voc", 4)
 
 
+def test_the_known_part_of_a_split_has_its_spelling():
+    split = built_in_split("coco", 3).among(["sofa", "person", "tv monitor", "cat", "dragon"])
+    assert (split.seen, split.unseen) == (("person", "cat"), ("sofa", "tv monitor"))
+    assert ("sofa", "tv monitor") in split.pairs
+    assert {name for pair in split.pairs for name in pair} <= {"sofa", "person", "tv monitor", "cat"}
+    with pytest.raises(UsageError, match="no name is left"):
+        built_in_split("coco", 3).among(["dragon"])
+
+
 def test_examples_say_what_they_are(examples, base):
     about = read_about(open_storage(str(examples)))
     assert about.seen == ("dog", "cat", "tv monitor")
