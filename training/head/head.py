@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from grounded_diffusion.engine.checks import listing
 from grounded_diffusion.errors import CheckpointError, UsageError
 from grounded_diffusion.training.head.layers import Decoder, Detail, MixConv, Mlp, resize
-from grounded_diffusion.training.head.queried import Evidence, Layers, QueriedTaps
+from grounded_diffusion.training.head.queried import Evidence, Layers, QueriedTaps, read_layers
 from grounded_diffusion.training.head.taps import Taps, level_taps
 
 MASKED = -3e4  # added to the score of a padded key: its weight underflows to exactly 0, and FP16 can hold it
@@ -85,7 +85,7 @@ class HeadConfig:
         for name in ("embed_dim", "heads", "layers", "ffn_dim", "patch", "text_dim", "image_scale", "detail"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise UsageError(f"head {name} is {getattr(self, name)!r}; it must be a whole number of at least 1")
-        object.__setattr__(self, "attention", tuple((str(name), int(h), int(c)) for name, h, c in self.attention))
+        object.__setattr__(self, "attention", read_layers(self.attention))
         if bool(self.attention) != (self.words > 0):
             raise UsageError("a head that reads attention has words of a template to compare names with, others none")
         if self.embed_dim % self.heads:

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from grounded_diffusion.errors import UsageError
 from grounded_diffusion.training.head.layers import resize
-from grounded_diffusion.training.head.queried import Layers, Queried, layers_of, tapped_modules
+from grounded_diffusion.training.head.queried import Layers, Queried, layers_of, read_layers, tapped_modules
 from grounded_diffusion.training.head.taps import ModuleOutputs
 
 EPS = 1e-4  # of shares, before their log-odds
@@ -52,7 +52,7 @@ class PresenceConfig:
     object_dim: int
 
     def __post_init__(self):
-        object.__setattr__(self, "layers", tuple((str(name), int(h), int(c)) for name, h, c in self.layers))
+        object.__setattr__(self, "layers", read_layers(self.layers))
         if not self.layers:
             raise UsageError("presence needs a cross-attention layer to read; this UNet has none")
 

@@ -11,7 +11,7 @@ It says nothing of what the head was trained on, and so holds for names that it 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -28,6 +28,11 @@ TAME = 3.0  # odds are divided by this, so that they are about as large as what 
 def cross_attentions(unet: nn.Module) -> list[str]:
     """Names of a UNet's cross-attention modules."""
     return [name for name, _ in unet.named_modules() if name.endswith(".attn2")]
+
+
+def read_layers(layers: Iterable[Sequence]) -> Layers:
+    """Layers as a file has them."""
+    return tuple((str(name), int(heads), int(channels)) for name, heads, channels in layers)
 
 
 def layers_of(unet: nn.Module, names: Iterable[str] = ()) -> Layers:
@@ -56,9 +61,8 @@ class QueriedTaps(Taps):
     """Captures the features, and last a mapping by name of what cross-attention gives; see Taps."""
 
     def __init__(self, unet: nn.Module, layers: Layers):
-        super().__init__(unet)
         self._attention = tapped_modules(layers)
-        self._modules = tuple(dict.fromkeys((*self._modules, *self._attention)))
+        super().__init__(unet, self._attention)
 
     def _asked(self) -> dict[str, torch.Tensor]:
         return {name: self._outputs[name] for name in self._attention}

@@ -120,14 +120,15 @@ class Taps(ModuleOutputs):
 
     Args:
         unet: a diffusers UNet2DConditionModel.
+        more: names of modules to keep beside the tapped ones.
 
     Attributes:
         levels: the taps of every level, lowest resolution first.
     """
 
-    def __init__(self, unet: torch.nn.Module):
+    def __init__(self, unet: torch.nn.Module, more: Iterable[str] = ()):
         self.levels = level_taps(unet.config)
-        super().__init__(unet, (tap.module for level in self.levels for tap in level))
+        super().__init__(unet, (*(tap.module for level in self.levels for tap in level), *more))
 
     def raw(self) -> list[list[torch.Tensor]]:
         """Features [2B,C,h,w] of every level's taps, lowest resolution first; what FoldedHead takes."""
