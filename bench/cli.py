@@ -61,7 +61,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     speed = kinds.add_parser("speed", parents=[common], help="stages, and systems end to end, taking turns")
     speed.add_argument(
         "--backend", choices=BACKENDS, action="append", metavar="NAME",
-        help="of the engine, %(choices)s; repeatable (default: the fastest on this CPU in every precision)",
+        help="of the engine, %(choices)s; repeatable (default: all of this CPU)",
     )  # fmt: skip
     known = f"of {', '.join(PEERS['cpu'])}, or on a GPU {', '.join(PEERS['cuda'])}"
     speed.add_argument("--peers", help=f"{known} (default: all of the device); '' for none")
@@ -122,22 +122,24 @@ def open_model(
 
 
 def best_backends(args: argparse.Namespace) -> list[str]:
-    """The fastest backend in every precision that the bundle has and this machine's CPU computes in, the exact last."""
-    exact, *others = [name for name in cpu_backends() if name != "openvino"]
+    """The backends in all precisions that the bundle has and this machine's CPU computes in, the exact one last."""
+    exact, *others = cpu_backends()
     int8 = cpu_backends("int8") if open_bundle(model_of(args)).int8(UNET) else []
-    return [*others, *int8, exact]
+    return sorted([*others, *int8, exact], key=lambda name: backend_entry(name).precision == "fp32")
 
 
 def open_engines(
     args: argparse.Namespace, options: Options
 ) -> tuple[dict[str, GroundedPipeline], dict[str, EngineForm]]:
-    """The engine in every precision of the backends asked for."""
+    """The engine by every backend asked for, in their order: "fp32" is the last in that precision, the others "fp32 by"
+    their backend."""
     pipes, forms = {}, {}
-    for backend in args.backend or best_backends(args):
+    for backend in reversed(args.backend or best_backends(args)):
         pipe, batch = open_model(args, options, backend)
         precision = backend_entry(backend).precision or pipe.bundle.manifest.precision
-        pipes[precision], forms[precision] = pipe, EngineForm(backend, batch, pipe.backend.lanes)
-    return pipes, forms
+        label = f"{precision} by {backend}" if precision in pipes else precision
+        pipes[label], forms[label] = pipe, EngineForm(backend, batch, pipe.backend.lanes)
+    return dict(reversed(pipes.items())), dict(reversed(forms.items()))
 
 
 def open_student(args: argparse.Namespace, form: EngineForm) -> GroundedPipeline:
@@ -221,7 +223,8 @@ def run_quality(args: argparse.Namespace) -> None:
         make_setting(setting, 1)
     asked = [(setting.get("model", "given"), setting.get("precision", "fp32")) for setting in settings or DEFAULT]
     wanted = {precision for _, precision in asked}
-    args.backend = [name for name in best_backends(args) if backend_entry(name).precision in wanted]
+    found = {backend_entry(name).precision: name for name in best_backends(args)}  # the last of each precision
+    args.backend = [name for precision, name in found.items() if precision in wanted]
     engines, forms = open_engines(args, Options(batch=args.batch))
     pipes = {("given", precision): pipe for precision, pipe in engines.items()}
     if not args.model:

@@ -10,7 +10,7 @@ import sys
 
 from grounded_diffusion.bench.environment import gpu_memory_used, peak_rss
 from grounded_diffusion.bench.speed import open_named
-from grounded_diffusion.bench.systems import ENGINE, make_work, precision_of
+from grounded_diffusion.bench.systems import ENGINE, label_of, make_work
 from grounded_diffusion.bench.work import EngineForm, Plan
 from grounded_diffusion.engine import GroundedPipeline
 from grounded_diffusion.engine.backends.open import DEFAULT_BACKEND
@@ -21,7 +21,7 @@ def main() -> None:
     request = json.loads(sys.argv[1])
     plan, name = Plan.load(request["plan"]), request["system"]
     taken = gpu_memory_used() or 0  # by others, this process's parent among them
-    ours = plan.engines[precision_of(name)] if name.startswith(ENGINE) else EngineForm(DEFAULT_BACKEND, 1, 1)
+    ours = plan.engines[label_of(name)] if name.startswith(ENGINE) else EngineForm(DEFAULT_BACKEND, 1, 1)
     pipe = GroundedPipeline.open(request["model"], backend=ours.backend, threads=plan.threads, lanes=ours.lanes)
     system = open_named(name, pipe, plan)  # peers ask the engine for sizes only
     system.run(make_work(pipe.bundle.manifest, pipe.latent_shape(plan.options), plan.turn(name), 0))

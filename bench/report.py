@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
-from grounded_diffusion.bench.systems import ENGINE, EXPORTED
+from grounded_diffusion.bench.systems import ENGINE, EXPORTED, FOLDER
 from grounded_diffusion.bench.timing import Timing
 
 BARS, ROW, LETTER = 400, 34, 8  # pixels: the longest bar, a row, a letter's width
@@ -34,7 +34,8 @@ def gigabytes(count: int | None) -> str:
 def speed_table(result: Mapping[str, Any]) -> list[str]:
     """End to end, all systems; each against the engine in its own precision, and against the engine at its fastest."""
     rows = result["systems"]
-    ours = {row["precision"]: row for row in reversed(rows) if row["name"].startswith(ENGINE)}
+    engines = [row for row in rows if row["name"].startswith(ENGINE) and not row["name"].endswith(FOLDER)]
+    ours = {row["precision"]: row for row in sorted(engines, key=lambda row: row["images_per_s"])}
     lines = [
         "| system | images with masks a second | spread (IQR) | engine is faster by | in the same precision by "
         "| peak memory, GB |",
@@ -70,9 +71,9 @@ def stage_table(result: Mapping[str, Any]) -> list[str]:
 
 
 def engine_form(item: tuple[str, Mapping[str, Any]]) -> str:
-    """How the engine ran in a precision."""
-    precision, form = item
-    return f"{ENGINE} {precision} {form['batch']} × {form['lanes']} at once by {form['backend']}"
+    """How an engine ran."""
+    label, form = item
+    return f"{ENGINE} {label.split()[0]} {form['batch']} × {form['lanes']} at once by {form['backend']}"
 
 
 def peer_form(item: tuple[str, Mapping[str, Any]]) -> str:

@@ -21,6 +21,7 @@ from grounded_diffusion.bench.systems import (
     FOLDER,
     Engine,
     FolderEngine,
+    label_of,
     make_work,
     missing_packages,
     open_peer,
@@ -70,15 +71,15 @@ def cpu_has_bf16() -> bool:
 
 
 def engine_names(plan: Plan) -> list[str]:
-    """The engine in each precision, and the fastest of them with the writer."""
-    names = [f"{ENGINE} {precision}" for precision in plan.engines]
+    """All engines, and the first of them with the writer."""
+    names = [f"{ENGINE} {label}" for label in plan.engines]
     return [names[0], names[0] + FOLDER, *names[1:]]
 
 
 def open_named(name: str, pipe: GroundedPipeline, plan: Plan) -> System:
-    """A system by its name in the table; `pipe` is the engine in its precision, for a peer in any."""
+    """A system by its name in the table; `pipe` is the engine that it is, for a peer any."""
     if name.startswith(ENGINE):
-        options = plan.of_engine(precision_of(name))
+        options = plan.of_engine(label_of(name))
         return FolderEngine(pipe, options, plan.folder / "out", name) if FOLDER in name else Engine(pipe, options, name)
     import torch
 
@@ -126,13 +127,13 @@ def measure_speed(
     """Everything: the bound, the stages, all systems end to end, their memory.
 
     Args:
-        pipes: the engine by precision, as plan.engines.
+        pipes: the engines, by their names in plan.engines.
 
     Raises:
         ParityError: a peer does not make the engine's images.
     """
-    precision, pipe = next(iter(pipes.items()))
-    options = plan.of_engine(precision)
+    label, pipe = next(iter(pipes.items()))
+    options = plan.of_engine(label)
     result: dict[str, Any] = {"environment": environment(pipe.bundle, plan.threads), "omitted": omitted_peers(plan)}
     for peer, reason in result["omitted"].items():
         report(f"LEFT OUT: {peer} ({reason})")
@@ -140,7 +141,7 @@ def measure_speed(
         import torch
 
         torch.set_num_threads(plan.threads)
-    rates = gpu_bound() if plan.device == "cuda" else cpu_bound(precision)
+    rates = gpu_bound() if plan.device == "cuda" else cpu_bound(label.split()[0])
     bound = max(rates.values(), default=None)
     result["bound"] = {"rates": rates, "flops_per_s": bound}
     work = lambda name, number: make_work(pipe.bundle.manifest, pipe.latent_shape(options), plan.turn(name), number)
@@ -192,7 +193,7 @@ def prepare(
 
     A peer that cannot be opened is said to be left out and added to `omitted`.
     """
-    systems = {name: open_named(name, pipes[precision_of(name)], plan) for name in engine_names(plan)}
+    systems = {name: open_named(name, pipes[label_of(name)], plan) for name in engine_names(plan)}
     made = {name: system.run(work(name, 0)) for name, system in systems.items()}
     expected = {name: output for name, output in made.items() if FOLDER not in name}
     exact = list(expected.values())[-1]

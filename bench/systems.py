@@ -44,6 +44,11 @@ def precision_of(system: str) -> str:
     return system.replace(",", "").split()[1]
 
 
+def label_of(system: str) -> str:
+    """Which of the engines one of the engine's systems is: its name in Plan.engines."""
+    return system.removeprefix(f"{ENGINE} ").removesuffix(FOLDER)
+
+
 def psnr(images: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Peak signal-to-noise ratio [n], in dB, of 8-bit images [n,H,W,3]; 99 at most."""
     errors = np.square(images.astype(np.float64) - others).mean((1, 2, 3))

@@ -51,7 +51,7 @@ class System(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class EngineForm:
-    """How the engine runs in one precision: its backend, images to a batch, and batches at once."""
+    """How the engine runs: its backend, images to a batch, and batches at once."""
 
     backend: str
     batch: int
@@ -65,7 +65,8 @@ class Plan:
     Attributes:
         options: sampler, steps, guidance.
         threads: CPU threads of every system.
-        engines: the engine by precision, the most exact last; of the first the stages and the writer are measured.
+        engines: the engine by precision, and by a second backend in one ("fp32 by openvino"); the most exact last. Of
+            the first the stages and the writer are measured.
         peers: names of the peers.
         peer_forms: by precision, the batch and layout at which torch is fastest.
         images: to a turn of the engine and of OpenVINO, as many as their lanes need.
@@ -95,14 +96,14 @@ class Plan:
         """ "cpu" or "cuda"."""
         return backend_entry(next(iter(self.engines.values())).backend).device
 
-    def of_engine(self, precision: str) -> Options:
-        """The options with the engine's batch."""
-        return replace(self.options, batch=self.engines[precision].batch)
+    def of_engine(self, label: str) -> Options:
+        """The options with the batch of one of the engines."""
+        return replace(self.options, batch=self.engines[label].batch)
 
     def form(self, peer: str) -> PeerForm:
         """A peer's batch and layout. OpenVINO, several at once, takes the batch that is best for the engine."""
         kind, precision = peer.split()
-        ours = self.engines.get(precision)
+        ours = next((form for label, form in self.engines.items() if label.split()[0] == precision), None)
         return PeerForm(ours.batch) if kind == "openvino" and ours else self.peer_forms[precision]
 
     def turn(self, name: str) -> int:

@@ -80,6 +80,22 @@ def test_speed(model, tiny_bundle, tmp_path, capsys):
     assert set(names) <= set(texts)
 
 
+def test_two_backends_in_one_precision_are_two_rows(model, tmp_path, capsys):
+    options = ["--peers", "eager fp32", "--steps", 2, "--images", 2, "--rounds", 1, "--repeats", 1, "--peer-batch", 2]
+    both = ["--backend", "openvino", *EXACT]
+    assert bench("speed", *model, *options, *both, "--out", tmp_path) == 0
+    result = json.loads((tmp_path / "speed-cpu.json").read_text())
+    rows = {row["name"]: row for row in result["systems"]}
+    first = "engine fp32 by openvino"
+    assert list(rows) == [first, f"{first}, folder writer", "engine fp32", "eager fp32"]
+    assert {row["precision"] for row in rows.values()} == {"fp32"}
+    assert [form["backend"] for form in result["setting"]["engines"].values()] == ["openvino", "onnxruntime"]
+    assert result["agreement"][first]["psnr"] > 45
+    assert all(row["peak_memory"] for row in rows.values())
+    best = max(rows[first]["images_per_s"], rows["engine fp32"]["images_per_s"])
+    assert f"| {best / rows['eager fp32']['images_per_s']:.2f}× |" in capsys.readouterr().out
+
+
 def test_a_bundle_with_the_attention_head(attention_bundle, tiny_checkpoint, tmp_path, capsys):
     """The peer has the very head that the bundle says, whatever lies beside the model."""
     options = ["--model", attention_bundle[1], "--ckpt", tiny_checkpoint, *TINY, "--peers", "eager fp32", *EXACT]
