@@ -122,10 +122,13 @@ def open_model(
 
 
 def best_backends(args: argparse.Namespace) -> list[str]:
-    """The backends in all precisions that the bundle has and this machine's CPU computes in, the exact one last."""
+    """The backends in all precisions that the bundle has and this machine's CPU computes in.
+
+    First the fastest of those that need no asking for, last the exact one.
+    """
     exact, *others = cpu_backends()
     int8 = cpu_backends("int8") if open_bundle(model_of(args)).int8(UNET) else []
-    return sorted([*others, *int8, exact], key=lambda name: backend_entry(name).precision == "fp32")
+    return [*reversed(others), *int8, exact]
 
 
 def open_engines(

@@ -31,7 +31,7 @@ EPS = 1e-4  # of shares, before their log-odds
 CELLS = 256  # of other images, which every name is compared with
 HIDDEN = 64  # width of the network
 STEPS, BATCH, RATE, DECAY, DROPOUT = 1000, 256, 2e-3, 0.05, 0.2  # of its training
-LOST = 3.0  # a data set's price of an object that is there and is left out, in strangers that are not
+LOST = 5.0  # a data set's price of an object that is there and is left out, in strangers that are not
 STATE_LEFT_OUT = 0.3  # share of queries of which only the attention is seen
 
 
