@@ -67,6 +67,9 @@ class HeadMethod:
         timestep: None reads the examples as they are. Another one noises their latents up to it, each with its own
             noise: for a head that reads earlier in the denoising than the examples were kept.
         presence: leaves out the masks of what it says is not there; None leaves out none.
+
+    Attributes:
+        exclusive: whether a pixel is of one object at most, that of the highest logit, as in the engine's labels.
     """
 
     any_name = True
@@ -76,7 +79,7 @@ class HeadMethod:
         presence: Presence | None = None,
     ):  # fmt: skip
         self.base, self.head, self.timestep, self.queries = base, head, timestep, Queries(base)
-        self.presence = presence
+        self.presence, self.exclusive = presence, False
 
     @torch.no_grad()
     def look(self, batch: Batch) -> Ask:
@@ -93,12 +96,16 @@ class HeadMethod:
         @torch.no_grad()
         def ask(names: Rows) -> list[torch.Tensor]:
             queries, valid = self.queries.rows(names)
+            there = valid
             if more is None:
-                masks = upsample_logits(self.head(features, queries, valid).float(), size) > 0
+                logits = self.head(features, queries, valid)
             else:
                 logits, states = self.head.with_states(features, queries, valid)
-                there = self.presence(more.raw(), logits, queries, states) > 0
-                masks = (upsample_logits(logits.float(), size) > 0) & there[..., None, None]
+                there = there & (self.presence(more.raw(), logits, queries, states) > 0)
+            pixels = upsample_logits(logits.float(), size).masked_fill(~there[..., None, None], -torch.inf)
+            masks = pixels > 0
+            if self.exclusive:
+                masks &= pixels == pixels.amax(1, keepdim=True)
             masks = masks.cpu()
             return [mask[: len(row)] for mask, row in zip(masks, names, strict=True)]
 

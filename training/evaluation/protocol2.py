@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from statistics import harmonic_mean, mean
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from grounded_diffusion.training.detectors.segmenters import TransformersSegment
 from grounded_diffusion.training.evaluation.daam import TAUS, Daam
 from grounded_diffusion.training.evaluation.images import TestImages, oracle_images
 from grounded_diffusion.training.evaluation.lab import Figures, Lab, key_of
-from grounded_diffusion.training.evaluation.methods import Ask, Batch, Method, Rows
+from grounded_diffusion.training.evaluation.methods import Ask, Batch, HeadMethod, Method, Rows
 from grounded_diffusion.training.evaluation.paper import KINDS
 from grounded_diffusion.training.evaluation.protocol1 import CALL, average, measure
 from grounded_diffusion.training.evaluation.table import Bench, Plan, seen_score
@@ -179,7 +179,13 @@ def masker(lab: Lab, study: Study, method: str, split: Split, paths: Sequence[Pa
     if method == "daam":
         return daam_masker(lab, paths, split, study.plan.size.agreement)
     entry = Bench(lab, study.plan, []).entry(method, split)
-    return Masker(entry.key, lambda folder: entry.open())
+
+    def opened(folder: Path) -> Method:
+        head = cast(HeadMethod, entry.open())
+        head.exclusive = True  # as gd-infer writes class maps
+        return head
+
+    return Masker(["exclusive", entry.key], opened)
 
 
 def daam_masker(lab: Lab, paths: Sequence[Path], split: Split, agreement: float) -> Masker:

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from grounded_diffusion.engine.sampling.options import Options
+from grounded_diffusion.training.checkpoint import untrained_checkpoint
 from grounded_diffusion.training.detectors.base import Detection
 from grounded_diffusion.training.evaluation import cli
 from grounded_diffusion.training.evaluation.daam import Daam, heat_maps, recording, word_tokens
 from grounded_diffusion.training.evaluation.images import TestImages, exact_images, oracle_images
-from grounded_diffusion.training.evaluation.methods import DetectorMethod, noised
+from grounded_diffusion.training.evaluation.methods import DetectorMethod, HeadMethod, noised
 from grounded_diffusion.training.evaluation.protocol1 import measure
 from grounded_diffusion.training.generator.base import FrozenBase
 from grounded_diffusion.training.grounding.splits import Split
@@ -74,6 +75,24 @@ def test_the_second_detector_sees_what_the_latents_hold(run, model, held_out):
     assert np.array_equal(seen[0], to_uint8(held).numpy())
     assert masks.shape == example.masks.shape
     assert "second.own.exact.one_seen" in figures(run[0])
+
+
+def test_a_pixel_of_two_masks_can_be_left_to_the_surer_object(base, model, held_out):
+    """As in the engine's labels. Names beside the image's own overlap with them."""
+    example, head = ExampleSet(held_out)[0], untrained_checkpoint(base).head
+    with torch.no_grad():
+        for weight in head.parameters():
+            weight.add_(0.3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(weight.numel())))
+    method, names = HeadMethod(model, head), ["dog", "cat", "deer"]
+    ask = method.look([(0, example)] * 2)
+    (plain, _), method.exclusive = ask([names, names[:1]]), True
+    (single, alone) = ask([names, names[:1]])
+    assert (plain.sum(0) > 1).any()
+    assert single.sum(0).max() == 1
+    assert torch.equal(single.any(0), plain.any(0))
+    assert not (single & ~plain).any()
+    assert torch.equal(alone, ask([names[:1]] * 2)[0])  # rows that fill up a batch take nothing
+    assert alone.any()
 
 
 def test_without_a_second_detector_there_is_no_row_of_it(run, small, tmp_path):
