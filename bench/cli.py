@@ -121,7 +121,7 @@ def open_model(
     return GroundedPipeline.open(model, **chosen, lanes=lanes), batch
 
 
-def best_backends(args: argparse.Namespace) -> list[str]:
+def backends_here(args: argparse.Namespace) -> list[str]:
     """The backends in all precisions that the bundle has and this machine's CPU computes in.
 
     First the fastest of those that need no asking for, last the exact one.
@@ -131,18 +131,23 @@ def best_backends(args: argparse.Namespace) -> list[str]:
     return [*reversed(others), *int8, exact]
 
 
+def last_of_each(backends: Sequence[str]) -> dict[str | None, str]:
+    """The last backend in each precision; None is the bundle's own."""
+    return {backend_entry(name).precision: name for name in backends}
+
+
 def open_engines(
     args: argparse.Namespace, options: Options
 ) -> tuple[dict[str, GroundedPipeline], dict[str, EngineForm]]:
-    """The engine by every backend asked for, in their order: "fp32" is the last in that precision, the others "fp32 by"
-    their backend."""
-    pipes, forms = {}, {}
-    for backend in reversed(args.backend or best_backends(args)):
+    """The engine by every backend asked for: "fp32" is the last in that precision, others "fp32 by" their backend."""
+    pipes, forms, backends = {}, {}, args.backend or backends_here(args)
+    last = last_of_each(backends).values()
+    for backend in backends:
         pipe, batch = open_model(args, options, backend)
         precision = backend_entry(backend).precision or pipe.bundle.manifest.precision
-        label = f"{precision} by {backend}" if precision in pipes else precision
+        label = precision if backend in last else f"{precision} by {backend}"
         pipes[label], forms[label] = pipe, EngineForm(backend, batch, pipe.backend.lanes)
-    return dict(reversed(pipes.items())), dict(reversed(forms.items()))
+    return pipes, forms
 
 
 def open_student(args: argparse.Namespace, form: EngineForm) -> GroundedPipeline:
@@ -226,8 +231,7 @@ def run_quality(args: argparse.Namespace) -> None:
         make_setting(setting, 1)
     asked = [(setting.get("model", "given"), setting.get("precision", "fp32")) for setting in settings or DEFAULT]
     wanted = {precision for _, precision in asked}
-    found = {backend_entry(name).precision: name for name in best_backends(args)}  # the last of each precision
-    args.backend = [name for precision, name in found.items() if precision in wanted]
+    args.backend = [name for precision, name in last_of_each(backends_here(args)).items() if precision in wanted]
     engines, forms = open_engines(args, Options(batch=args.batch))
     pipes = {("given", precision): pipe for precision, pipe in engines.items()}
     if not args.model:

@@ -141,7 +141,7 @@ def measure_speed(
         import torch
 
         torch.set_num_threads(plan.threads)
-    rates = gpu_bound() if plan.device == "cuda" else cpu_bound(label.split()[0])
+    rates = gpu_bound() if plan.device == "cuda" else cpu_bound(precision_of(engine_names(plan)[0]))
     bound = max(rates.values(), default=None)
     result["bound"] = {"rates": rates, "flops_per_s": bound}
     work = lambda name, number: make_work(pipe.bundle.manifest, pipe.latent_shape(options), plan.turn(name), number)

@@ -103,7 +103,7 @@ class Plan:
     def form(self, peer: str) -> PeerForm:
         """A peer's batch and layout. OpenVINO, several at once, takes the batch that is best for the engine."""
         kind, precision = peer.split()
-        ours = next((form for label, form in self.engines.items() if label.split()[0] == precision), None)
+        ours = next((one for one in self.engines.values() if backend_entry(one.backend).precision == precision), None)
         return PeerForm(ours.batch) if kind == "openvino" and ours else self.peer_forms[precision]
 
     def turn(self, name: str) -> int:

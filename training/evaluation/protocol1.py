@@ -147,7 +147,7 @@ def average(tables: Sequence[Figures]) -> Figures:
     for table in tables:
         for name, value in table.items():
             figures.setdefault(name, []).append(value)
-    return {n: sum(all_) if n.endswith("images") else round(mean(all_), 2) for n, all_ in figures.items()}
+    return {n: sum(found) if n.endswith("images") else round(mean(found), 2) for n, found in figures.items()}
 
 
 def real_folder(lab: Lab, annotations: Annotations, split: Split, limit: int | None) -> Path:
