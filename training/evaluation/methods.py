@@ -6,15 +6,17 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 
+from grounded_diffusion.kernels import mask_epilogue
 from grounded_diffusion.training.checkpoint import with_attention
 from grounded_diffusion.training.detectors.base import Detector
 from grounded_diffusion.training.generator.base import FrozenBase
 from grounded_diffusion.training.grounding.batches import inputs_of
 from grounded_diffusion.training.grounding.store import Example
 from grounded_diffusion.training.head.attention import AttentionHead
-from grounded_diffusion.training.head.head import GroundingHead, upsample_logits
+from grounded_diffusion.training.head.head import GroundingHead
 from grounded_diffusion.training.head.presence import Presence
 from grounded_diffusion.training.images import to_uint8
 
@@ -102,12 +104,11 @@ class HeadMethod:
             else:
                 logits, states = self.head.with_states(features, queries, valid)
                 there = there & (self.presence(more.raw(), logits, queries, states) > 0)
-            pixels = upsample_logits(logits.float(), size).masked_fill(~there[..., None, None], -torch.inf)
-            masks = pixels > 0
+            found = mask_epilogue(logits.float().cpu().contiguous().numpy(), there.cpu().numpy(), size)
+            masks = found.masks
             if self.exclusive:
-                masks &= pixels == pixels.amax(1, keepdim=True)
-            masks = masks.cpu()
-            return [mask[: len(row)] for mask, row in zip(masks, names, strict=True)]
+                masks = found.labels[:, None] == np.arange(1, masks.shape[1] + 1)[:, None, None]
+            return [torch.from_numpy(mask[: len(row)]) for mask, row in zip(masks, names, strict=True)]
 
         return ask
 
